@@ -1,0 +1,439 @@
+"""The pool: the folder that training writes and that everything after reads. The contract is in checkpoints/README.md.
+
+    <pool>/<task>/examples/<split>-<fingerprint>.npz   ids and, where known, labels; once per split
+    <pool>/<task>/<member>/                            weights, logits and, written last, member.json
+
+Only numpy and safetensors are imported here, and nothing is ever pickled. Every file name of the pool lives in this
+module. Axes: N examples of a split, C outputs of a head, E epochs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_ensemble.errors import UserError
+from lora_ensemble.tasks import Kind
+
+SCHEMA = 1
+RECORD = "member.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
+FULL_CONFIG = "config.json"
+FULL = "model.safetensors"
+EPOCHS = "dev.epochs.npy"
+EXAMPLES = "examples"
+_NEW, _OLD, _LOCK = ".new.", ".old.", ".lock"
+
+
+def logits_file(split: str) -> str:
+    """File name of a split's logits (N, C) float32 inside a member's folder."""
+    return f"{split}.logits.npy"
+
+
+@dataclass(kw_only=True)
+class MemberRecord:
+    """What ``member.json`` says. Unknown things are None: a member made elsewhere may have no rank."""
+
+    name: str
+    task: str
+    kind: Kind
+    labels: list[str] = field(default_factory=list)
+    """Label values in the order of the outputs; empty for regression."""
+    finished: bool = False
+    """Whole is not finished: a member is written at every improvement, and selected only once finished."""
+    diverged: bool = False
+    """True when training gave NaN or infinity; the member is then never finished."""
+    score: float | None = None
+    """The task's score on dev at the best epoch."""
+    best_epoch: int | None = None
+    """Counted from 1."""
+    epochs_done: int | None = None
+    epoch_scores: list[float | None] = field(default_factory=list)
+    """The dev score of every epoch; None where it is undefined."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Split name to fingerprint of the examples its logits belong to."""
+    train_fingerprint: str | None = None
+    """Fingerprint of the training examples (ids, texts and labels)."""
+    base_model: str | None = None
+    """Hub id or the path as the user gave it; never a path inside site-packages."""
+    revision: str | None = None
+    finetune: str | None = None
+    rank: int | None = None
+    scaling: float | None = None
+    targets: str | None = None
+    lr: float | None = None
+    seed: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Whatever else decides the result of training: epochs, batch size, schedule, precision, ..."""
+    run: str | None = None
+    """The run that made it; it ties the folders of one member in several tasks."""
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    """File name to "sha256:<hex>" of every other file in the folder; a file not listed does not count."""
+
+    def to_json(self) -> str:
+        """JSON text, keys in the order of the fields."""
+        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> MemberRecord:
+        """Read ``member.json``; ``UserError`` where it is missing, not JSON, of another schema or lacks a key."""
+        if not path.is_file():
+            raise UserError(
+                f"{path.parent}: half-written member: {RECORD} is missing; delete the folder, or copy it again whole"
+            )
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            schema = raw.pop("schema")
+        except (ValueError, KeyError, AttributeError) as e:
+            raise UserError(f"{path}: not a member record ({type(e).__name__}: {e}); expected JSON with a schema") from e
+        if schema != SCHEMA:
+            raise UserError(f"{path}: schema {schema!r}; this version reads schema {SCHEMA}")
+        try:
+            record = cls(**raw)
+        except TypeError as e:
+            raise UserError(f"{path}: {str(e).removeprefix('MemberRecord.__init__() ')}") from e
+        hints = typing.get_type_hints(cls)
+        for key, value in dataclasses.asdict(record).items():
+            allowed = typing.get_args(hints[key]) or (hints[key],)
+            plain = tuple(typing.get_origin(a) or a for a in allowed)
+            if key == "kind":
+                good = value in allowed
+            elif hints[key] in (dict[str, str], dict[str, Any], list[str], list[float | None]):
+                good = isinstance(value, typing.get_origin(hints[key]))
+            else:
+                good = isinstance(value, (*plain, int) if float in plain else plain)
+            if not good:
+                raise UserError(f"{path}: {key} is {value!r}; expected {hints[key]}")
+        if any("/" in name or "\\" in name for name in record.files):
+            raise UserError(f"{path}: files holds a path; expected names of files in the same folder")
+        if record.name != path.parent.name.removeprefix(_NEW).removeprefix(_OLD):
+            raise UserError(f"{path}: name is {record.name!r}, but the folder is {path.parent.name!r}")
+        return record
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a split: ids (N,) unicode, labels (N,) int64 or float64, or None where unknown."""
+
+    ids: np.ndarray
+    labels: np.ndarray | None
+
+
+def fingerprint(ids: np.ndarray, labels: np.ndarray | None) -> str:
+    """16 hex digits over ids and labels in their order."""
+    digest = hashlib.sha256("\0".join(ids.tolist()).encode())
+    if labels is not None:
+        digest.update(b"\1")
+        digest.update(np.ascontiguousarray(labels, _label_type(labels)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _label_type(labels: np.ndarray) -> str:
+    return "<f8" if np.issubdtype(labels.dtype, np.floating) else "<i8"
+
+
+def write_examples(pool: Path, task: str, split: str, ids: np.ndarray, labels: np.ndarray | None) -> str:
+    """Write a split's examples once; returns their fingerprint. Ids must be unique."""
+    print_ = fingerprint(ids, labels)
+    path = Path(pool) / task / EXAMPLES / f"{split}-{print_}.npz"
+    if path.exists():
+        return print_
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"ids": np.asarray(ids, dtype=np.str_)}
+    if labels is not None:
+        arrays["labels"] = np.asarray(labels, _label_type(labels))
+    beside = path.parent / f".{path.name}.{os.getpid()}"
+    with open(beside, "wb") as f:
+        np.savez_compressed(f, allow_pickle=False, **arrays)
+    os.replace(beside, path)
+    return print_
+
+
+def read_examples(pool: Path, task: str, split: str, print_: str) -> Examples:
+    """Read a split's examples; ``UserError`` where they are missing or are not those of the fingerprint."""
+    path = Path(pool) / task / EXAMPLES / f"{split}-{print_}.npz"
+    if not path.is_file():
+        raise UserError(f"{path}: missing, though members of this pool refer to it; copy it back, or train again")
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            ids, labels = data["ids"], data["labels"] if "labels" in data else None
+    except Exception as e:  # a damaged zip raises many kinds of exception
+        raise UserError(f"{path}: cannot be read ({type(e).__name__}: {e}); copy it again") from e
+    if fingerprint(ids, labels) != print_:
+        raise UserError(f"{path}: its content is not what its name says (tampered with, or damaged); copy it again")
+    return Examples(ids, labels)
+
+
+def member_folder(pool: Path, task: str, name: str) -> Path:
+    """Where a member lives."""
+    return Path(pool) / task / name
+
+
+def check_name(name: str) -> None:
+    """``UserError`` unless ``name`` can be the name of a member's folder."""
+    good = name and name[0] not in "._" and name != EXAMPLES and all(c.isalnum() or c in "-_.+" for c in name)
+    if not good or len(name) > 150:
+        raise UserError(
+            f"member name {name!r}: expected up to 150 letters, digits, '-', '_', '.' or '+', not starting with '.', "
+            f"'_' and not {EXAMPLES!r}"
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time swaps folders in here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "w") as f:
+        try:
+            import fcntl
+        except ImportError:  # Windows: one writer only, as the CLI has it
+            yield
+            return
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield  # closing the file lets the lock go
+
+
+def _write_file(path: Path, content: Any) -> None:
+    if path.suffix == ".npy":
+        np.save(path, content, allow_pickle=False)
+    elif path.suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        # "pt" is what transformers and PEFT insist on reading.
+        save_file({k: np.ascontiguousarray(v) for k, v in content.items()}, path, metadata={"format": "pt"})
+    else:
+        path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def checksum(path: Path) -> str:
+    """ "sha256:<hex>" of a file."""
+    with open(path, "rb") as f:
+        return "sha256:" + hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_member(
+    pool: Path, record: MemberRecord, files: Mapping[str, Any], *, keep: MemberRecord | None = None
+) -> MemberRecord:
+    """Write a member or replace it, so that a reader never sees half of it. Returns the record with its checksums.
+
+    ``files``: file name to content: an array (.npy), a dict of arrays (.safetensors) or a dict (.json).
+    ``keep``: the record now on disk, whose other files are taken over as they are.
+    """
+    check_name(record.name)
+    home = Path(pool) / record.task
+    with _locked(home):
+        _mend(home)
+        folder, beside, aside = home / record.name, home / (_NEW + record.name), home / (_OLD + record.name)
+        beside.mkdir()
+        checksums = {}
+        for name in sorted(set(keep.files if keep else ()) - set(files)):
+            _link(folder / name, beside / name)
+            checksums[name] = keep.files[name]  # type: ignore[union-attr]
+        for name, content in files.items():
+            _write_file(beside / name, content)
+            checksums[name] = checksum(beside / name)
+        record = dataclasses.replace(record, files=checksums)
+        (beside / RECORD).write_text(record.to_json(), encoding="utf-8")
+        if folder.exists():
+            os.rename(folder, aside)  # a folder cannot be renamed onto one that is not empty
+        os.rename(beside, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    return record
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # file systems without hard links
+        shutil.copy2(source, target)
+
+
+def _mend(home: Path) -> None:
+    """Put right what a kill left behind; call it with the lock held."""
+    for left in sorted(home.glob(_NEW + "*")) + sorted(home.glob(_OLD + "*")):
+        folder = home / left.name.removeprefix(_NEW).removeprefix(_OLD)
+        # member.json is written last: a folder that has it is whole. The new one comes first.
+        if not folder.exists() and _is_whole(left):
+            os.rename(left, folder)
+        else:
+            shutil.rmtree(left)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        record = MemberRecord.read(folder / RECORD)
+    except UserError:  # the kill came while member.json was being written
+        return False
+    return all((folder / name).is_file() for name in record.files)
+
+
+def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
+    """A member's record, or None where there is no such member."""
+    home = Path(pool) / task
+    _mend_if_needed(home)
+    return MemberRecord.read(home / name / RECORD) if (home / name).is_dir() else None
+
+
+def _mend_if_needed(home: Path) -> None:
+    if any(home.glob(_NEW + "*")) or any(home.glob(_OLD + "*")):
+        # A pool that cannot be written (somebody else's, mounted read-only) is read as it is.
+        with contextlib.suppress(PermissionError), _locked(home):
+            _mend(home)
+
+
+def checked_file(pool: Path, record: MemberRecord, name: str) -> Path:
+    """Path of one of a member's files, its checksum compared. ``UserError`` where it is missing or another."""
+    folder = member_folder(pool, record.task, record.name)
+    if name not in record.files:
+        raise UserError(f"{folder}: this member has no {name}")
+    if not (folder / name).is_file():
+        raise UserError(f"{folder}: half-written member: {name} is missing; delete the folder, or copy it again whole")
+    found = checksum(folder / name)
+    if found != record.files[name]:
+        raise UserError(
+            f"{folder / name}: tampered with, or damaged: found {found[:19]}..., {RECORD} says "
+            f"{record.files[name][:19]}...; copy the member again, or train it again"
+        )
+    return folder / name
+
+
+def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
+    """One of a member's .npy files, memory-mapped, checksum compared, finite (``UserError`` otherwise)."""
+    path = checked_file(pool, record, name)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as e:
+        raise UserError(f"{path}: not an array file ({e})") from e
+    if not np.issubdtype(array.dtype, np.floating) or array.ndim < 2:
+        raise UserError(f"{path}: {array.dtype} of shape {array.shape}; expected floats of shape (..., N, C)")
+    if not np.isfinite(array).all():
+        row = int(np.argwhere(~np.isfinite(array))[0][-2])
+        raise UserError(
+            f"{path}: logits are NaN or infinite, first in row {row}; delete this member's folder to go on without it"
+        )
+    return array
+
+
+def read_tensors(pool: Path, record: MemberRecord, name: str) -> dict[str, np.ndarray]:
+    """One of a member's .safetensors files, checksum compared."""
+    from safetensors.numpy import load_file
+
+    return load_file(checked_file(pool, record, name))
+
+
+class TaskPool:
+    """The members of one task that can be selected, and what was left out.
+
+    Everything that would make a selection meaningless is refused when it is opened: members of other examples,
+    another order of labels or another schema (``UserError`` naming both folders and the first difference).
+    """
+
+    def __init__(self, pool: str | Path, task: str, *, split: str = "dev") -> None:
+        self.pool, self.name, self.split = Path(pool), task, split
+        home = self.pool / task
+        if not home.is_dir():
+            found = ", ".join(task_names(self.pool)) or "none"
+            raise UserError(f"{self.pool}: no task {task!r} in this pool; tasks found: {found}")
+        _mend_if_needed(home)
+        self.members: list[MemberRecord] = []
+        """Finished members, by name."""
+        self.left_out: dict[str, str] = {}
+        """Name to reason of members that were not finished."""
+        for folder in sorted(p for p in home.iterdir() if p.is_dir() and p.name[0] != "." and p.name != EXAMPLES):
+            record = MemberRecord.read(folder / RECORD)
+            if record.finished:
+                self.members.append(record)
+            else:
+                self.left_out[record.name] = "diverged" if record.diverged else "not finished"
+        if not self.members:
+            more = f" ({len(self.left_out)} not finished)" if self.left_out else ""
+            raise UserError(f"{home}: no finished member{more}; train some with lora-ensemble fit --pool.dir {pool}")
+        self._agree()
+        self.kind: Kind = self.members[0].kind
+        self.labels = self.members[0].labels
+
+    def _folder(self, record: MemberRecord) -> Path:
+        return member_folder(self.pool, self.name, record.name)
+
+    def _agree(self) -> None:
+        first = self.members[0]
+        for other in self.members[1:]:
+            both = f"{self._folder(first)} and {self._folder(other)} do not belong together"
+            for key in ("task", "kind", "labels"):
+                a, b = getattr(first, key), getattr(other, key)
+                if a != b:
+                    raise UserError(f"{both}: {key} is {a!r} in one and {b!r} in the other")
+            a, b = first.examples.get(self.split), other.examples.get(self.split)
+            if a != b and a is not None and b is not None:
+                raise UserError(f"{both}: {self._first_difference(a, b)}; they must be of the same data")
+
+    def _first_difference(self, a: str, b: str) -> str:
+        one, two = (read_examples(self.pool, self.name, self.split, x) for x in (a, b))
+        if len(one.ids) != len(two.ids):
+            return f"{len(one.ids)} {self.split} examples against {len(two.ids)}"
+        differ = np.flatnonzero(one.ids != two.ids)
+        if len(differ):
+            i = differ[0]
+            return f"{self.split} ids differ, first in row {i}: {one.ids[i]!r} against {two.ids[i]!r}"
+        if one.labels is None or two.labels is None:
+            return f"one has labels for {self.split}, the other has none"
+        i = np.flatnonzero(one.labels != two.labels)[0]
+        return f"{self.split} labels differ, first in row {i} ({one.ids[i]!r}): {one.labels[i]} against {two.labels[i]}"
+
+    def record(self, name: str) -> MemberRecord:
+        """The finished member of that name; ``UserError`` where there is none."""
+        for record in self.members:
+            if record.name == name:
+                return record
+        why = self.left_out.get(name, "not there")
+        raise UserError(f"{self.pool / self.name}: member {name!r} is {why}; finished members: {len(self.members)}")
+
+    def examples(self) -> Examples:
+        """Ids and labels of the split; ``UserError`` where a member has no logits for it."""
+        missing = [r.name for r in self.members if self.split not in r.examples]
+        if missing:
+            raise UserError(
+                f"{self._folder(self.record(missing[0]))}: no logits for the {self.split} split"
+                f" ({len(missing)} of {len(self.members)} members lack them); run lora-ensemble predict first"
+            )
+        return self._examples
+
+    @cached_property
+    def _examples(self) -> Examples:
+        print_ = next(r.examples[self.split] for r in self.members if self.split in r.examples)
+        return read_examples(self.pool, self.name, self.split, print_)
+
+    def logits(self, name: str) -> np.ndarray:
+        """(N, C) float32 logits of a member on the split, memory-mapped, checked."""
+        record = self.record(name)
+        array = read_array(self.pool, record, logits_file(self.split))
+        n = len(self._examples.ids)
+        c = len(self.labels) if self.kind == "multiclass" else 1
+        if array.shape != (n, c):
+            raise UserError(
+                f"{self._folder(record) / logits_file(self.split)}: shape {array.shape}; expected ({n}, {c}): "
+                "the rows of the examples file by the outputs of the task"
+            )
+        return array
+
+
+def task_names(pool: str | Path) -> list[str]:
+    """Tasks that have a folder in the pool."""
+    pool = Path(pool)
+    if not pool.is_dir():
+        raise UserError(f"{pool}: no such folder; give the folder that training wrote with --pool.dir")
+    return sorted(p.name for p in pool.iterdir() if (p / EXAMPLES).is_dir())

@@ -1,0 +1,177 @@
+"""What a task is: its columns, its kind, its score, and how a logit becomes a decision.
+
+Axes: N examples of a split, C outputs of a head (one per class; one alone for binary and regression).
+Only numpy is imported here: both stages, training and dicor, stand on this module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+from lora_ensemble.errors import UserError
+
+Kind = Literal["multiclass", "binary", "regression"]
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task: what to read, what to predict, and how the prediction is scored.
+
+    Raises ``UserError`` where the fields contradict each other.
+    """
+
+    name: str
+    """Name of the task; also the name of its folder in the pool."""
+    kind: Kind
+    """multiclass (cross-entropy, accuracy, argmax), binary (BCE with logits, accuracy, logit > 0) or
+    regression (MSE, Pearson r, the value)."""
+    text: list[str] = field(default_factory=list)
+    """One text column, or two that are cross-encoded as a pair."""
+    label: str = "label"
+    """The label column."""
+    label_names: list[str] = field(default_factory=list)
+    """The label values as they stand in the files, in the order of the outputs (not for regression).
+    Required for multiclass; binary defaults to 0 and 1. Numbers match whatever way they are written (1 is 1.0)."""
+    label_range: list[float] = field(default_factory=list)
+    """Regression only: lowest and highest label; a label outside is an error. Empty: any finite number."""
+    id: str | None = None
+    """The column of unique example ids. None: examples are named by their position in the file."""
+    train: str | None = None
+    """Training file below ``data.root`` (.tsv, .csv, .jsonl, .parquet; the course's .csv files are
+    recognised as tab-separated), or the split's name where ``dataset`` is given."""
+    dev: str | None = None
+    """Dev file (or split name): what epochs, members and ensembles are chosen on."""
+    test: str | None = None
+    """Test file (or split name); may have no labels."""
+    dataset: str | None = None
+    """Name of a data set of the Hugging Face hub (or a local folder that `datasets` loads) instead of files."""
+    dataset_config: str | None = None
+    """Configuration name of that data set, if it has several."""
+    leaderboard_column: str = "Prediction"
+    """Header of the value column that ``dicor apply`` writes."""
+
+    def __post_init__(self) -> None:
+        where = f"task {self.name!r}"
+        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name[0] in ".-":
+            raise UserError(f"{where}: a task's name is a folder's name: letters, digits, '-', '_' and '.' only")
+        if self.kind not in get_args(Kind):
+            raise UserError(f"{where}: kind is {self.kind!r}; expected one of {', '.join(get_args(Kind))}")
+        if len(self.text) not in (1, 2):
+            raise UserError(f"{where}: text names {len(self.text)} columns; expected one, or two for a pair")
+        if self.kind == "multiclass" and len(self.label_names) < 2:
+            raise UserError(f"{where}: label_names has {len(self.label_names)} entries; multiclass needs them all")
+        if self.kind == "binary" and len(self.label_names) not in (0, 2):
+            raise UserError(f"{where}: label_names has {len(self.label_names)} entries; binary needs two or none")
+        if self.kind == "regression" and self.label_names:
+            raise UserError(f"{where}: label_names has no meaning for regression; use label_range")
+        if self.label_range and (self.kind != "regression" or len(self.label_range) != 2):
+            raise UserError(f"{where}: label_range is [lowest, highest], for regression only")
+        if len(set(self.label_names)) != len(self.label_names):
+            raise UserError(f"{where}: label_names holds a name twice: {self.label_names}")
+
+    @property
+    def labels(self) -> list[str]:
+        """Label values in the order of the outputs; empty for regression."""
+        return self.label_names or (["0", "1"] if self.kind == "binary" else [])
+
+    @property
+    def num_outputs(self) -> int:
+        """C: one per class for multiclass, otherwise 1."""
+        return len(self.label_names) if self.kind == "multiclass" else 1
+
+    @property
+    def score_name(self) -> str:
+        """The task's score in words."""
+        return "Pearson r" if self.kind == "regression" else "accuracy"
+
+
+PRESETS = {
+    "sst": Task(
+        name="sst",
+        kind="multiclass",
+        text=["sentence"],
+        label="sentiment",
+        label_names=["0", "1", "2", "3", "4"],
+        id="id",
+        train="ids-sst-train.csv",
+        dev="ids-sst-dev.csv",
+        test="ids-sst-test-student.csv",
+        leaderboard_column="Predicted_Sentiment",
+    ),
+    "quora": Task(
+        name="quora",
+        kind="binary",
+        text=["sentence1", "sentence2"],
+        label="is_duplicate",
+        id="id",
+        train="quora-train.csv",
+        dev="quora-dev.csv",
+        test="quora-test-student.csv",
+        leaderboard_column="Predicted_Is_Paraphrase",
+    ),
+    "sts": Task(
+        name="sts",
+        kind="regression",
+        text=["sentence1", "sentence2"],
+        label="similarity",
+        label_range=[0.0, 5.0],
+        id="id",
+        train="sts-train.csv",
+        dev="sts-dev.csv",
+        test="sts-test-student.csv",
+        # The course's own spelling; its leaderboard reads this header to the letter.
+        leaderboard_column="Predicted_Similiary",
+    ),
+}
+"""The three tasks of both reports."""
+
+
+def decisions(logits: np.ndarray, kind: Kind) -> np.ndarray:
+    """What each row of logits decides.
+
+    ``logits``: (..., N, C). Returns (..., N): int64 class numbers (multiclass: argmax, the lowest of equals;
+    binary: logit > 0) or float64 values (regression).
+    """
+    if kind == "multiclass":
+        return np.argmax(logits, axis=-1)
+    if kind == "binary":
+        return (logits[..., 0] > 0).astype(np.int64)
+    return logits[..., 0].astype(np.float64)
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's r of two vectors (N,), in float64; NaN where either is constant (r is undefined there)."""
+    a = np.asarray(a, np.float64)
+    b = np.asarray(b, np.float64)
+    # Judged on the values, not on a rounded variance: a constant may leave a variance of 1e-34.
+    if len(a) == 0 or a.min() == a.max() or b.min() == b.max():
+        return float("nan")
+    a = a - a.mean()
+    b = b - b.mean()
+    # Norms are taken first: the product of two small variances could underflow.
+    return float(np.clip((a / np.linalg.norm(a)) @ (b / np.linalg.norm(b)), -1.0, 1.0))
+
+
+def score_decisions(decided: np.ndarray, labels: np.ndarray, kind: Kind) -> float:
+    """The task's score of decisions (N,) against labels (N,): accuracy, or Pearson r for regression."""
+    if kind == "regression":
+        return pearson(decided, labels)
+    return float(np.mean(decided == labels))
+
+
+def score(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> float:
+    """The task's score of logits (N, C) against labels (N,). NaN where Pearson r is undefined."""
+    return score_decisions(decisions(logits, kind), labels, kind)
+
+
+def overall_score(scores: dict[str, tuple[float, Kind]]) -> float:
+    """Mean of the tasks' scores, a Pearson r entering as (r + 1) / 2.
+
+    For sst, quora and sts it is the course's overall score (Oyeniyi, section 5.2). ``scores``: task name to
+    (score, kind). NaN if one is NaN.
+    """
+    return float(np.mean([(s + 1) / 2 if kind == "regression" else s for s, kind in scores.values()]))
