@@ -98,8 +98,8 @@ class MemberRecord:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             schema = raw.pop("schema")
-        except (ValueError, KeyError, AttributeError) as e:
-            raise UserError(f"{path}: not a member record ({type(e).__name__}: {e}); expected JSON with a schema") from e
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            raise UserError(f"{path}: not a member record ({type(e).__name__}: {e}); expected JSON and a schema") from e
         if schema != SCHEMA:
             raise UserError(f"{path}: schema {schema!r}; this version reads schema {SCHEMA}")
         try:
@@ -170,7 +170,7 @@ def read_examples(pool: Path, task: str, split: str, print_: str) -> Examples:
         raise UserError(f"{path}: missing, though members of this pool refer to it; copy it back, or train again")
     try:
         with np.load(path, allow_pickle=False) as data:
-            ids, labels = data["ids"], data["labels"] if "labels" in data else None
+            ids, labels = data["ids"], data.get("labels")
     except Exception as e:  # a damaged zip raises many kinds of exception
         raise UserError(f"{path}: cannot be read ({type(e).__name__}: {e}); copy it again") from e
     if fingerprint(ids, labels) != print_:
@@ -388,11 +388,12 @@ class TaskPool:
         differ = np.flatnonzero(one.ids != two.ids)
         if len(differ):
             i = differ[0]
-            return f"{self.split} ids differ, first in row {i}: {one.ids[i]!r} against {two.ids[i]!r}"
+            return f"{self.split} ids differ, first in row {i}: {str(one.ids[i])!r} against {str(two.ids[i])!r}"
         if one.labels is None or two.labels is None:
             return f"one has labels for {self.split}, the other has none"
         i = np.flatnonzero(one.labels != two.labels)[0]
-        return f"{self.split} labels differ, first in row {i} ({one.ids[i]!r}): {one.labels[i]} against {two.labels[i]}"
+        both = f"{one.labels[i]} against {two.labels[i]}"
+        return f"{self.split} labels differ, first in row {i} ({str(one.ids[i])!r}): {both}"
 
     def record(self, name: str) -> MemberRecord:
         """The finished member of that name; ``UserError`` where there is none."""

@@ -1,0 +1,138 @@
+"""``lora-ensemble fit|validate|test|predict``: LightningCLI with the pool, the run's folder and one-line errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lora_ensemble import __version__
+from lora_ensemble.curves import MemberTable, default_loggers
+from lora_ensemble.data import BankData
+from lora_ensemble.module import BankModule
+from lora_ensemble.pool_writer import PoolWriter
+
+# Trainer settings that do not change what a run trains, so that it may be resumed with others.
+_NOT_THE_RUN = {
+    *("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps", "devices", "num_nodes", "accelerator"),
+    *("strategy", "logger", "callbacks", "log_every_n_steps", "enable_progress_bar", "enable_model_summary"),
+    *("enable_checkpointing", "default_root_dir", "profiler", "num_sanity_val_steps", "fast_dev_run", "barebones"),
+    *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "inference_mode", "detect_anomaly"),
+    *("check_val_every_n_epoch", "val_check_interval"),
+}
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong in one line, where jsonargparse would print hundreds of lines of usage first."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        print(f"lora-ensemble: error: {' '.join(lines)}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Keeps the resolved config of ``fit`` in the run's folder; ``validate`` and the others leave it alone."""
+
+    run_dir: Path
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            text = self.parser.dump(self.config, skip_none=False)
+            (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+            for logger in trainer.loggers:
+                logger.log_hyperparams(json.loads(self.parser.dump(self.config, format="json", skip_none=False)))
+
+
+class CLI(LightningCLI):
+    """LightningCLI with ``--pool.*`` and ``--experiment``."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser with one-line errors."""
+        parser = _Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="Settings in YAML; several files, later ones win.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The pool, the experiment's name, and what the model takes from the data."""
+        parser.add_lightning_class_args(PoolWriter, "pool")
+        parser.add_argument(
+            "--experiment", type=str | None, default=None, help="Groups runs in Weights & Biases; default: the tasks."
+        )
+        parser.link_arguments("model.base_model", "data.base_model")
+        parser.link_arguments("data.seed", "model.seed")
+        parser.link_arguments("data.tasks", "model.tasks", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The Trainer with this run's folder, its checkpoint and its curves."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        experiment = config.experiment or "-".join(t.name for t in self.datamodule.tasks)
+        run_dir = Path(config.trainer.default_root_dir or "checkpoints") / "runs" / self._run_name(config, experiment)
+        _SaveConfig.run_dir = run_dir
+        writer = self._get(self.config_init, "pool")
+        writer.run = run_dir.name
+        fit, logger = self.subcommand == "fit", config.trainer.logger
+        if logger is None or logger is True:
+            use = fit and not config.trainer.fast_dev_run
+            resumed = config.get("ckpt_path") is not None
+            kwargs["logger"] = default_loggers(run_dir, experiment=experiment, resumed=resumed) if use else False
+        trainer = super().instantiate_trainer(**kwargs)
+        if fit and config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run:
+            # Lightning's own default would write beside the logger's files, where --ckpt_path last never finds them.
+            trainer.callbacks = [
+                c for c in trainer.callbacks if not (isinstance(c, ModelCheckpoint) and c.dirpath is None)
+            ]
+            checkpoint = ModelCheckpoint(
+                dirpath=run_dir,
+                filename="last",
+                every_n_epochs=1,
+                save_on_train_epoch_end=True,
+                enable_version_counter=False,
+            )
+            trainer.callbacks += [MemberTable(writer), checkpoint]
+        return trainer
+
+    def _run_name(self, config: Any, experiment: str) -> str:
+        """The same settings give the same name, so that ``--ckpt_path last`` finds the run that they began."""
+        plain = json.loads(self._parser(self.subcommand).dump(config, format="json", skip_none=False))
+        what = {
+            "model": plain["model"],
+            "data": {k: v for k, v in plain["data"].items() if k not in ("root", "eval_batch_size", "predict_split")},
+            "trainer": {k: v for k, v in plain["trainer"].items() if k not in _NOT_THE_RUN},
+        }
+        return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Parse and run a subcommand; ``UserError`` for what the user can put right."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about lightning
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the loaders are arrays in memory
+    # 'GPU available: ...' and advertisements; warnings and errors still come through.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    CLI(
+        BankModule,
+        BankData,
+        save_config_callback=_SaveConfig,
+        seed_everything_default=11711,
+        auto_configure_optimizers=False,
+        trainer_defaults={
+            "max_epochs": 10,
+            "default_root_dir": "checkpoints",
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "log_every_n_steps": 20,
+        },
+        parser_kwargs={"version": __version__},
+        args=None if args is None else list(args),
+    )
+    return 0

@@ -1,0 +1,126 @@
+"""Loggers of a run: a CSV file always, Weights & Biases where it can be had without blocking or asking."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lora_ensemble.module import BankModule
+from lora_ensemble.pool_writer import PoolWriter
+
+_ANSWER_WITHIN_S = 2.0
+_START_WITHIN_S = 20
+
+
+def default_loggers(run_dir: Path, *, experiment: str, resumed: bool) -> list[Logger]:
+    """The loggers of a run when the user names none. Written below ``run_dir``; nothing is asked, nothing waits."""
+    loggers: list[Logger] = [CSVLogger(run_dir, name="csv")]
+    wandb_logger = _wandb_logger(run_dir, experiment=experiment, resumed=resumed)
+    if wandb_logger is not None:
+        loggers.append(wandb_logger)
+    return loggers
+
+
+def _wandb_logger(run_dir: Path, *, experiment: str, resumed: bool) -> Logger | None:
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+        from lightning.pytorch.loggers import WandbLogger
+    except ImportError:
+        _say("curves: wandb is not installed; metrics go to the CSV file alone")
+        return None
+    online = mode != "offline" and _logged_in(wandb) and _answers(wandb)
+    # A resumed run goes on with its curves; a fresh one has an id of its own.
+    id_file = run_dir / "wandb-id"
+    run_id = id_file.read_text().strip() if resumed and id_file.is_file() else ""
+    if not run_id:
+        run_id = f"{run_dir.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    settings = wandb.Settings(init_timeout=_START_WITHIN_S, silent=True, console="off")
+    common: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT", "lora-ensemble"),
+        "group": experiment,
+        "name": run_dir.name,
+        "id": run_id,
+        "save_dir": str(run_dir),
+        "settings": settings,
+    }
+    if online:
+        logger = WandbLogger(**common, resume="allow")
+        try:
+            _ = logger.experiment  # starts it now, on the first process only
+        except Exception as e:  # whatever keeps W&B from starting must not keep the run from starting
+            _say(f"curves: Weights & Biases did not start ({type(e).__name__}); going on offline")
+            online = False
+    if not online:
+        logger = WandbLogger(**common, offline=True)
+        _say(f"curves: Weights & Biases offline; to see them online: wandb sync {run_dir}/wandb/offline-run-*-{run_id}")
+    _remember(id_file, run_id)
+    return logger
+
+
+@rank_zero_only
+def _remember(id_file: Path, run_id: str) -> None:
+    id_file.parent.mkdir(parents=True, exist_ok=True)
+    id_file.write_text(run_id + "\n")
+
+
+def _logged_in(wandb: Any) -> bool:
+    """Whether there is a key, from the environment or a netrc file; asks nobody."""
+    try:
+        return bool(wandb.Api(api_key=None).api_key) if os.environ.get("WANDB_API_KEY") else _key_in_netrc(wandb)
+    except Exception:  # no key is how it says no
+        return False
+
+
+def _key_in_netrc(wandb: Any) -> bool:
+    import netrc
+
+    path = os.environ.get("NETRC") or Path.home() / ".netrc"
+    return Path(path).is_file() and netrc.netrc(str(path)).authenticators(_host()[0]) is not None
+
+
+def _host() -> tuple[str, int]:
+    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    return url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+
+
+def _answers(wandb: Any) -> bool:
+    """Whether the server takes a connection soon (W&B itself would wait 105 s without a network)."""
+    try:
+        socket.create_connection(_host(), timeout=_ANSWER_WITHIN_S).close()
+    except OSError:
+        return False
+    return True
+
+
+class MemberTable(pl.Callback):
+    """Sends the summary table, a row per member, to Weights & Biases at the end of a run."""
+
+    def __init__(self, writer: PoolWriter) -> None:
+        self._writer = writer
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the table where a logger can take one."""
+        assert isinstance(pl_module, BankModule)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            header, rows = self._writer.summary(pl_module)
+            for logger in trainer.loggers:
+                log_table = getattr(logger, "log_table", None)
+                if log_table is not None:
+                    # One type per column: W&B refuses a column of numbers and words.
+                    log_table(key="members", columns=header, data=[[r[0], str(r[1]), *r[2:]] for r in rows])
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)

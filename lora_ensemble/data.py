@@ -1,0 +1,311 @@
+"""The LightningDataModule: read, say what was skipped, tokenise once, and hand out batches.
+
+The loaders are plain iterables over arrays in memory, made for banks: a training batch holds ``batch_size`` examples of
+every task for all devices together, and every member of the bank sees the same ones.
+
+Axes: N examples of a split, B examples in a batch, L tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lora_ensemble.base_model import load_tokenizer
+from lora_ensemble.errors import UserError
+from lora_ensemble.lora import derived_seed
+from lora_ensemble.readers import Split, fingerprint, read_split, shared_texts
+from lora_ensemble.tasks import PRESETS, Task
+
+
+class TokenisedSplit:
+    """A split's tokens in flat arrays, its ids and its labels.
+
+    ``max_length``: longest example in tokens; longer ones are cut, the longer sentence of a pair first.
+    """
+
+    def __init__(self, split: Split, tokenizer: Any, *, max_length: int) -> None:
+        self.ids, self.labels = split.ids, split.labels
+        self.fingerprint = fingerprint(split)
+        texts = [list(column) for column in split.texts]
+        # verbose=False: the warning about length would come although the cut is made and said below.
+        tokens = tokenizer(
+            *texts, truncation=False, add_special_tokens=True, verbose=False, return_attention_mask=False
+        )
+        rows: list[list[int]] = tokens["input_ids"]
+        types: list[list[int]] | None = tokens.get("token_type_ids")
+        too_long = [i for i, row in enumerate(rows) if len(row) > max_length]
+        self.notices = list(split.notices)
+        if too_long:
+            first = ", ".join(str(split.ids[i]) for i in too_long[:3])
+            self.notices.append(
+                f"{len(too_long)} of {len(rows)} examples cut to {max_length} tokens (first ids: {first})"
+            )
+            cut = tokenizer(
+                *([column[i] for i in too_long] for column in texts), truncation="longest_first", max_length=max_length
+            )
+            for place, i in enumerate(too_long):
+                rows[i] = cut["input_ids"][place]
+                if types is not None:
+                    types[i] = cut["token_type_ids"][place]
+        self.lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+        self._start = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._tokens = np.fromiter((t for row in rows for t in row), np.int32, int(self._start[-1]))
+        self._types = (
+            None if types is None else np.fromiter((t for row in types for t in row), np.int8, int(self._start[-1]))
+        )
+        self._pad = tokenizer.pad_token_id
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """The examples ``rows`` (B,): ``input_ids``, ``attention_mask`` and, where the tokeniser makes them,
+        ``token_type_ids`` (B, L), ``labels`` (B,) where known, ``index`` (B,), padded on the right."""
+        b, length = len(rows), int(self.lengths[rows].max(initial=1))
+        mask = np.arange(length) < self.lengths[rows][:, None]
+        source = (self._start[rows][:, None] + np.arange(length))[mask]
+
+        def fill(flat: np.ndarray, pad: int) -> Tensor:
+            padded = np.full((b, length), pad, np.int64)
+            padded[mask] = flat[source]
+            return torch.from_numpy(padded)
+
+        batch = {
+            "input_ids": fill(self._tokens, self._pad),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "index": torch.from_numpy(np.asarray(rows, np.int64)),
+        }
+        if self._types is not None:
+            batch["token_type_ids"] = fill(self._types, 0)
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[rows])
+        return batch
+
+
+class TrainBatches:
+    """Training batches of all tasks, in an order that only the seed, the epoch and the step decide.
+
+    Each step has a batch of every task (Oyeniyi, section 4): ``batch_size`` examples over all devices, of which this
+    process gets every ``world``-th. A task that ends is shuffled anew and goes on. ``epoch`` is asked at the start of
+    each pass. Lightning saves ``state_dict`` in its checkpoints, so that a run resumes in mid-epoch.
+    """
+
+    def __init__(
+        self,
+        splits: dict[str, TokenisedSplit],
+        *,
+        batch_size: int,
+        steps: int | Literal["longest", "shortest"],
+        seed: int,
+        rank: int,
+        world: int,
+        epoch: Callable[[], int],
+    ) -> None:
+        self.splits, self.batch_size, self.seed = splits, batch_size, seed
+        self.rank, self.world, self.epoch = rank, world, epoch
+        self._passes = {name: math.ceil(len(split) / batch_size) for name, split in splits.items()}
+        self._flowing = isinstance(steps, int)
+        if isinstance(steps, int):
+            self._steps = steps
+        else:
+            self._steps = (max if steps == "longest" else min)(self._passes.values())
+        self._served = 0
+        self._orders: dict[str, tuple[str, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def _rows(self, name: str, epoch: int, step: int) -> np.ndarray:
+        # With a fixed number of steps an epoch need not be a whole pass: go on where the last one stopped.
+        step, epoch = (epoch * self._steps + step, 0) if self._flowing else (step, epoch)
+        cycle, place = divmod(step, self._passes[name])
+        key = f"{name}/{epoch}/{cycle}"
+        if self._orders.get(name, ("",))[0] != key:
+            generator = np.random.default_rng(derived_seed(self.seed, key))
+            self._orders[name] = (key, generator.permutation(len(self.splits[name])))
+        return self._orders[name][1][place * self.batch_size : (place + 1) * self.batch_size]
+
+    def __iter__(self) -> Iterator[dict[str, dict[str, Any]]]:
+        epoch, start = self.epoch(), self._served % self._steps
+        for step in range(start, self._steps):
+            batch = {}
+            for name, split in self.splits.items():
+                rows = self._rows(name, epoch, step)
+                batch[name] = {**split.batch(rows[self.rank :: self.world]), "size": len(rows)}
+            # Counted before the yield: what comes after the last one is never run.
+            self._served = (step + 1) % self._steps
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch have been handed out."""
+        return {"served": self._served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next pass after the batches that were handed out."""
+        self._served = state["served"]
+
+
+class EvalBatches:
+    """A split of each task, every example once: this process gets every ``world``-th, sorted by length."""
+
+    def __init__(self, splits: dict[str, TokenisedSplit], *, batch_size: int, rank: int, world: int) -> None:
+        self.splits, self.batch_size = splits, batch_size
+        # Sorted, so that little is padded; the logits are put back by index.
+        self._rows = {name: np.argsort(split.lengths, kind="stable")[rank::world] for name, split in splits.items()}
+
+    def __len__(self) -> int:
+        return sum(max(1, math.ceil(len(rows) / self.batch_size)) for rows in self._rows.values())
+
+    def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
+        for name, rows in self._rows.items():
+            # At least one, even if empty: a process without a batch would leave the others waiting.
+            for start in range(0, max(1, len(rows)), self.batch_size):
+                yield {name: self.splits[name].batch(rows[start : start + self.batch_size])}
+
+
+class BankData(pl.LightningDataModule):
+    """Examples of one or several tasks, tokenised once per run."""
+
+    def __init__(
+        self,
+        base_model: str = "all-MiniLM-L6-v2",
+        root: str | None = None,
+        tasks: list[str | Task] = ["sst"],  # noqa: B006 (never changed; jsonargparse shows it as the default)
+        batch_size: int = 8,
+        eval_batch_size: int = 32,
+        max_length: int | None = None,
+        steps_per_epoch: int | Literal["longest", "shortest"] = "longest",
+        seed: int = 11711,
+        predict_split: Literal["train", "dev", "test"] = "test",
+    ) -> None:
+        """
+        Args:
+            base_model: Whose tokeniser to use (taken from ``model.base_model``).
+            root: Folder that the tasks' file names are relative to.
+            tasks: Presets (sst, quora, sts) by name, or tasks of your own; several are trained together.
+            batch_size: Examples per step, task and member, over all devices together.
+            eval_batch_size: Examples at a time in evaluation; it changes speed and memory, not results.
+            max_length: Longest example in tokens; longer ones are cut. Null: what the encoder can take.
+            steps_per_epoch: longest: until the longest task is through (shorter ones start again); shortest: until
+                the shortest is; or a number of steps, each epoch going on where the last one stopped.
+            seed: Orders the batches; all members share the order.
+            predict_split: Which split ``predict`` adds to the pool.
+        """
+        super().__init__()
+        self.base_model, self.root = base_model, None if root is None else Path(root)
+        self.tasks = resolve_tasks(tasks)
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise UserError(f"data.{name}: {value}; expected at least 1")
+        if max_length is not None and max_length < 4:
+            raise UserError(f"data.max_length: {max_length}; expected at least 4 tokens")
+        if isinstance(steps_per_epoch, int) and steps_per_epoch < 1:
+            raise UserError(f"data.steps_per_epoch: {steps_per_epoch}; expected at least 1, longest or shortest")
+        self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
+        self.steps_per_epoch, self.seed, self.predict_split = steps_per_epoch, seed, predict_split
+        self.splits: dict[str, dict[str, TokenisedSplit]] = {}
+        """Split name to task name to examples."""
+        self._tokenizer: Any = None
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise the splits that a stage needs, once."""
+        wanted = {"fit": "train dev", "validate": "dev", "test": "test", "predict": self.predict_split}[stage]
+        for split in wanted.split():
+            if split not in self.splits:
+                self.splits[split] = {t.name: self._read(t, split, need_labels=stage != "predict") for t in self.tasks}
+
+    def _read(self, task: Task, split: str, *, need_labels: bool) -> TokenisedSplit:
+        raw = read_split(task, split, self.root, need_labels=need_labels)
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.base_model)
+            if self._tokenizer.pad_token_id is None:
+                raise UserError(f"model.base_model: the tokeniser of {self.base_model!r} has no padding token")
+        limit = self._limit()
+        tokenised = TokenisedSplit(raw, self._tokenizer, max_length=limit)
+        if split == "train":
+            self._train_texts = {**getattr(self, "_train_texts", {}), task.name: raw}
+        elif split == "dev" and task.name in getattr(self, "_train_texts", {}):
+            shared = shared_texts(self._train_texts[task.name], raw)
+            if shared:
+                tokenised.notices.append(f"{shared} of {len(raw.ids)} examples also stand in train")
+        _say(f"{task.name} {split}: {len(tokenised)} examples", tokenised.notices)
+        return tokenised
+
+    def _limit(self) -> int:
+        from transformers import AutoConfig
+
+        from lora_ensemble.base_model import location
+
+        config = AutoConfig.from_pretrained(location(self.base_model))
+        most = getattr(config, "max_position_embeddings", None) or 10**9
+        # RoBERTa counts positions from padding_idx + 1.
+        if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+            most -= config.pad_token_id + 1
+        most = min(most, self._tokenizer.model_max_length or 10**9)
+        if self.max_length is not None and self.max_length > most:
+            raise UserError(f"data.max_length: {self.max_length}; {self.base_model} takes at most {most} tokens")
+        return self.max_length or most
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def train_dataloader(self) -> TrainBatches:
+        """Batches of all tasks."""
+        rank, world = self._place()
+        return TrainBatches(
+            self.splits["train"],
+            batch_size=self.batch_size,
+            steps=self.steps_per_epoch,
+            seed=self.seed,
+            rank=rank,
+            world=world,
+            epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
+        )
+
+    def _eval_batches(self, split: str) -> EvalBatches:
+        rank, world = self._place()
+        return EvalBatches(self.splits[split], batch_size=self.eval_batch_size, rank=rank, world=world)
+
+    def val_dataloader(self) -> EvalBatches:
+        """The dev split."""
+        return self._eval_batches("dev")
+
+    def test_dataloader(self) -> EvalBatches:
+        """The labelled test split."""
+        return self._eval_batches("test")
+
+    def predict_dataloader(self) -> EvalBatches:
+        """The split to predict."""
+        return self._eval_batches(self.predict_split)
+
+
+def resolve_tasks(tasks: Sequence[str | Task]) -> list[Task]:
+    """Presets by name or tasks as they are; ``UserError`` for an unknown name, none at all, or one name twice."""
+    if not tasks:
+        raise UserError(f"data.tasks: the list is empty; give presets ({', '.join(PRESETS)}) or tasks of your own")
+    found = []
+    for task in tasks:
+        if isinstance(task, str) and task not in PRESETS:
+            raise UserError(
+                f"data.tasks: {task!r} is no preset; presets: {', '.join(PRESETS)}; a task of your own is written as "
+                "{name: ..., kind: ..., text: [...], label: ..., train: ..., dev: ...}"
+            )
+        found.append(PRESETS[task] if isinstance(task, str) else task)
+    names = [t.name for t in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"data.tasks: a name is used twice: {', '.join(names)}")
+    return found
+
+
+@rank_zero_only
+def _say(headline: str, notices: Sequence[str]) -> None:
+    print(headline + ("" if not notices else "\n  " + "\n  ".join(notices)), flush=True)

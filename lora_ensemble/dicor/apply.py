@@ -1,0 +1,112 @@
+"""A chosen ensemble on a split: its decisions, and the course's leaderboard file.
+
+Axes: N examples of a split, C outputs of a head, and M members of the ensemble.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lora_ensemble.dicor.combine import combine
+from lora_ensemble.dicor.record import Ensemble
+from lora_ensemble.errors import UserError
+from lora_ensemble.pool import (
+    Examples,
+    MemberRecord,
+    logits_file,
+    member_folder,
+    read_array,
+    read_examples,
+    read_record,
+)
+from lora_ensemble.tasks import PRESETS, score_decisions
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Decisions (N,) of an ensemble on a split's examples; score is None where the labels are unknown."""
+
+    examples: Examples
+    decided: np.ndarray
+    score: float | None
+
+
+def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
+    """What the ensemble decides on a split, from the logits in the pool.
+
+    Only its own members are looked at. Raises ``UserError`` naming the member that is missing, that was trained again
+    since the selection, that has no logits for the split, or whose logits were damaged or belong to other examples.
+    """
+    records = [_member(ensemble, pool, i) for i in range(ensemble.size)]
+    missing = [r.name for r in records if split not in r.examples or logits_file(split) not in r.files]
+    if missing:
+        raise UserError(
+            f"{member_folder(pool, ensemble.task, missing[0])}: no logits for the {split} split ({len(missing)} of "
+            f"{len(records)} members of the ensemble lack them); run lora-ensemble predict first"
+        )
+    print_ = records[0].examples[split]
+    for r in records:
+        if r.examples[split] != print_:
+            raise UserError(
+                f"{member_folder(pool, ensemble.task, r.name)} and {records[0].name} have predicted other {split} "
+                "examples; run lora-ensemble predict for both"
+            )
+    examples = read_examples(pool, ensemble.task, split, print_)
+    shape = (len(examples.ids), len(ensemble.labels) if ensemble.kind == "multiclass" else 1)
+    logits = []
+    for r in records:
+        one = read_array(pool, r, logits_file(split))
+        if one.shape != shape:
+            path = member_folder(pool, ensemble.task, r.name) / logits_file(split)
+            raise UserError(f"{path}: shape {one.shape}; expected {shape}: the examples by the outputs of the task")
+        logits.append(one)
+    decided = combine(
+        np.stack(logits),
+        kind=ensemble.kind,
+        strategy=ensemble.strategy,
+        ranks=[m.rank for m in ensemble.members],
+        scores=[m.score for m in ensemble.members],
+        names=[m.name for m in ensemble.members],
+    )
+    score = None if examples.labels is None else score_decisions(decided, examples.labels, ensemble.kind)
+    return Prediction(examples, decided, score)
+
+
+def _member(ensemble: Ensemble, pool: Path, i: int) -> MemberRecord:
+    """The record of the i-th member, still the one that was chosen."""
+    chosen = ensemble.members[i]
+    folder = member_folder(pool, ensemble.task, chosen.name)
+    record = read_record(pool, ensemble.task, chosen.name)
+    if record is None:
+        raise UserError(f"{folder}: no such member, though the ensemble needs it; copy it back, or select again")
+    for what, now, then in (
+        ("dev logits", record.files.get(logits_file("dev")), chosen.dev_logits),
+        ("dev examples", record.examples.get("dev"), ensemble.examples),
+        ("kind", record.kind, ensemble.kind),
+        ("labels", record.labels, ensemble.labels),
+    ):
+        if now != then:
+            raise UserError(
+                f"{folder}: not the member that was chosen: its {what} are others, it was trained again since; "
+                "run dicor select again"
+            )
+    return record
+
+
+def leaderboard(ensemble: Ensemble, ids: np.ndarray, decided: np.ndarray) -> Iterator[str]:
+    """Lines of the course's leaderboard file, to the letter, blanks at the line's end included.
+
+    ``ids`` (N,), ``decided`` (N,). A multiclass decision is its label, which for sst is the class number; a binary one
+    is 1.0 or 0.0 as the course has it, or its label where the task names its labels otherwise; a regression's is its
+    value.
+    """
+    column = PRESETS[ensemble.task].leaderboard_column if ensemble.task in PRESETS else "Prediction"
+    yield f"id \t {column} \n"
+    plain = ensemble.kind == "binary" and ensemble.labels in ([], ["0", "1"])
+    names = [0.0, 1.0] if plain else ensemble.labels
+    for i, value in zip(ids.tolist(), decided.tolist(), strict=True):
+        yield f"{i} , {value if ensemble.kind == 'regression' else names[value]} \n"

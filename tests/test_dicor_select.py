@@ -1,0 +1,284 @@
+"""The selection: worked out by hand, against brute force, each tie rule, and what must not change it."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pool_factory import random_labels, random_logits
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score
+from sklearn.metrics.pairwise import cosine_similarity
+
+from lora_ensemble.dicor.combine import combine
+from lora_ensemble.dicor.compare import compare, overall
+from lora_ensemble.dicor.select import dev_scores, dicor
+from lora_ensemble.dicor.settings import Settings, settle
+from lora_ensemble.errors import UserError
+
+KINDS = ("multiclass", "binary", "regression")
+
+
+def binary(*rows):
+    """Logits (M, N, 1) of members that decide as the rows say: "0110"."""
+    return np.array([[[1.0 if c == "1" else -1.0] for c in row] for row in rows])
+
+
+def chosen_names(logits, labels, names, *, kind="binary", similarity="cosine", **sizes):
+    found = dicor(logits, labels, kind=kind, names=names, similarity=similarity, **sizes)
+    return [names[m] for m in found.chosen]
+
+
+ONES = np.ones(8, int)
+
+
+def test_selection_worked_out_by_hand():
+    """a is right 7 times, b 6, c 5 times. b agrees with a on 7 of 8, c on 4 of 8, d on 0 but is no candidate."""
+    names, logits = list("dcba"), binary("00000001", "00011111", "11111100", "11111110")
+    found = dicor(logits, ONES, kind="binary", names=names, size=3, top_k=3, similarity="cosine")
+    assert [names[m] for m in found.ranking] == ["a", "b", "c", "d"]
+    assert found.scores.tolist() == [1 / 8, 5 / 8, 6 / 8, 7 / 8]
+    assert [names[m] for m in found.chosen] == ["a", "c", "b"]
+    assert found.similarities == [[], [4 / 8], [7 / 8, 3 / 8]]
+    assert found.mean_similarity == [None, 0.5, 5 / 8]
+    assert chosen_names(logits, ONES, names, size=3, top_k=4) == [
+        "a",
+        "d",
+        "b",
+    ]  # b: (7 + 1) / 2, c: (4 + 4) / 2; score
+
+
+def test_the_mean_similarity_counts_not_the_largest_nor_the_least_nor_the_last():
+    """Similarity to a and then b: c 0.6 and 0.2, d 0.5 and 0.5, e 0.9 and 0.1. The mean takes c; the largest would
+    take d, the least or the last alone e."""
+    logits = binary("1111111111", "1100000000", "0011111100", "1011110000", "0111111111")
+    found = dicor(logits, np.ones(10, int), kind="binary", names=list("abcde"), size=3, top_k=5, similarity="cosine")
+    assert found.chosen == [0, 1, 2]
+    assert found.similarities[2] == [0.6, 0.2]
+
+
+def brute_force(logits, labels, names, kind, similarity, size, top_k):
+    """The rules read aloud, with scikit-learn's and scipy's scores and similarities."""
+    if kind == "regression":
+        values = logits[..., 0].astype(float)
+        scores = [pearsonr(v, labels).statistic for v in values]
+    else:
+        decided = logits.argmax(-1) if kind == "multiclass" else (logits[..., 0] > 0).astype(int)
+        scores = [accuracy_score(labels, d) for d in decided]
+        values = np.eye(5)[decided].reshape(len(logits), -1)
+    if similarity == "pearson" and kind == "binary":
+        values = logits[..., 0].astype(float)
+    if similarity == "pearson" and kind == "multiclass":
+        values = (logits - logits.astype(float).mean(-1, keepdims=True)).reshape(len(logits), -1)
+    alike = cosine_similarity(values) if similarity == "cosine" else np.corrcoef(values)
+    left = sorted(range(len(names)), key=lambda m: (-round(scores[m], 9), names[m]))[:top_k]
+    chosen = [left.pop(0)]
+    while len(chosen) < size:
+        left.sort(key=lambda m: (round(np.mean([alike[m, c] for c in chosen]), 9), -round(scores[m], 9), names[m]))
+        chosen.append(left.pop(0))
+        left.sort()
+    return [names[m] for m in chosen]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS),
+    similarity=st.sampled_from(["cosine", "pearson"]),
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 6),
+    more=st.integers(0, 6),
+    n=st.sampled_from([6, 40]),
+)
+def test_selection_is_what_brute_force_finds(kind, similarity, seed, size, more, n):
+    """Few examples (6) make many ties, so the tie rules are compared too."""
+    labels = random_labels(kind, n, seed=seed)
+    logits = random_logits(kind, labels, 12, seed=seed + 1)
+    names = [f"m{i}" for i in np.random.default_rng(seed).permutation(12)]
+    sizes = {"size": size, "top_k": size + more}
+    found = chosen_names(logits, labels, names, kind=kind, similarity=similarity, **sizes)
+    assert found == brute_force(logits, labels, names, kind, similarity, **sizes)
+
+
+def test_ranking_tie_goes_by_name():
+    for names in (["a", "b"], ["b", "a"]):
+        assert chosen_names(binary("1100", "0011"), np.ones(4, int), names, size=1, top_k=1) == ["a"]
+        assert chosen_names(binary("1100", "0011"), np.ones(4, int), names, size=2, top_k=2) == ["a", "b"]
+
+
+def test_least_similarity_tie_goes_by_score():
+    """Both agree with the best on 4 of 8; z is right 5 times, b 3 times."""
+    logits = binary("11111110", "00001110", "00011111")
+    assert chosen_names(logits, ONES, ["best", "b", "z"], size=2, top_k=3) == ["best", "z"]
+
+
+def test_least_similarity_tie_of_equal_scores_goes_by_name():
+    logits = binary("11111110", "00011111", "11100011")
+    assert chosen_names(logits, ONES, ["best", "y", "x"], size=2, top_k=3) == ["best", "x"]
+    assert chosen_names(logits, ONES, ["best", "x", "y"], size=2, top_k=3) == ["best", "x"]
+
+
+def test_similarities_that_differ_by_rounding_only_tie():
+    """0.1 + 0.2 + 0.6 is not 0.6 + 0.2 + 0.1 in floating point; in fractions it is."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        bits = rng.integers(2, size=(8, 10))
+        ranking = sorted(range(8), key=lambda m: (-bits[m].sum(), m))
+        chosen = [ranking[0]]
+        while len(chosen) < 6:
+            agree = {m: Fraction(sum(int((bits[m] == bits[c]).sum()) for c in chosen), 10) for m in ranking}
+            chosen.append(min((m for m in ranking if m not in chosen), key=lambda m: (agree[m], ranking.index(m))))
+        logits = np.where(bits, 1.0, -1.0)[..., None]
+        names = [f"m{m}" for m in range(8)]
+        how = {"kind": "binary", "names": names, "size": 6, "top_k": 8, "similarity": "cosine"}
+        assert dicor(logits, np.ones(10, int), **how).chosen == chosen
+
+
+def test_all_members_alike_are_chosen_by_name():
+    logits = binary(*["1101"] * 4)
+    assert chosen_names(logits, np.ones(4, int), list("cabd"), size=3, top_k=4) == ["a", "b", "c"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    permutation=st.permutations(range(5)),
+    similarity=st.sampled_from(["cosine", "pearson"]),
+    strategy=st.sampled_from(["mean", "majority"]),
+)
+def test_renumbering_the_classes_changes_nothing(seed, permutation, similarity, strategy):
+    """The class called k becomes permutation[k], in logits and labels: same members, same decisions by name."""
+    permutation = np.array(permutation)
+    labels = random_labels("multiclass", 12, seed=seed)
+    logits = random_logits("multiclass", labels, 8, seed=seed + 1)
+    renumbered = np.empty_like(logits)
+    renumbered[..., permutation] = logits
+    names, ranks = [f"m{i}" for i in range(8)], [None, 1, 1, 2, 3, 3, 3, 4]
+    sizes = {"size": 4, "top_k": 6, "similarity": similarity, "kind": "multiclass", "names": names}
+    before = dicor(logits, labels, **sizes)
+    after = dicor(renumbered, permutation[labels], **sizes)
+    assert after.chosen == before.chosen
+    how = {
+        "kind": "multiclass",
+        "strategy": strategy,
+        "ranks": [ranks[m] for m in before.chosen],
+        "scores": before.scores[before.chosen],
+        "names": [names[m] for m in before.chosen],
+    }
+    decided = combine(logits[before.chosen], **how)
+    np.testing.assert_array_equal(combine(renumbered[before.chosen], **how), permutation[decided])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS),
+    similarity=st.sampled_from(["cosine", "pearson"]),
+    seed=st.integers(0, 10**6),
+    data=st.data(),
+)
+def test_the_order_of_members_and_examples_changes_nothing(kind, similarity, seed, data):
+    labels = random_labels(kind, 10, seed=seed)
+    logits = random_logits(kind, labels, 8, seed=seed + 1)
+    logits[5] = logits[2]  # a tie in everything but the name
+    names = [f"m{i}" for i in range(8)]
+    ranks = [None, 1, 1, 2, 3, 3, 3, 4]
+    members, examples = data.draw(st.permutations(range(8))), data.draw(st.permutations(range(10)))
+    strategy = "mean" if kind == "regression" else "majority"
+    how = Settings(size=5, top_k=7, similarity=similarity, strategy=strategy)
+    before = compare(logits, labels, kind=kind, names=names, ranks=ranks, settings=how)
+    after = compare(
+        logits[members][:, examples],
+        labels[examples],
+        kind=kind,
+        names=[names[m] for m in members],
+        ranks=[ranks[m] for m in members],
+        settings=how,
+    )
+    assert [names[m] for m in before.selection.chosen] == [names[members[m]] for m in after.selection.chosen]
+    assert after.scores == pytest.approx(before.scores, abs=1e-12)
+
+
+def test_a_constant_member_has_no_pearson_score_and_is_named():
+    labels = random_labels("regression", 20)
+    logits = random_logits("regression", labels, 4)
+    logits[2] = 0.1
+    with pytest.raises(UserError, match=r"member m2: .*constant.*0\.1.*delete its folder"):
+        dev_scores(logits, labels, kind="regression", names=["m0", "m1", "m2", "m3"])
+
+
+def test_constant_labels_are_not_the_members_fault():
+    logits = random_logits("regression", random_labels("regression", 20), 2)
+    with pytest.raises(UserError, match="dev labels are all the same"):
+        dev_scores(logits, np.full(20, 3.0), kind="regression", names=["a", "b"])
+
+
+@pytest.mark.parametrize(("size", "top_k"), [(0, 1), (2, 1), (1, 3)])
+def test_sizes_that_make_no_sense(size, top_k):
+    with pytest.raises(UserError, match="size"):
+        dicor(
+            binary("1", "0"),
+            np.ones(1, int),
+            kind="binary",
+            names=["a", "b"],
+            size=size,
+            top_k=top_k,
+            similarity="cosine",
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("multiclass", Settings(size=11, top_k=30, similarity="cosine", strategy="majority")),
+        ("binary", Settings(size=4, top_k=30, similarity="cosine", strategy="majority")),
+        ("regression", Settings(size=10, top_k=30, similarity="pearson", strategy="mean")),
+    ],
+)
+def test_defaults_are_tolkunovs(kind, expected):
+    assert settle(kind, 186) == (expected, [])
+
+
+def test_a_defaulted_size_gives_way_to_the_pool_and_says_so():
+    found, notices = settle("multiclass", 6)
+    assert (found.size, found.top_k) == (6, 6)
+    assert notices == ["size is 6 instead of the default 11: the pool has 6 finished members"]
+
+
+def test_a_defaulted_size_gives_way_to_the_candidates_and_says_so():
+    found, notices = settle("multiclass", 40, top_k=5)
+    assert (found.size, found.top_k) == (5, 5)
+    assert notices == ["size is 5 instead of the default 11: --top-k is 5"]
+
+
+def test_the_default_top_k_is_never_below_the_size():
+    found, _ = settle("multiclass", 186, size=50)
+    assert (found.size, found.top_k) == (50, 50)
+    found, notices = settle("binary", 8, top_k=20)
+    assert (found.size, found.top_k, len(notices)) == (4, 8, 1)
+
+
+def test_comparison_worked_out_by_hand():
+    """Three members right on 2 of 3 examples, each wrong on another: the majority is right on all."""
+    logits, labels = binary("110", "101", "011"), np.ones(3, int)
+    how = Settings(size=2, top_k=3, similarity="cosine", strategy="majority")
+    found = compare(logits, labels, kind="binary", names=list("abc"), ranks=[1, 2, 3], settings=how)
+    # DiCor is a and b, which agree on the first example; of the ties b, of higher rank, decides: 1 0 1.
+    assert found.scores == {"single best": 2 / 3, "Omni": 1.0, "DiCor": 2 / 3}
+    assert found.members == {"single best": 1, "Omni": 3, "DiCor": 2}
+    assert found.best == 0
+
+
+def test_overall_is_the_courses_and_needs_all_three_presets():
+    how = {"top_k": 2, "size": 2}
+    comparisons = {}
+    for task, kind in (("sst", "multiclass"), ("quora", "binary"), ("sts", "regression")):
+        labels = random_labels(kind, 30)
+        settled, _ = settle(kind, 2, **how)
+        logits = random_logits(kind, labels, 2)
+        comparisons[task] = compare(logits, labels, kind=kind, names=["a", "b"], ranks=[1, 2], settings=settled)
+    found = overall(comparisons)
+    for system in ("single best", "Omni", "DiCor"):
+        sst, quora, sts = (comparisons[t].scores[system] for t in ("sst", "quora", "sts"))
+        assert found[system] == pytest.approx((sst + quora + (sts + 1) / 2) / 3, abs=1e-15)
+    assert overall({t: comparisons[t] for t in ("sst", "quora")}) is None
+    assert overall({**comparisons, "sts": comparisons["sst"]}) is None  # somebody's own task of that name
