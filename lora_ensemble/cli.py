@@ -15,6 +15,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from lora_ensemble import __version__
 from lora_ensemble.curves import MemberTable, default_loggers
 from lora_ensemble.data import BankData
@@ -92,8 +94,11 @@ class CLI(LightningCLI):
             trainer.callbacks = [
                 c for c in trainer.callbacks if not (isinstance(c, ModelCheckpoint) and c.dirpath is None)
             ]
+            folder = run_dir / "checkpoint"
+            if config.get("ckpt_path") is None and (folder / "last.ckpt").is_file():
+                _say(f"note: these settings were run before; add --ckpt_path last to go on from {folder / 'last.ckpt'}")
             checkpoint = ModelCheckpoint(
-                dirpath=run_dir,
+                dirpath=folder,
                 filename="last",
                 every_n_epochs=1,
                 save_on_train_epoch_end=True,
@@ -113,10 +118,16 @@ class CLI(LightningCLI):
         return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
 def run(args: Sequence[str] | None = None) -> int:
     """Parse and run a subcommand; ``UserError`` for what the user can put right."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about lightning
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the loaders are arrays in memory
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # said above
     # 'GPU available: ...' and advertisements; warnings and errors still come through.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     CLI(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 import socket
 from datetime import datetime
@@ -39,12 +40,13 @@ def _wandb_logger(run_dir: Path, *, experiment: str, resumed: bool) -> Logger | 
     except ImportError:
         _say("curves: wandb is not installed; metrics go to the CSV file alone")
         return None
-    online = mode != "offline" and _logged_in(wandb) and _answers(wandb)
+    online = mode != "offline" and _logged_in() and _answers()
     # A resumed run goes on with its curves; a fresh one has an id of its own.
     id_file = run_dir / "wandb-id"
     run_id = id_file.read_text().strip() if resumed and id_file.is_file() else ""
     if not run_id:
         run_id = f"{run_dir.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    os.environ.setdefault("WANDB_SILENT", "true")  # a warning about an option that Lightning passes
     settings = wandb.Settings(init_timeout=_START_WITHIN_S, silent=True, console="off")
     common: dict[str, Any] = {
         "project": os.environ.get("WANDB_PROJECT", "lora-ensemble"),
@@ -74,19 +76,15 @@ def _remember(id_file: Path, run_id: str) -> None:
     id_file.write_text(run_id + "\n")
 
 
-def _logged_in(wandb: Any) -> bool:
-    """Whether there is a key, from the environment or a netrc file; asks nobody."""
+def _logged_in() -> bool:
+    """Whether there is a key, in the environment or in the netrc file that ``wandb login`` writes; asks nobody."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
     try:
-        return bool(wandb.Api(api_key=None).api_key) if os.environ.get("WANDB_API_KEY") else _key_in_netrc(wandb)
-    except Exception:  # no key is how it says no
+        path = os.environ.get("NETRC") or Path.home() / ".netrc"
+        return netrc.netrc(str(path)).authenticators(_host()[0]) is not None
+    except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _key_in_netrc(wandb: Any) -> bool:
-    import netrc
-
-    path = os.environ.get("NETRC") or Path.home() / ".netrc"
-    return Path(path).is_file() and netrc.netrc(str(path)).authenticators(_host()[0]) is not None
 
 
 def _host() -> tuple[str, int]:
@@ -94,7 +92,7 @@ def _host() -> tuple[str, int]:
     return url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
 
 
-def _answers(wandb: Any) -> bool:
+def _answers() -> bool:
     """Whether the server takes a connection soon (W&B itself would wait 105 s without a network)."""
     try:
         socket.create_connection(_host(), timeout=_ANSWER_WITHIN_S).close()

@@ -30,6 +30,8 @@ class Family:
     """A layer that ends in ``output`` but is not it."""
     pooler: str | None = None
     """The pooler's linear layer, where the pooler belongs to the encoder."""
+    eager: bool = True
+    """Whether plain ("eager") attention is exact at every precision."""
     head_dropout: str = "classifier_dropout"
     encoder_dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
@@ -67,6 +69,9 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family(
         fused="attn.Wqkv",
         output="mlp.Wo",
+        # transformers 5.23 takes its softmax in float32, where a float64 mask's minimum becomes -inf: a padding token
+        # whose sliding window holds only padding is then NaN.
+        eager=False,
         encoder_dropouts=("embedding_dropout", "attention_dropout", "mlp_dropout"),
     ),
 }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from lora_ensemble.families import accepts_token_types, freeze, prepare_encoder, replace_layer, target_paths
+from lora_ensemble.families import accepts_token_types, family_of, freeze, prepare_encoder, replace_layer, target_paths
 from lora_ensemble.lora import Adapter, BankLinear, Member, derived_seed, linear_layers
 from lora_ensemble.tasks import Task
 
@@ -89,6 +89,7 @@ class Bank(nn.Module):
         prepare_encoder(self.encoder, self.config.model_type, len(self.members))
 
         self._scaling: Tensor | None = None
+        self._attention: str = self.encoder.config._attn_implementation
         width = sum(math.prod(s) for s in self._shapes.values())
         self.weights = nn.Parameter(torch.zeros(len(self.members), width))  # (M, P)
         for i, member in enumerate(self.members):
@@ -126,6 +127,7 @@ class Bank(nn.Module):
     def forward(self, batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Task name to batch (``input_ids`` and ``attention_mask`` (B, L), ``token_type_ids`` (B, L) where the encoder
         takes them). Returns task name to logits (M, B, C)."""
+        self._choose_attention()
         views = self._views(self.weights)
         # Not a buffer: a change of the module's precision would round it for good.
         if (
@@ -137,6 +139,14 @@ class Bank(nn.Module):
         for path, adapter in self._adapters.items():
             adapter.A, adapter.B, adapter.scaling = views[f"{path}.A"], views[f"{path}.B"], self._scaling
         return {name: self._logits(name, batch, views) for name, batch in batches.items()}
+
+    def _choose_attention(self) -> None:
+        # On a CPU, torch's fused attention is up to twice as slow as plain matrix products at BERT's short lengths when
+        # gradients are wanted, and has no advantage with dropout. Evaluation keeps it: it saves memory there.
+        eager = self.training and self.weights.device.type == "cpu" and family_of(self.config.model_type).eager
+        wanted = "eager" if eager else self._attention
+        if self.encoder.config._attn_implementation != wanted:
+            self.encoder.set_attn_implementation(wanted)
 
     def _logits(self, name: str, batch: Mapping[str, Tensor], views: Mapping[str, Tensor]) -> Tensor:
         index = [t.name for t in self.tasks].index(name)

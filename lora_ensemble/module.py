@@ -165,6 +165,7 @@ class BankModule(pl.LightningModule):
         }
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.global_step)
+            logger.save()  # a killed run keeps its curves
         finite = [v for v in metrics.values() if math.isfinite(v)]
         if finite:
             value = sum(finite) / len(finite)
@@ -277,6 +278,7 @@ class BankModule(pl.LightningModule):
             self.log(f"dev_score/{task.name}", best, prog_bar=True, sync_dist=True, batch_size=1)
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.global_step)
+            logger.save()
 
     def on_test_epoch_end(self) -> None:
         """Score the members on test."""

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import typing
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Kind
@@ -106,23 +108,33 @@ class MemberRecord:
             record = cls(**raw)
         except TypeError as e:
             raise UserError(f"{path}: {str(e).removeprefix('MemberRecord.__init__() ')}") from e
-        hints = typing.get_type_hints(cls)
-        for key, value in dataclasses.asdict(record).items():
-            allowed = typing.get_args(hints[key]) or (hints[key],)
-            plain = tuple(typing.get_origin(a) or a for a in allowed)
-            if key == "kind":
-                good = value in allowed
-            elif hints[key] in (dict[str, str], dict[str, Any], list[str], list[float | None]):
-                good = isinstance(value, typing.get_origin(hints[key]))
-            else:
-                good = isinstance(value, (*plain, int) if float in plain else plain)
-            if not good:
-                raise UserError(f"{path}: {key} is {value!r}; expected {hints[key]}")
+        for key, hint in typing.get_type_hints(cls).items():
+            if not _fits(getattr(record, key), hint):
+                expected = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
+                raise UserError(f"{path}: {key} is {getattr(record, key)!r}; expected {expected}")
         if any("/" in name or "\\" in name for name in record.files):
             raise UserError(f"{path}: files holds a path; expected names of files in the same folder")
         if record.name != path.parent.name.removeprefix(_NEW).removeprefix(_OLD):
             raise UserError(f"{path}: name is {record.name!r}, but the folder is {path.parent.name!r}")
+        if record.task != path.parent.parent.name:
+            raise UserError(f"{path}: task is {record.task!r}, but the folder is {path.parent.parent.name!r}")
         return record
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of a JSON file is what a field's type says; a whole number is a float too."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in args
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, args[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, args[1]) for v in value.values())
+    if args:
+        return any(_fits(value, a) for a in args)
+    if hint is float:
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    return hint is Any or type(value) is hint
 
 
 @dataclass(frozen=True)
@@ -146,21 +158,48 @@ def _label_type(labels: np.ndarray) -> str:
     return "<f8" if np.issubdtype(labels.dtype, np.floating) else "<i8"
 
 
-def write_examples(pool: Path, task: str, split: str, ids: np.ndarray, labels: np.ndarray | None) -> str:
-    """Write a split's examples once; returns their fingerprint. Ids must be unique."""
-    print_ = fingerprint(ids, labels)
+def write_examples(pool: Path, task: str, split: str, ids: ArrayLike, labels: ArrayLike | None) -> str:
+    """Write a split's examples once; returns their fingerprint.
+
+    ``ids`` (N,), ``labels`` (N,) numbers (classes count from 0) or None. ``UserError`` where ids are not unique, a
+    label is no finite number, or the lengths differ.
+    """
+    where = f"{task} {split} examples"
+    arrays = {"ids": np.asarray(ids, dtype=np.str_)}
+    _check_ids(arrays["ids"], where)
+    if labels is not None:
+        arrays["labels"] = np.asarray(labels)
+        _check_labels(arrays["labels"], arrays["ids"], where)
+        arrays["labels"] = arrays["labels"].astype(_label_type(arrays["labels"]))
+    print_ = fingerprint(arrays["ids"], arrays.get("labels"))
     path = Path(pool) / task / EXAMPLES / f"{split}-{print_}.npz"
     if path.exists():
         return print_
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {"ids": np.asarray(ids, dtype=np.str_)}
-    if labels is not None:
-        arrays["labels"] = np.asarray(labels, _label_type(labels))
     beside = path.parent / f".{path.name}.{os.getpid()}"
     with open(beside, "wb") as f:
         np.savez_compressed(f, allow_pickle=False, **arrays)
     os.replace(beside, path)
     return print_
+
+
+def _check_ids(ids: np.ndarray, where: str) -> None:
+    if ids.ndim != 1:
+        raise UserError(f"{where}: ids of shape {ids.shape}; expected (N,)")
+    if len(set(ids.tolist())) < len(ids):
+        first: dict[str, int] = {}
+        i = next(i for i, x in enumerate(ids.tolist()) if first.setdefault(x, i) != i)
+        raise UserError(f"{where}: id {str(ids[i])!r} is there twice, in rows {first[ids[i]]} and {i}")
+
+
+def _check_labels(labels: np.ndarray, ids: np.ndarray, where: str) -> None:
+    if labels.shape != ids.shape:
+        raise UserError(f"{where}: {len(ids)} ids, but labels of shape {labels.shape}; expected one for each")
+    if labels.dtype.kind not in "biuf":
+        raise UserError(f"{where}: labels are {labels.dtype}; expected numbers (classes count from 0)")
+    if not np.isfinite(labels).all():
+        row = int(np.flatnonzero(~np.isfinite(labels))[0])
+        raise UserError(f"{where}: the label is {labels[row]} in row {row}; expected a finite number")
 
 
 def read_examples(pool: Path, task: str, split: str, print_: str) -> Examples:
@@ -169,11 +208,12 @@ def read_examples(pool: Path, task: str, split: str, print_: str) -> Examples:
     if not path.is_file():
         raise UserError(f"{path}: missing, though members of this pool refer to it; copy it back, or train again")
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
             ids, labels = data["ids"], data.get("labels")
+        found = fingerprint(ids, labels)
     except Exception as e:  # a damaged zip raises many kinds of exception
         raise UserError(f"{path}: cannot be read ({type(e).__name__}: {e}); copy it again") from e
-    if fingerprint(ids, labels) != print_:
+    if found != print_:
         raise UserError(f"{path}: its content is not what its name says (tampered with, or damaged); copy it again")
     return Examples(ids, labels)
 
@@ -186,18 +226,18 @@ def member_folder(pool: Path, task: str, name: str) -> Path:
 def check_name(name: str) -> None:
     """``UserError`` unless ``name`` can be the name of a member's folder."""
     good = name and name[0] not in "._" and name != EXAMPLES and all(c.isalnum() or c in "-_.+" for c in name)
-    if not good or len(name) > 150:
+    # File systems end at 255 bytes.
+    if not good or len(name.encode()) > 150:
         raise UserError(
-            f"member name {name!r}: expected up to 150 letters, digits, '-', '_', '.' or '+', not starting with '.', "
-            f"'_' and not {EXAMPLES!r}"
+            f"member name {name!r}: expected up to 150 bytes of letters, digits, '-', '_', '.' or '+', not starting "
+            f"with '.' or '_', and not {EXAMPLES!r}"
         )
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time swaps folders in here."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "w") as f:
+def _locked(home: Path, mode: str = "a") -> Iterator[None]:
+    """One process at a time swaps folders in a task's folder, or reads there. Not to be entered twice."""
+    with open(home / _LOCK, mode) as f:
         try:
             import fcntl
         except ImportError:  # Windows: one writer only, as the CLI has it
@@ -207,14 +247,30 @@ def _locked(folder: Path) -> Iterator[None]:
         yield  # closing the file lets the lock go
 
 
+@contextlib.contextmanager
+def _reading(home: Path) -> Iterator[None]:
+    """Nobody swaps folders meanwhile, and what a kill left behind is put right first."""
+    with contextlib.ExitStack() as stack:
+        # A pool that cannot be written (somebody else's, mounted read-only) is read as it is. One without a lock was
+        # never written here, and reading makes no file.
+        with contextlib.suppress(OSError):
+            try:
+                stack.enter_context(_locked(home, "r+"))
+            except OSError:
+                stack.enter_context(_locked(home, "r"))
+            _mend(home)
+        yield
+
+
 def _write_file(path: Path, content: Any) -> None:
     if path.suffix == ".npy":
         np.save(path, content, allow_pickle=False)
     elif path.suffix == ".safetensors":
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        # "pt" is what transformers and PEFT insist on reading.
-        save_file({k: np.ascontiguousarray(v) for k, v in content.items()}, path, metadata={"format": "pt"})
+        # "pt" is what transformers and PEFT insist on reading. safetensors' save_file makes files for the owner's eyes
+        # only, whatever the umask is.
+        path.write_bytes(save({k: np.ascontiguousarray(v) for k, v in content.items()}, metadata={"format": "pt"}))
     else:
         path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -231,13 +287,18 @@ def write_member(
     """Write a member or replace it, so that a reader never sees half of it. Returns the record with its checksums.
 
     ``files``: file name to content: an array (.npy), a dict of arrays (.safetensors) or a dict (.json).
-    ``keep``: the record now on disk, whose other files are taken over as they are.
+    ``keep``: the record now on disk, whose other files are taken over as they are; ``UserError`` where it is another.
     """
     check_name(record.name)
     home = Path(pool) / record.task
+    home.mkdir(parents=True, exist_ok=True)
     with _locked(home):
         _mend(home)
         folder, beside, aside = home / record.name, home / (_NEW + record.name), home / (_OLD + record.name)
+        if keep and not (folder.is_dir() and MemberRecord.read(folder / RECORD).files == keep.files):
+            raise UserError(
+                f"{folder}: replaced or deleted by another process meanwhile; let one run write it at a time"
+            )
         beside.mkdir()
         checksums = {}
         for name in sorted(set(keep.files if keep else ()) - set(files)):
@@ -284,22 +345,20 @@ def _is_whole(folder: Path) -> bool:
 def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
     """A member's record, or None where there is no such member."""
     home = Path(pool) / task
-    _mend_if_needed(home)
-    return MemberRecord.read(home / name / RECORD) if (home / name).is_dir() else None
+    with _reading(home):
+        return MemberRecord.read(home / name / RECORD) if (home / name).is_dir() else None
 
 
-def _mend_if_needed(home: Path) -> None:
-    if any(home.glob(_NEW + "*")) or any(home.glob(_OLD + "*")):
-        # A pool that cannot be written (somebody else's, mounted read-only) is read as it is.
-        with contextlib.suppress(PermissionError), _locked(home):
-            _mend(home)
+def _checked_file(pool: Path, record: MemberRecord, name: str) -> Path:
+    """Path of one of a member's files, its checksum compared; call it while reading.
 
-
-def checked_file(pool: Path, record: MemberRecord, name: str) -> Path:
-    """Path of one of a member's files, its checksum compared. ``UserError`` where it is missing or another."""
+    ``UserError`` where it is missing or another.
+    """
     folder = member_folder(pool, record.task, record.name)
     if name not in record.files:
         raise UserError(f"{folder}: this member has no {name}")
+    if (folder / RECORD).is_file() and MemberRecord.read(folder / RECORD).files.get(name) != record.files[name]:
+        raise UserError(f"{folder}: this member was replaced while it was being read; run the command again")
     if not (folder / name).is_file():
         raise UserError(f"{folder}: half-written member: {name} is missing; delete the folder, or copy it again whole")
     found = checksum(folder / name)
@@ -313,11 +372,12 @@ def checked_file(pool: Path, record: MemberRecord, name: str) -> Path:
 
 def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
     """One of a member's .npy files, memory-mapped, checksum compared, finite (``UserError`` otherwise)."""
-    path = checked_file(pool, record, name)
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as e:
-        raise UserError(f"{path}: not an array file ({e})") from e
+    with _reading(Path(pool) / record.task):
+        path = _checked_file(pool, record, name)
+        try:
+            array = np.lib.format.open_memmap(path, mode="r")  # never unpickles, unlike np.load
+        except Exception as e:  # a damaged header raises several kinds of exception
+            raise UserError(f"{path}: not an array file ({e})") from e
     if not np.issubdtype(array.dtype, np.floating) or array.ndim < 2:
         raise UserError(f"{path}: {array.dtype} of shape {array.shape}; expected floats of shape (..., N, C)")
     if not np.isfinite(array).all():
@@ -332,7 +392,8 @@ def read_tensors(pool: Path, record: MemberRecord, name: str) -> dict[str, np.nd
     """One of a member's .safetensors files, checksum compared."""
     from safetensors.numpy import load_file
 
-    return load_file(checked_file(pool, record, name))
+    with _reading(Path(pool) / record.task):
+        return load_file(_checked_file(pool, record, name))
 
 
 class TaskPool:
@@ -348,13 +409,14 @@ class TaskPool:
         if not home.is_dir():
             found = ", ".join(task_names(self.pool)) or "none"
             raise UserError(f"{self.pool}: no task {task!r} in this pool; tasks found: {found}")
-        _mend_if_needed(home)
+        with _reading(home):
+            folders = sorted(p for p in home.iterdir() if p.is_dir() and p.name[0] != "." and p.name != EXAMPLES)
+            records = [MemberRecord.read(folder / RECORD) for folder in folders]
         self.members: list[MemberRecord] = []
         """Finished members, by name."""
         self.left_out: dict[str, str] = {}
         """Name to reason of members that were not finished."""
-        for folder in sorted(p for p in home.iterdir() if p.is_dir() and p.name[0] != "." and p.name != EXAMPLES):
-            record = MemberRecord.read(folder / RECORD)
+        for record in records:
             if record.finished:
                 self.members.append(record)
             else:
@@ -370,8 +432,9 @@ class TaskPool:
         return member_folder(self.pool, self.name, record.name)
 
     def _agree(self) -> None:
-        first = self.members[0]
-        for other in self.members[1:]:
+        # The split is compared with the first that has it.
+        first = next((r for r in self.members if self.split in r.examples), self.members[0])
+        for other in self.members:
             both = f"{self._folder(first)} and {self._folder(other)} do not belong together"
             for key in ("task", "kind", "labels"):
                 a, b = getattr(first, key), getattr(other, key)
@@ -391,6 +454,8 @@ class TaskPool:
             return f"{self.split} ids differ, first in row {i}: {str(one.ids[i])!r} against {str(two.ids[i])!r}"
         if one.labels is None or two.labels is None:
             return f"one has labels for {self.split}, the other has none"
+        if one.labels.dtype != two.labels.dtype:
+            return f"{self.split} labels are {one.labels.dtype} in one and {two.labels.dtype} in the other"
         i = np.flatnonzero(one.labels != two.labels)[0]
         both = f"{one.labels[i]} against {two.labels[i]}"
         return f"{self.split} labels differ, first in row {i} ({str(one.ids[i])!r}): {both}"

@@ -179,9 +179,9 @@ def test_predictions_of_a_users_own_task_have_its_labels(kind, labels, values, t
 @pytest.mark.parametrize(
     ("a", "b", "winner"),
     [
-        ({"decided": "1110", "rank": 4}, {"decided": "0111", "rank": 8}, "b"),
+        ({"decided": "1110", "rank": 4}, {"decided": "0100", "rank": 8}, "b"),
         ({"decided": "1110", "rank": 8}, {"decided": "0111", "rank": 4}, "a"),
-        ({"decided": "1110", "rank": 8}, {"decided": "0111"}, "a"),
+        ({"decided": "0100", "rank": 8}, {"decided": "0111"}, "a"),
         ({"decided": "1000", "rank": 4}, {"decided": "0111", "rank": 4}, "b"),
         ({"decided": "1110", "rank": 4}, {"decided": "0111", "rank": 4}, "a"),
     ],
