@@ -41,9 +41,10 @@ def _told(base_model: str) -> Iterator[None]:
     """transformers' errors about names and files, as one line that says what to do."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # Its report of "newly initialised" head weights is the normal case here.
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # a second, for a hundred tensors
     try:
         yield
     except (OSError, ValueError, KeyError) as e:
@@ -54,6 +55,8 @@ def _told(base_model: str) -> Iterator[None]:
         ) from e
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(base_model: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,13 +15,13 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-
 from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import __version__
 from lora_ensemble.curves import MemberTable, default_loggers
 from lora_ensemble.data import BankData
-from lora_ensemble.module import BankModule
+from lora_ensemble.errors import UserError
+from lora_ensemble.module import BankModule, check_precision
 from lora_ensemble.pool_writer import PoolWriter
 
 # Trainer settings that do not change what a run trains, so that it may be resumed with others.
@@ -75,6 +76,14 @@ class CLI(LightningCLI):
         parser.link_arguments("data.seed", "model.seed")
         parser.link_arguments("data.tasks", "model.tasks", apply_on="instantiate")
 
+    def before_instantiate_classes(self) -> None:
+        """Check what would fail only after the model was loaded."""
+        config = self.config[self.subcommand]
+        check_precision(config.trainer.precision)
+        path = config.get("ckpt_path")
+        if path is not None and path not in ("last", "best", "hpc") and not Path(path).is_file():
+            raise UserError(f"--ckpt_path: {path}: no such file; give a checkpoint, or last for this run's own")
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer with this run's folder, its checkpoint and its curves."""
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -82,18 +91,16 @@ class CLI(LightningCLI):
         run_dir = Path(config.trainer.default_root_dir or "checkpoints") / "runs" / self._run_name(config, experiment)
         _SaveConfig.run_dir = run_dir
         writer = self._get(self.config_init, "pool")
-        writer.run = run_dir.name
+        writer.run, writer.resumed = run_dir.name, config.get("ckpt_path") is not None
         fit, logger = self.subcommand == "fit", config.trainer.logger
         if logger is None or logger is True:
             use = fit and not config.trainer.fast_dev_run
-            resumed = config.get("ckpt_path") is not None
-            kwargs["logger"] = default_loggers(run_dir, experiment=experiment, resumed=resumed) if use else False
+            kwargs["logger"] = default_loggers(run_dir, experiment=experiment, resumed=writer.resumed) if use else False
         trainer = super().instantiate_trainer(**kwargs)
+        # Lightning's own default would write beside the logger's files, where --ckpt_path last never finds them.
+        default = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is None]
+        trainer.callbacks = [c for c in trainer.callbacks if c not in default]
         if fit and config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run:
-            # Lightning's own default would write beside the logger's files, where --ckpt_path last never finds them.
-            trainer.callbacks = [
-                c for c in trainer.callbacks if not (isinstance(c, ModelCheckpoint) and c.dirpath is None)
-            ]
             folder = run_dir / "checkpoint"
             if config.get("ckpt_path") is None and (folder / "last.ckpt").is_file():
                 _say(f"note: these settings were run before; add --ckpt_path last to go on from {folder / 'last.ckpt'}")
@@ -125,11 +132,19 @@ def _say(text: str) -> None:
 
 def run(args: Sequence[str] | None = None) -> int:
     """Parse and run a subcommand; ``UserError`` for what the user can put right."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning's own calls
+    # main(args) from Python is meant.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+    # Losses are logged at the end of an epoch, however short.
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # validate saves no checkpoint
+    warnings.filterwarnings("ignore", message="predict returned None")  # the pool's writer has the logits
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about lightning
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the loaders are arrays in memory
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # said above
-    # 'GPU available: ...' and advertisements; warnings and errors still come through.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # 'GPU available: ...', 'Seed set to ...' and advertisements; warnings and errors still come through.
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     CLI(
         BankModule,
         BankData,

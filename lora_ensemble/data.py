@@ -36,12 +36,11 @@ class TokenisedSplit:
         self.ids, self.labels = split.ids, split.labels
         self.fingerprint = fingerprint(split)
         texts = [list(column) for column in split.texts]
+        settings = {"return_token_type_ids": True, "return_attention_mask": False}
         # verbose=False: the warning about length would come although the cut is made and said below.
-        tokens = tokenizer(
-            *texts, truncation=False, add_special_tokens=True, verbose=False, return_attention_mask=False
-        )
+        tokens = tokenizer(*texts, truncation=False, verbose=False, **settings)
         rows: list[list[int]] = tokens["input_ids"]
-        types: list[list[int]] | None = tokens.get("token_type_ids")
+        types: list[list[int]] = tokens["token_type_ids"]
         too_long = [i for i, row in enumerate(rows) if len(row) > max_length]
         self.notices = list(split.notices)
         if too_long:
@@ -49,27 +48,22 @@ class TokenisedSplit:
             self.notices.append(
                 f"{len(too_long)} of {len(rows)} examples cut to {max_length} tokens (first ids: {first})"
             )
-            cut = tokenizer(
-                *([column[i] for i in too_long] for column in texts), truncation="longest_first", max_length=max_length
-            )
+            long = [[column[i] for i in too_long] for column in texts]
+            cut = tokenizer(*long, truncation="longest_first", max_length=max_length, **settings)
             for place, i in enumerate(too_long):
-                rows[i] = cut["input_ids"][place]
-                if types is not None:
-                    types[i] = cut["token_type_ids"][place]
+                rows[i], types[i] = cut["input_ids"][place], cut["token_type_ids"][place]
         self.lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
         self._start = np.concatenate([[0], np.cumsum(self.lengths)])
         self._tokens = np.fromiter((t for row in rows for t in row), np.int32, int(self._start[-1]))
-        self._types = (
-            None if types is None else np.fromiter((t for row in types for t in row), np.int8, int(self._start[-1]))
-        )
+        self._types = np.fromiter((t for row in types for t in row), np.int8, int(self._start[-1]))
         self._pad = tokenizer.pad_token_id
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """The examples ``rows`` (B,): ``input_ids``, ``attention_mask`` and, where the tokeniser makes them,
-        ``token_type_ids`` (B, L), ``labels`` (B,) where known, ``index`` (B,), padded on the right."""
+        """The examples ``rows`` (B,): ``input_ids``, ``attention_mask`` and ``token_type_ids`` (B, L), padded on the
+        right; ``labels`` (B,) where known; ``index`` (B,)."""
         b, length = len(rows), int(self.lengths[rows].max(initial=1))
         mask = np.arange(length) < self.lengths[rows][:, None]
         source = (self._start[rows][:, None] + np.arange(length))[mask]
@@ -82,10 +76,9 @@ class TokenisedSplit:
         batch = {
             "input_ids": fill(self._tokens, self._pad),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "token_type_ids": fill(self._types, 0),
             "index": torch.from_numpy(np.asarray(rows, np.int64)),
         }
-        if self._types is not None:
-            batch["token_type_ids"] = fill(self._types, 0)
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[rows])
         return batch

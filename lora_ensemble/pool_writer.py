@@ -40,6 +40,8 @@ class PoolWriter(pl.Callback):
         self.dir, self.overwrite = Path(dir), overwrite
         self.run = ""
         """Name of the run, set by the command line; it ties one member's folders in several tasks."""
+        self.resumed = False
+        """Whether the run uses a checkpoint, set by the command line: the Trainer knows too late."""
         self._best: list[float] = []
         self._best_epoch: list[int] = []
         self._epochs: dict[str, list[np.ndarray]] = {}  # task -> E arrays (M, N, C) float16
@@ -72,7 +74,7 @@ class PoolWriter(pl.Callback):
         if stage == "fit":
             if not trainer.fast_dev_run:
                 self._check_pool(trainer, pl_module)
-        elif trainer.ckpt_path is None:
+        elif not self.resumed:
             self._restore(pl_module)
 
     def _check_pool(self, trainer: pl.Trainer, module: BankModule) -> None:
@@ -82,7 +84,7 @@ class PoolWriter(pl.Callback):
                 found = pool.read_record(self.dir, task.name, record.name)
                 if found is None or self.overwrite:
                     continue
-                resumed = trainer.ckpt_path is not None and found.run == self.run
+                resumed = self.resumed and found.run == self.run
                 difference = _difference(found, record, resumed=resumed)
                 where = pool.member_folder(self.dir, task.name, record.name)
                 way_out = "choose another --pool.dir, give the member another name, or set --pool.overwrite true"
@@ -191,7 +193,7 @@ class PoolWriter(pl.Callback):
         if not self._best:
             self._best, self._best_epoch = [-math.inf] * m, [0] * m
         self._dead = [False] * m
-        if trainer.ckpt_path is None or trainer.fast_dev_run:
+        if not self.resumed or trainer.fast_dev_run:
             return
         # A kill may have come after the pool was written and before the checkpoint was: the pool's best stays.
         for index, member in enumerate(pl_module.members):

@@ -6,7 +6,7 @@ import os
 
 # Before torch: two threads in each of several processes stall each other on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable

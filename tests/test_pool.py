@@ -343,7 +343,7 @@ def test_a_name_that_passes_makes_a_folder_of_that_name(tmp_path, name):
 # the file system (k = 1, 2, ... until it gets through), once as it is and once with the file that it was writing cut
 # in half.
 KILL_EVERYWHERE = """
-import json, os, shutil, signal, sys
+import json, os, shutil, signal, sys, traceback
 from pathlib import Path
 import numpy as np
 import safetensors.numpy
@@ -372,7 +372,10 @@ def read(pool):
 def kill_at(pool, act, k, torn, steps=STEPS):
     child = os.fork()
     if child:
-        return os.waitpid(child, 0)[1] != 0
+        status = os.waitpid(child, 0)[1]
+        if status not in (0, signal.SIGKILL):
+            sys.exit(f"{pool}: step {k} failed")
+        return status != 0
     count, writing = 0, None
     def hook(event, args):
         nonlocal count, writing
@@ -386,7 +389,11 @@ def kill_at(pool, act, k, torn, steps=STEPS):
         writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) and not str(args[0]).endswith(".lock")
         writing = args[0] if writes else None
     sys.addaudithook(hook)
-    act(pool)
+    try:
+        act(pool)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)
 
 def everywhere(start, act, tag, *more):
@@ -439,7 +446,8 @@ def test_a_kill_at_any_step_leaves_the_old_member_or_the_new_one(pool, tmp_path,
         shutil.rmtree(pool / "quora" / "m0")
     (tmp_path / "out").mkdir()
     run = [sys.executable, "-W", "error", "-c", KILL_EVERYWHERE, act, str(pool), str(tmp_path / "out")]
-    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     once, twice = ([Path(p) for p in paths] for paths in json.loads(done.stdout))
     assert len(once) >= 2 * 6  # steps there certainly are: lock, folder, files, record, rename
     assert len(twice) > len(once)

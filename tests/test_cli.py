@@ -1,0 +1,370 @@
+"""The program end to end, in this process, on tiny random encoders: fit, validate, test, predict, then dicor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILY_NAMES, REPOSITORY
+
+from lora_ensemble import pool
+from lora_ensemble.dicor.cli import main as dicor
+from lora_ensemble.main import main
+from lora_ensemble.readers import read_split
+from lora_ensemble.tasks import PRESETS
+
+MEMBERS = (
+    "[{rank: [2, 3], targets: all-linear, lr: 3e-3}, {targets: none, lr: 1e-2}, {rank: 4, targets: qkv, lr: 1e-3}]"
+)
+
+
+class Program:
+    """The command line with a tiny model, a small data set and a folder of its own."""
+
+    def __init__(self, folder: Path, base: Path, root: Path) -> None:
+        self.folder, self.base, self.root = folder, base, root
+        self.pool = folder / "pool"
+
+    def arguments(self, command: str, *extra: str, tasks: str = "[sst]", members: str = MEMBERS) -> list[str]:
+        given = {e.split("=")[0].split()[0] for e in extra}
+        defaults = {
+            "--data.root": str(self.root),
+            "--data.tasks": tasks,
+            "--model.base_model": str(self.base),
+            "--model.members": members,
+            "--pool.dir": str(self.pool),
+            "--trainer.default_root_dir": str(self.folder),
+            "--trainer.accelerator": "cpu",
+            "--trainer.max_epochs": "2",
+            "--trainer.enable_progress_bar": "false",
+        }
+        return [command, *(f"{k}={v}" for k, v in defaults.items() if k not in given), *extra]
+
+    def __call__(self, command: str, *extra: str, **kw: str) -> int:
+        return main(self.arguments(command, *extra, **kw))
+
+    def run_dir(self) -> Path:
+        (folder,) = (self.folder / "runs").iterdir()
+        return folder
+
+
+@pytest.fixture
+def program(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> Program:
+    return Program(tmp_path, tiny("bert"), demo_root)
+
+
+def test_the_whole_path(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("fit") == 0
+    out = capsys.readouterr().out
+    assert "sst train: 60 examples" in out
+    assert "r2-c1-all-linear-lr3e-3-s11711" in out
+    names = sorted(p.name for p in (program.pool / "sst").iterdir() if p.is_dir())
+    assert names == [
+        "examples",
+        "head-lr1e-2-s11711",
+        "r2-c1-all-linear-lr3e-3-s11711",
+        "r3-c1-all-linear-lr3e-3-s11711",
+        "r4-c1-qkv-lr1e-3-s11711",
+    ]
+    opened = pool.TaskPool(program.pool, "sst")
+    truth = read_split(PRESETS["sst"], "dev", program.root, need_labels=True)
+    assert opened.examples().ids.tolist() == truth.ids.tolist()
+    for record in opened.members:
+        logits = opened.logits(record.name)
+        accuracy = float(np.mean(np.argmax(logits, 1) == truth.labels))
+        assert record.score == pytest.approx(accuracy, abs=1e-12)
+        epochs = pool.read_array(program.pool, record, pool.EPOCHS)
+        assert epochs.shape == (2, 30, 5)
+        assert record.best_epoch is not None
+        np.testing.assert_allclose(epochs[record.best_epoch - 1], logits, atol=2e-3)
+        assert record.score == max(s for s in record.epoch_scores if s is not None)
+        assert (record.epochs_done, record.finished, record.base_model) == (2, True, str(program.base))
+
+    config = (program.run_dir() / "config.yaml").read_text()
+    assert program("validate") == 0
+    out = capsys.readouterr().out
+    for record in opened.members:
+        assert f"{record.name}  {'' if record.score is None else f'{record.score:.4f}'}".split() == next(
+            line.split() for line in out.splitlines() if line.startswith(record.name)
+        )
+    assert (program.run_dir() / "config.yaml").read_text() == config
+    assert program("predict") == 0
+    assert pool.TaskPool(program.pool, "sst", split="test").logits("head-lr1e-2-s11711").shape == (20, 5)
+    record_file, predictions = program.folder / "dicor.json", program.folder / "p.csv"
+    assert (
+        dicor(["select", "--pool", str(program.pool), "--task", "sst", "--size", "3", "--output", str(record_file)])
+        == 0
+    )
+    assert dicor(["compare", "--pool", str(program.pool), "--task", "sst"]) == 0
+    assert dicor(["apply", "--ensemble", str(record_file), "--split", "test", "--output", str(predictions)]) == 0
+    lines = predictions.read_text().splitlines()
+    assert lines[0] == "id \t Predicted_Sentiment "
+    assert len(lines) == 21
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_peft_loads_every_member_of_every_family(
+    tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path, family: str
+) -> None:
+    """Plain PEFT on plain transformers gives the pool's dev logits (float32: to 2e-5)."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    program = Program(tmp_path, tiny(family), demo_root)
+    members = "[{rank: [2, 3], targets: all-linear, lr: 1e-2}, {targets: none, lr: 1e-2}, "
+    assert program("fit", tasks="[sts]", members=members + "{rank: 4, scaling: 10, targets: qkv, lr: 2e-2}]") == 0
+    split = read_split(PRESETS["sts"], "dev", demo_root, need_labels=True)
+    tokens = AutoTokenizer.from_pretrained(program.base)(
+        *split.texts, padding=True, return_tensors="pt", return_token_type_ids=True
+    )
+    if family != "bert" and family != "electra":
+        tokens.pop("token_type_ids", None)
+    else:
+        assert tokens["token_type_ids"].max() == 1
+    opened = pool.TaskPool(program.pool, "sts")
+    assert len(opened.members) == 4
+    for record in opened.members:
+        plain = AutoModelForSequenceClassification.from_pretrained(program.base, num_labels=1)
+        model = PeftModel.from_pretrained(plain, str(program.pool / "sts" / record.name)).eval()
+        with torch.no_grad():
+            logits = model(**tokens).logits.numpy()
+        np.testing.assert_allclose(logits, opened.logits(record.name), atol=2e-5, rtol=0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_B." in name:
+                    parameter.zero_()
+            changed = not np.allclose(model(**tokens).logits.numpy(), opened.logits(record.name), atol=1e-4)
+        assert changed == (record.rank is not None)  # the adapters matter, but for the head-only member's
+
+
+def test_three_tasks_in_every_step(program: Program) -> None:
+    assert program("fit", tasks="[sst, quora, sts]") == 0
+    records = [pool.TaskPool(program.pool, t).members for t in ("sst", "quora", "sts")]
+    for per_task in zip(*records, strict=True):
+        assert len({(r.name, r.run, r.best_epoch) for r in per_task}) == 1
+        acc_sst, acc_quora, r_sts = (r.epoch_scores for r in per_task)
+        overall = [(a + b + (c + 1) / 2) / 3 for a, b, c in zip(acc_sst, acc_quora, r_sts, strict=True)]  # type: ignore[operator]
+        assert per_task[0].best_epoch == int(np.argmax(overall)) + 1
+    assert program("validate", tasks="[sst, quora, sts]") == 0
+    assert program("predict", tasks="[sst, quora, sts]") == 0
+    assert pool.TaskPool(program.pool, "quora", split="test").examples().labels is None
+
+
+def test_full_fine_tuning(program: Program) -> None:
+    """A fully fine-tuned member is an ordinary transformers folder."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    full = ("--model.finetune=full", "--trainer.gradient_clip_val=1.0")
+    assert program("fit", *full, members="[{lr: 1e-3}]") == 0
+    opened = pool.TaskPool(program.pool, "sst")
+    (record,) = opened.members
+    model = AutoModelForSequenceClassification.from_pretrained(program.pool / "sst" / record.name).eval()
+    split = read_split(PRESETS["sst"], "dev", program.root, need_labels=True)
+    tokens = AutoTokenizer.from_pretrained(program.base)(*split.texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**tokens).logits.numpy()
+    np.testing.assert_allclose(logits, opened.logits(record.name), atol=2e-5, rtol=0)
+    before = AutoModelForSequenceClassification.from_pretrained(program.base).base_model.state_dict()
+    key = "encoder.layer.0.intermediate.dense.weight"
+    assert not torch.equal(before[key], model.base_model.state_dict()[key])
+    assert program("predict", *full, members="[{lr: 1e-3}]") == 0
+
+
+def test_a_task_of_ones_own(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"subject": f"late train {i}", "queue": ["rail", "food", "room"][i % 3]} for i in range(24)]
+    rows[3]["queue"] = ""
+    for name in ("train", "dev"):
+        (program.folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    task = program.folder / "task.yaml"
+    task.write_text(
+        "data:\n  tasks:\n    - {name: tickets, kind: multiclass, text: [subject], label: queue,\n"
+        "       label_names: [rail, food, room], train: train.jsonl, dev: dev.jsonl}\n"
+    )
+    arguments = [a for a in program.arguments("fit", f"--data.root={program.folder}") if "--data.tasks" not in a]
+    assert main([*arguments, "--config", str(task)]) == 0
+    assert "1 row skipped" in capsys.readouterr().out
+    assert pool.TaskPool(program.pool, "tickets").labels == ["rail", "food", "room"]
+    assert len(pool.TaskPool(program.pool, "tickets").examples().ids) == 23
+
+
+def test_accumulation_keeps_its_meaning(program: Program) -> None:
+    """Two batches of 4 accumulated are one batch of 8: the same members (60 examples: 7 full batches a pass)."""
+    still = ("--model.head_dropout=0", "--model.encoder_dropout=0", "--trainer.max_epochs=1")
+    assert program("fit", *still, "--data.steps_per_epoch=7") == 0
+    whole = pool.TaskPool(program.pool, "sst")
+    program.pool = program.folder / "accumulated"
+    half = ("--data.steps_per_epoch=14", "--data.batch_size=4", "--trainer.accumulate_grad_batches=2")
+    assert program("fit", *still, *half) == 0
+    parts = pool.TaskPool(program.pool, "sst")
+    for record in whole.members:
+        np.testing.assert_allclose(parts.logits(record.name), whole.logits(record.name), atol=1e-4)
+
+
+def test_a_diverging_member_is_reported_and_left_out(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    members = "[{rank: 2, lr: 1e-3}, {rank: 2, lr: 1e30, name: wild}]"
+    assert program("fit", members=members) == 0
+    assert "wild has diverged (NaN or infinity) by epoch 1" in capsys.readouterr().out
+    assert [r.name for r in pool.TaskPool(program.pool, "sst").members] == ["r2-c1-qv-lr1e-3-s11711"]
+
+
+def test_all_members_diverged(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("fit", members="[{lr: 1e30}]") == 2
+    assert "every member has diverged" in capsys.readouterr().err
+
+
+def test_a_pool_is_not_overwritten_by_accident(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    few = "[{rank: 2, lr: 1e-3, name: a}]"
+    assert program("fit", members=few) == 0
+    before = (program.pool / "sst/a/member.json").read_bytes()
+    capsys.readouterr()
+    assert program("fit", members=few) == 2
+    assert "already trained with these very settings and finished" in capsys.readouterr().err
+    assert program("fit", members=few.replace("rank: 2", "rank: 3")) == 2
+    assert "other settings (rank was 2, is now 3)" in capsys.readouterr().err
+    assert program("fit", "--trainer.max_epochs=1", members=few) == 2
+    assert "max_epochs was 2, is now 1" in capsys.readouterr().err
+    assert (program.pool / "sst/a/member.json").read_bytes() == before
+    assert program("fit", "--trainer.max_epochs=1", "--pool.overwrite=true", members=few) == 0
+    assert json.loads((program.pool / "sst/a/member.json").read_text())["epochs_done"] == 1
+
+
+def different_files(one: Path, two: Path) -> list[Path]:
+    names = [sorted(p.relative_to(r) for p in r.rglob("*") if p.is_file() and p.name != ".lock") for r in (one, two)]
+    assert len(names[0]) > 10
+    assert names[0] == names[1]
+    return [n for n in names[0] if (one / n).read_bytes() != (two / n).read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "step", "schedule"),
+    [(0, 3, ["--model.schedule=cosine", "--model.warmup=0.2"]), (1, 6, ["--model.warmup=3"])],
+)
+def test_an_interrupted_epoch_goes_on_as_if_nothing_had_happened(
+    program: Program, epoch: int, step: int, schedule: list[str]
+) -> None:
+    """From a checkpoint in mid-epoch, dropout on, a schedule and accumulation running: the same pool, bit for bit."""
+    often = (
+        "--trainer.callbacks+=ModelCheckpoint",
+        f"--trainer.callbacks.dirpath={program.folder}/often",
+        "--trainer.callbacks.every_n_train_steps=3",
+        "--trainer.callbacks.save_top_k=-1",
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.gradient_clip_val=0.5",
+        *schedule,
+    )
+    assert program("fit", *often) == 0
+    undisturbed, program.pool = program.pool, program.folder / "resumed"
+    (middle,) = (program.folder / "often").glob(f"*step={step}.ckpt")
+    content = torch.load(middle, weights_only=True)
+    assert (content["epoch"], content["global_step"]) == (epoch, step)  # 8 batches make 4 steps an epoch
+    assert list(content["state_dict"]) == ["bank.weights"]  # nothing that was not trained
+    if epoch:  # what the first epoch wrote is there in real life
+        assert program("fit", *often, "--trainer.max_epochs=1") == 0
+    assert program("fit", *often, f"--ckpt_path={middle}") == 0
+    assert different_files(undisturbed, program.pool) == []
+
+
+def test_checkpoint_of_another_bank(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("fit") == 0
+    last = program.run_dir() / "checkpoint" / "last.ckpt"
+    assert program("validate", f"--ckpt_path={last}") == 0
+    assert program("validate", f"--ckpt_path={last}", members="[{rank: 2}]") == 2
+    assert "another bank's (members differs)" in capsys.readouterr().err
+    before = sorted((program.pool / "sst").rglob("test.logits.npy"))
+    assert program("predict", f"--ckpt_path={last}") == 0
+    assert sorted((program.pool / "sst").rglob("test.logits.npy")) == before == []
+    assert "not the pool's best weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_runs(program: Program, config: Path) -> None:
+    own = {"--data.tasks", "--model.members", "--trainer.max_epochs"}
+    arguments = [a for a in program.arguments("fit") if a.split("=")[0] not in own]
+    first = arguments[:1] + ["--config", str(config), "--trainer.fast_dev_run=true", "--trainer.precision=32-true"]
+    assert main(first + arguments[1:]) == 0
+
+
+def test_an_unlabelled_split_is_for_prediction(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("fit") == 0
+    assert program("test") == 2
+    assert "`lora-ensemble predict`" in capsys.readouterr().err
+    labelled = f"{{name: sst, kind: multiclass, text: [sentence], label: sentiment, id: id, label_names: ['0', '1', '2', '3', '4'], dev: {PRESETS['sst'].dev}, test: {PRESETS['sst'].dev}}}"  # noqa: E501
+    assert program("test", tasks=f"[{labelled}]") == 0
+    assert "sst test (accuracy)" in capsys.readouterr().out
+
+
+BAD: list[tuple[list[str], dict[str, str], str]] = [
+    (["--data.root=/nowhere"], {}, "/nowhere"),
+    ([], {"tasks": "[sst5]"}, "'sst5' is no preset"),
+    ([], {"tasks": "[]"}, "data.tasks: the list is empty"),
+    ([], {"members": "[]"}, "model.members: the list is empty"),
+    ([], {"members": "[{rank: 0}]"}, "model.members[0].rank: 0"),
+    ([], {"members": "[{rank: -3}]"}, "model.members[0].rank: -3"),
+    ([], {"members": "[{rank: two}]"}, "rank"),
+    ([], {"members": "[{rnk: 2}]"}, "rnk"),
+    ([], {"members": "[{rank: 8}, {rank: 8}]"}, "are both named 'r8-c1-qv-lr1e-4-s11711'"),
+    ([], {"members": "[{targets: qw}]"}, "no linear layer of this bert encoder ends in 'qw'"),
+    ([], {"members": "[{lr: [1e-5, 1e-4]}]", "extra": "--model.finetune=full"}, "train one member a run"),
+    (["--model.base_model=/nowhere/model"], {}, "model.base_model: '/nowhere/model' cannot be loaded"),
+    (["--model.head_dropout=1.5"], {}, "model.head_dropout: 1.5"),
+    (["--data.batch_size=0"], {}, "data.batch_size: 0"),
+    (["--trainer.precision=16-mixed"], {}, "use bf16-mixed"),
+    (["--no.such.option=1"], {}, "no.such.option"),
+    (["--config=/nowhere.yaml"], {}, "/nowhere.yaml"),
+    (["--ckpt_path=/nowhere.ckpt"], {}, "/nowhere.ckpt"),
+    (["--model.warmup=1000"], {}, "model.warmup: 1000 steps, but the run has"),
+]
+
+
+@pytest.mark.parametrize(("extra", "kw", "message"), BAD, ids=[m for _, _, m in BAD])
+def test_mistakes_get_one_line_and_code_2(
+    program: Program, capsys: pytest.CaptureFixture[str], extra: list[str], kw: dict[str, Any], message: str
+) -> None:
+    more = [kw.pop("extra")] if "extra" in (kw := dict(kw)) else []
+    try:
+        code = program("fit", *extra, *more, **kw)
+    except SystemExit as e:  # argparse's way
+        code = int(e.code or 0)
+    err = capsys.readouterr().err
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("lora-ensemble: error:")]
+    assert message in line
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\tid\tsentence\tlabel\n0\ta\tgood\t1\n", "sentiment"),
+        ("\tid\tsentence\tsentiment\n", "no usable examples"),
+        ("\tid\tsentence\tsentiment\n0\ta\tgood\t7\n", "'7'"),
+        (b"\tid\tsentence\tsentiment\n0\ta\tg\xe9od\t1\n", "UTF-8"),
+    ],
+)
+def test_bad_data(program: Program, capsys: pytest.CaptureFixture[str], content: str | bytes, message: str) -> None:
+    root = program.folder / "data"
+    root.mkdir()
+    (root / str(PRESETS["sst"].train)).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (root / str(PRESETS["sst"].dev)).write_bytes((program.root / str(PRESETS["sst"].dev)).read_bytes())
+    assert program("fit", f"--data.root={root}") == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") - err.count("Loading weights") <= 2
+
+
+def test_members_that_are_not_in_the_pool(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("validate") == 2
+    assert "no such member; train it first" in capsys.readouterr().err
+
+
+def test_tampered_weights(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("fit") == 0
+    file = program.pool / "sst" / "head-lr1e-2-s11711" / pool.ADAPTER
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
+    assert program("validate") == 2
+    assert "tampered with" in capsys.readouterr().err
