@@ -172,7 +172,8 @@ class BankData(pl.LightningDataModule):
         self,
         base_model: str = "all-MiniLM-L6-v2",
         root: str | None = None,
-        tasks: list[str | Task] = ["sst"],  # noqa: B006 (never changed; jsonargparse shows it as the default)
+        # A tuple: of two lists of one length, jsonargparse would merge the entries.
+        tasks: tuple[str | Task, ...] = ("sst",),
         batch_size: int = 8,
         eval_batch_size: int = 32,
         max_length: int | None = None,

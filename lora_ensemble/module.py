@@ -68,7 +68,7 @@ class BankModule(pl.LightningModule):
         self,
         tasks: list[Task],
         base_model: str = "all-MiniLM-L6-v2",
-        members: list[MemberConfig] | None = None,
+        members: tuple[MemberConfig, ...] | None = None,
         finetune: Literal["lora", "full"] = "lora",
         init_std: float = 0.02,
         head_dropout: float | None = 0.3,
@@ -228,7 +228,7 @@ class BankModule(pl.LightningModule):
 
     def _total_steps(self) -> int:
         """Optimiser steps of the whole run."""
-        # Not trainer.estimated_stepping_batches: it sets the loaders up before Lightning restores their state, so that a
+        # Not trainer.estimated_stepping_batches: it sets the loaders up before Lightning restores their state, so a
         # run resumed in mid-epoch would start the epoch again (lightning 2.6).
         trainer = self.trainer
         batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches

@@ -285,7 +285,7 @@ def test_checkpoint_of_another_bank(program: Program, capsys: pytest.CaptureFixt
 def test_every_shipped_config_runs(program: Program, config: Path) -> None:
     own = {"--data.tasks", "--model.members", "--trainer.max_epochs"}
     arguments = [a for a in program.arguments("fit") if a.split("=")[0] not in own]
-    first = arguments[:1] + ["--config", str(config), "--trainer.fast_dev_run=true", "--trainer.precision=32-true"]
+    first = [*arguments[:1], "--config", str(config), "--trainer.fast_dev_run=true", "--trainer.precision=32-true"]
     assert main(first + arguments[1:]) == 0
 
 
@@ -296,6 +296,17 @@ def test_an_unlabelled_split_is_for_prediction(program: Program, capsys: pytest.
     labelled = f"{{name: sst, kind: multiclass, text: [sentence], label: sentiment, id: id, label_names: ['0', '1', '2', '3', '4'], dev: {PRESETS['sst'].dev}, test: {PRESETS['sst'].dev}}}"  # noqa: E501
     assert program("test", tasks=f"[{labelled}]") == 0
     assert "sst test (accuracy)" in capsys.readouterr().out
+
+
+def test_members_of_a_later_config_replace_those_of_an_earlier_one(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, entry in (("first", "{rank: 4, scaling: [1, 3], lr: 1e-3}"), ("second", "{rank: 2}")):
+        (program.folder / f"{name}.yaml").write_text(f"model:\n  members:\n    - {entry}\n")
+    arguments = [a for a in program.arguments("fit") if "--model.members" not in a]
+    both = [f"--config={program.folder}/{name}.yaml" for name in ("first", "second")]
+    assert main([*arguments[:1], *both, *arguments[1:]]) == 0
+    assert [r.name for r in pool.TaskPool(program.pool, "sst").members] == ["r2-c1-qv-lr1e-4-s11711"]
 
 
 BAD: list[tuple[list[str], dict[str, str], str]] = [

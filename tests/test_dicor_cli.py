@@ -229,12 +229,23 @@ def test_compare_prints_three_systems_per_task_and_the_overall_score(pool, tmp_p
     assert "2 left out (1 diverged, 1 not finished)" in out
 
 
-def test_compare_of_one_task_has_no_overall_score(pool, capsys):
+def test_compare_of_one_task_takes_the_others_with_their_defaults(pool, capsys):
+    assert run("compare", "--pool", pool) == 0
+    whole = capsys.readouterr().out
     assert run("compare", "--pool", pool, "--task", "sts", "--size", 2, "--similarity", "cosine") == 0
     out = capsys.readouterr().out
-    assert "overall" not in out
-    assert "sst" not in out
     assert "DiCor: 2 of the 6 best, cosine similarity; strategy mean" in out
+    assert "sst: 6 members" not in out
+    single, omni = (line for line in out.splitlines()[-5:-2] if not line.startswith("DiCor"))
+    assert single in whole  # the single best and Omni do not depend on the settings
+    assert omni in whole
+
+
+def test_compare_without_all_three_presets_has_no_overall_score(pool, tmp_path, capsys):
+    shutil.copytree(pool, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "quora")
+    assert run("compare", "--pool", tmp_path / "two", "--task", "sts") == 0
+    assert "overall" not in capsys.readouterr().out
 
 
 def test_written_files_replace_old_ones_whole_and_leave_nothing_beside(pool, tmp_path):

@@ -543,7 +543,6 @@ def test_a_reader_waits_for_the_swap(pool, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", slow)
-    # The reader has looked for left-overs before the writer began, and found none.
     found: list[object] = []
     old = read_record(pool, "quora", "m0")
     writer = threading.Thread(target=write_member, args=(pool, old, {"dev.logits.npy": LOGITS}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections import Counter
@@ -163,6 +164,7 @@ def _select(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from lora_ensemble.dicor.compare import overall
     from lora_ensemble.pool import task_names
+    from lora_ensemble.tasks import PRESETS
 
     if options.plots:
         from lora_ensemble.dicor import plots
@@ -180,8 +182,14 @@ def _compare(options: argparse.Namespace) -> None:
             for path in plots.save(task_pool, comparison, settings, options.plots):
                 print(f"saved {path}")
         print()
+    others = [task for task in task_names(options.pool) if task in PRESETS and task not in comparisons]
+    if len(others) + len(comparisons) >= len(PRESETS) and others:
+        # Asked about one task: the overall score needs the others, chosen with their defaults.
+        defaults = argparse.Namespace(pool=options.pool, size=None, top_k=None, similarity=None, strategy=None)
+        with contextlib.redirect_stderr(io.StringIO()):  # their notices were not asked for
+            comparisons |= {task: _compared(defaults, task)[1] for task in others}
     if scores := overall(comparisons):
-        print("overall: the mean of sst, quora and (sts + 1) / 2")
+        print("overall: the mean of sst, quora and (sts + 1) / 2" + (" (others with their defaults)" if others else ""))
         print("\n".join(f"{system:<12} {'':>8} {_score(value):>10}" for system, value in scores.items()), end="\n\n")
     print(IN_SAMPLE)
 

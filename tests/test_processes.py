@@ -1,0 +1,205 @@
+"""What needs processes of its own: a kill, two devices, a terminal, Weights & Biases, and a quick start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import Program, different_files
+
+from lora_ensemble import pool
+
+STILL = ("--model.head_dropout=0", "--model.encoder_dropout=0")
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **more}
+
+
+def command(arguments: list[str]) -> list[str]:
+    return [sys.executable, "-m", "lora_ensemble", *arguments]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.005)
+
+
+def checkpoint_times(program: Program) -> list[int]:
+    """When the run's checkpoint was last written."""
+    return [p.stat().st_mtime_ns for p in (program.folder / "runs").glob("*/checkpoint/last.ckpt")]
+
+
+def test_killed_in_mid_training_and_resumed(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
+    """SIGKILL, three times: the pool holds whole members only, and the run ends as one that was never disturbed."""
+    undisturbed = Program(tmp_path / "calm", tiny("bert"), demo_root)
+    killed = Program(tmp_path / "killed", tiny("bert"), demo_root)
+    epochs = ("--trainer.max_epochs=24", "--data.batch_size=2")
+    subprocess.run(command(undisturbed.arguments("fit", *epochs)), env=environment(), check=True)
+    resume: list[str] = []
+    task = killed.pool / "sst"
+    for _ in range(3):
+        process = subprocess.Popen(command(killed.arguments("fit", *epochs, *resume)), env=environment())
+        try:
+            written = set(checkpoint_times(killed))
+            wait_for(lambda seen=written: len(seen.update(checkpoint_times(killed)) or seen) >= 4, process)  # type: ignore
+            time.sleep(0.05)
+        finally:
+            process.kill()
+            process.wait()
+        for folder in (p for p in task.iterdir() if p.is_dir() and p.name[0] != "." and p.name != pool.EXAMPLES):
+            record = pool.MemberRecord.read(folder / pool.RECORD)
+            assert not record.finished
+            for name in record.files:
+                found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+                assert record.files[name] == f"sha256:{found}"
+        resume = ["--ckpt_path=last"]
+    subprocess.run(command(killed.arguments("fit", *epochs, *resume)), env=environment(), check=True)
+    assert different_files(undisturbed.pool, killed.pool) == []
+
+
+def test_two_devices_train_the_same_members_as_one(
+    tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path
+) -> None:
+    """Dropout off: the same dev scores, and the same logits row for row (float64, kept as float32: to 1e-6)."""
+    one = Program(tmp_path / "one", tiny("bert"), demo_root)
+    two = Program(tmp_path / "two", tiny("bert"), demo_root)
+    tasks = "[sst, sts]"
+    # 7 does not divide by 2, nor 60 by 7: uneven shares, and a last batch of 4.
+    common = (*STILL, "--trainer.precision=64-true", "--data.batch_size=7", "--trainer.gradient_clip_val=0.5")
+    assert one("fit", *common, tasks=tasks) == 0
+    assert one("predict", *common, tasks=tasks) == 0
+    ddp = ("--trainer.devices=2", "--trainer.strategy=ddp")
+    for verb in ("fit", "predict"):
+        subprocess.run(command(two.arguments(verb, *common, *ddp, tasks=tasks)), env=environment(), check=True)
+    for task in ("sst", "sts"):
+        for split in ("dev", "test"):
+            a, b = (pool.TaskPool(p.pool, task, split=split) for p in (one, two))
+            assert a.examples().ids.tolist() == b.examples().ids.tolist()
+            for record in a.members:
+                np.testing.assert_allclose(b.logits(record.name), a.logits(record.name), atol=1e-6, rtol=0)
+                other = b.record(record.name)
+                assert (other.best_epoch, other.finished) == (record.best_epoch, True)
+                assert other.epoch_scores == pytest.approx(record.epoch_scores, abs=1e-6)
+    moved = pool.read_array(one.pool, pool.TaskPool(one.pool, "sst").members[0], pool.EPOCHS)
+    assert float(np.abs(moved[1] - moved[0]).max()) > 1e-2
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    """Rows of the one offline run below ``folder``, read by W&B's own reader."""
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    out = subprocess.run(
+        [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", str(file)],
+        env=environment(WANDB_MODE="offline"),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    rows = []
+    for line in out.splitlines():
+        entry = json.loads(line)
+        if entry.get("type") == "history":
+            rows.append(entry)
+    return rows
+
+
+def test_curves_in_weights_and_biases(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
+    """An offline run read back: a curve of train loss and dev score for each member, and the CSV beside it."""
+    program = Program(tmp_path, tiny("bert"), demo_root)
+    result = subprocess.run(
+        command(program.arguments("fit", "--trainer.log_every_n_steps=2")),
+        env=environment(WANDB_MODE="offline", HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "wandb sync" in result.stdout
+    rows = history(program.run_dir())
+    assert rows
+    text = json.dumps(rows)
+    opened = pool.TaskPool(program.pool, "sst")
+    csv = next(program.run_dir().glob("csv/version_0/metrics.csv")).read_text()
+    for record in opened.members:
+        assert text.count(f"train_loss/sst/{record.name}") == 8  # 8 steps an epoch, 2 epochs, every second one
+        assert text.count(f"dev_score/sst/{record.name}") == 2
+        for score in record.epoch_scores:
+            assert score is not None
+            assert str(score)[:6] in text
+        assert f"dev_score/sst/{record.name}" in csv.splitlines()[0]
+    assert (program.run_dir() / "config.yaml").is_file()
+
+
+def test_no_key_and_a_terminal_asks_nothing(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
+    program = Program(tmp_path, tiny("bert"), demo_root)
+    env = environment(HOME=str(tmp_path), WANDB_MODE="", WANDB_API_KEY="", TERM="xterm", NETRC=str(tmp_path / "none"))
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command(program.arguments("fit")), env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    said, end = b"", time.monotonic() + 120
+    try:
+        while process.poll() is None or select.select([ours], [], [], 0)[0]:
+            assert time.monotonic() < end, said.decode(errors="replace")
+            if select.select([ours], [], [], 0.2)[0]:
+                try:
+                    said += os.read(ours, 4096)
+                except OSError:  # the terminal's other end was closed
+                    break
+        assert process.wait(30) == 0, said.decode(errors="replace")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        os.close(ours)
+    assert b"Weights & Biases offline" in said
+    assert b"Enter your choice" not in said
+
+
+def test_a_key_without_a_network_does_not_wait(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
+    """W&B by itself would wait 105 seconds and fail."""
+    program = Program(tmp_path, tiny("bert"), demo_root)
+    env = environment(HOME=str(tmp_path), WANDB_MODE="", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
+    result = subprocess.run(command(program.arguments("fit")), env=env, capture_output=True, text=True, timeout=90)
+    assert result.returncode == 0, result.stderr
+    assert "Weights & Biases offline" in result.stdout
+
+
+def test_logger_false_writes_no_curves(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
+    program = Program(tmp_path, tiny("bert"), demo_root)
+    subprocess.run(
+        command(program.arguments("fit", "--trainer.logger=false")), env=environment(WANDB_MODE="offline"), check=True
+    )
+    assert sorted(p.name for p in program.run_dir().iterdir()) == ["checkpoint", "config.yaml"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
+def test_help_and_version_load_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from lora_ensemble.main import main; code = main(sys.argv[1:]);"
+        "bad = {'torch', 'numpy', 'transformers', 'lightning', 'wandb'} & set(sys.modules);"
+        "sys.exit(code or ', '.join(bad) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_the_installed_command_and_dash_m() -> None:
+    script = Path(sys.executable).parent / "lora-ensemble"
+    for start in ([str(script)], [sys.executable, "-m", "lora_ensemble"]):
+        result = subprocess.run([*start, "--version"], capture_output=True, text=True, check=True)
+        assert result.stdout.startswith("lora-ensemble 0.")
