@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
 from lora_ensemble import __version__
 from lora_ensemble.errors import UserError
+
+# A full disk, a folder that may not be written, a file where a folder should be.
+_NOT_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 USAGE = """\
 usage: lora-ensemble {fit,validate,test,predict} [options]
@@ -48,6 +52,11 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return run(None if args is None else argv)
     except UserError as e:
+        print(f"lora-ensemble: error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        if e.errno not in _NOT_OURS:
+            raise
         print(f"lora-ensemble: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -89,7 +89,7 @@ class BankModule(pl.LightningModule):
             encoder_dropout: Dropout inside the encoder; null for the model's own.
             weight_decay: AdamW's decoupled weight decay.
             schedule: Learning rate over the run, after the warm-up: constant, or linear or cosine decay to zero.
-            warmup: Linear warm-up: a fraction of all steps if below 1, otherwise a number of steps.
+            warmup: Linear warm-up from zero: a fraction of all steps if below 1, otherwise a number of steps.
             seed: Seed of the dropout masks (taken from ``data.seed``).
         """
         super().__init__()
@@ -215,15 +215,10 @@ class BankModule(pl.LightningModule):
                 f"model.warmup: {self.warmup:g} steps, but the run has {total}; expected fewer, or a fraction"
             )
 
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            done = (step - warmup) / max(1, total - warmup)
-            if self.schedule == "linear":
-                return max(0.0, 1 - done)
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if self.schedule == "cosine" else 1.0
+        from transformers import get_scheduler
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=round(warmup), num_training_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _total_steps(self) -> int:
@@ -293,8 +288,9 @@ class BankModule(pl.LightningModule):
             scores = self.evaluations[task.name].scores or []
             metrics.update({f"dev_score/{task.name}/{m.name}": s for m, s in zip(self.members, scores, strict=True)})
             best = max((s for s in scores if not math.isnan(s)), default=math.nan)
-            # For EarlyStopping and the like; the same on every device, so that the mean changes nothing.
-            self.log(f"dev_score/{task.name}", best, prog_bar=True, sync_dist=True, batch_size=1)
+            if self.trainer.state.fn == "fit":
+                # For EarlyStopping and the like; the same on every device, so that the mean changes nothing.
+                self.log(f"dev_score/{task.name}", best, prog_bar=True, sync_dist=True, batch_size=1)
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.global_step)
             logger.save()

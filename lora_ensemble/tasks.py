@@ -150,10 +150,10 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
     # Judged on the values, not on a rounded variance: a constant may leave a variance of 1e-34.
     if len(a) == 0 or a.min() == a.max() or b.min() == b.max():
         return float("nan")
-    a = a - a.mean()
-    b = b - b.mean()
-    # Norms are taken first: the product of two small variances could underflow.
-    return float(np.clip((a / np.linalg.norm(a)) @ (b / np.linalg.norm(b)), -1.0, 1.0))
+    a, b = a - a.mean(), b - b.mean()
+    # Scaled before they are squared: the squares of small deviations would underflow.
+    a, b = a / np.abs(a).max(), b / np.abs(b).max()
+    return float(np.clip(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)), -1.0, 1.0))
 
 
 def score_decisions(decided: np.ndarray, labels: np.ndarray, kind: Kind) -> float:

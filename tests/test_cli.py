@@ -328,6 +328,8 @@ BAD: list[tuple[list[str], dict[str, str], str]] = [
     (["--no.such.option=1"], {}, "no.such.option"),
     (["--config=/nowhere.yaml"], {}, "/nowhere.yaml"),
     (["--ckpt_path=/nowhere.ckpt"], {}, "/nowhere.ckpt"),
+    (["--pool.dir=/dev/null/pool"], {}, "/dev/null/pool"),
+    (["--trainer.default_root_dir=/dev/null"], {}, "/dev/null"),
     (["--model.warmup=1000"], {}, "model.warmup: 1000 steps, but the run has"),
 ]
 
