@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,9 @@ _NOT_THE_RUN = {
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "inference_mode", "detect_anomaly"),
     *("check_val_every_n_epoch", "val_check_interval"),
 }
+
+
+_SAVE_EVERY = timedelta(minutes=10)
 
 
 class _Parser(LightningArgumentParser):
@@ -104,14 +108,12 @@ class CLI(LightningCLI):
             folder = run_dir / "checkpoint"
             if config.get("ckpt_path") is None and (folder / "last.ckpt").is_file():
                 _say(f"note: these settings were run before; add --ckpt_path last to go on from {folder / 'last.ckpt'}")
-            checkpoint = ModelCheckpoint(
-                dirpath=folder,
-                filename="last",
-                every_n_epochs=1,
-                save_on_train_epoch_end=True,
-                enable_version_counter=False,
-            )
-            trainer.callbacks += [MemberTable(writer), checkpoint]
+            common: dict[str, Any] = {"dirpath": folder, "filename": "last", "enable_version_counter": False}
+            trainer.callbacks += [
+                MemberTable(writer),
+                ModelCheckpoint(**common, every_n_epochs=1, save_on_train_epoch_end=True),
+                ModelCheckpoint(**common, train_time_interval=_SAVE_EVERY),  # an epoch may take hours
+            ]
         return trainer
 
     def _run_name(self, config: Any, experiment: str) -> str:
