@@ -46,7 +46,6 @@ def _wandb_logger(run_dir: Path, *, experiment: str, resumed: bool) -> Logger | 
     run_id = id_file.read_text().strip() if resumed and id_file.is_file() else ""
     if not run_id:
         run_id = f"{run_dir.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    os.environ.setdefault("WANDB_SILENT", "true")  # a warning about an option that Lightning passes
     settings = wandb.Settings(init_timeout=_START_WITHIN_S, silent=True, console="off")
     common: dict[str, Any] = {
         "project": os.environ.get("WANDB_PROJECT", "lora-ensemble"),
@@ -57,16 +56,22 @@ def _wandb_logger(run_dir: Path, *, experiment: str, resumed: bool) -> Logger | 
         "settings": settings,
     }
     if online:
-        logger = WandbLogger(**common, resume="allow")
+        logger = _without_warning(WandbLogger(**common, resume="allow"))
         try:
             _ = logger.experiment  # starts it now, on the first process only
         except Exception as e:  # whatever keeps W&B from starting must not keep the run from starting
             _say(f"curves: Weights & Biases did not start ({type(e).__name__}); going on offline")
             online = False
     if not online:
-        logger = WandbLogger(**common, offline=True)
+        logger = _without_warning(WandbLogger(**common, offline=True))
         _say(f"curves: Weights & Biases offline; to see them online: wandb sync {run_dir}/wandb/offline-run-*-{run_id}")
     _remember(id_file, run_id)
+    return logger
+
+
+def _without_warning(logger: Any) -> Any:
+    """Lightning 2.6 passes W&B an option that it warns about on every run."""
+    getattr(logger, "_wandb_init", {}).pop("anonymous", None)
     return logger
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,8 +100,8 @@ def test_two_devices_train_the_same_members_as_one(
     assert float(np.abs(moved[1] - moved[0]).max()) > 1e-2
 
 
-def history(folder: Path) -> list[dict[str, float]]:
-    """Rows of the one offline run below ``folder``, read by W&B's own reader."""
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """Entries of the one offline run below ``folder``, read by W&B's own reader."""
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     out = subprocess.run(
         [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", str(file)],
@@ -109,12 +110,7 @@ def history(folder: Path) -> list[dict[str, float]]:
         text=True,
         check=True,
     ).stdout
-    rows = []
-    for line in out.splitlines():
-        entry = json.loads(line)
-        if entry.get("type") == "history":
-            rows.append(entry)
-    return rows
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_curves_in_weights_and_biases(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
@@ -128,12 +124,18 @@ def test_curves_in_weights_and_biases(tmp_path: Path, tiny: Callable[[str], Path
         check=True,
     )
     assert "wandb sync" in result.stdout
-    rows = history(program.run_dir())
-    assert rows
-    text = json.dumps(rows)
+    read = entries(program.run_dir())
+    text = json.dumps([e for e in read if e["type"] == "history"])
+    config = json.dumps([e for e in read if e["type"] == "config"])
+    assert str(program.base) in config
+    assert '"batch_size": 8' in config
+    assert [e["run"]["run_group"] for e in read if e["type"] == "run"] == ["sst"]
+    (table,) = program.run_dir().glob("wandb/offline-run-*/files/media/table/members_*.json")
     opened = pool.TaskPool(program.pool, "sst")
     csv = next(program.run_dir().glob("csv/version_0/metrics.csv")).read_text()
+    rows = {row[0]: row[1:] for row in json.loads(table.read_text())["data"]}
     for record in opened.members:
+        assert rows[record.name] == [str(record.best_epoch), record.score]
         assert text.count(f"train_loss/sst/{record.name}") == 8  # 8 steps an epoch, 2 epochs, every second one
         assert text.count(f"dev_score/sst/{record.name}") == 2
         for score in record.epoch_scores:
