@@ -121,7 +121,7 @@ class CLI(LightningCLI):
         plain = json.loads(self._parser(self.subcommand).dump(config, format="json", skip_none=False))
         what = {
             "model": plain["model"],
-            "data": {k: v for k, v in plain["data"].items() if k not in ("root", "eval_batch_size", "predict_split")},
+            "data": {k: v for k, v in plain["data"].items() if k not in ("eval_batch_size", "predict_split")},
             "trainer": {k: v for k, v in plain["trainer"].items() if k not in _NOT_THE_RUN},
         }
         return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"

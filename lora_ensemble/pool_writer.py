@@ -17,10 +17,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import pool
+from lora_ensemble.bank_io import restore_members, weight_files
 from lora_ensemble.base_model import hub_id
 from lora_ensemble.data import BankData
 from lora_ensemble.errors import UserError
-from lora_ensemble.lora import from_peft, peft_config, peft_tensors
 from lora_ensemble.module import BankModule
 from lora_ensemble.tasks import Task, overall_score
 
@@ -75,7 +75,8 @@ class PoolWriter(pl.Callback):
             if not trainer.fast_dev_run:
                 self._check_pool(trainer, pl_module)
         elif not self.resumed:
-            self._restore(pl_module)
+            restore_members(pl_module.bank, self.dir, base_model=hub_id(pl_module.base_model))
+            self._restored = True
 
     def _check_pool(self, trainer: pl.Trainer, module: BankModule) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -146,46 +147,6 @@ class PoolWriter(pl.Callback):
             for member in module.members
         ]
 
-    def _restore(self, module: BankModule) -> None:
-        bank = module.bank
-        for index, member in enumerate(module.members):
-            heads, adapter, epochs = {}, None, {}
-            for task in module.tasks:
-                record = pool.read_record(self.dir, task.name, member.name)
-                where = pool.member_folder(self.dir, task.name, member.name)
-                if record is None:
-                    raise UserError(f"{where}: no such member; train it first, or set --pool.dir or --ckpt_path")
-                if record.base_model != hub_id(module.base_model):
-                    raise UserError(
-                        f"{where}: its base model is {record.base_model}; model.base_model is {module.base_model}"
-                    )
-                epochs[task.name] = (record.run, record.best_epoch)
-                wanted = pool.FULL if module.finetune == "full" else pool.ADAPTER
-                tensors = {k: torch.from_numpy(v) for k, v in pool.read_tensors(self.dir, record, wanted).items()}
-                try:
-                    if module.finetune == "full":
-                        encoder = {k: v for k, v in tensors.items() if k.startswith(bank.prefix + ".")}
-                        heads[task.name] = {k: v for k, v in tensors.items() if k not in encoder}
-                        adapter = from_peft({}, prefix=bank.prefix)[0]
-                        bank.load_encoder(encoder)
-                    else:
-                        found, heads[task.name] = from_peft(tensors, prefix=bank.prefix)
-                        if member.rank is None:  # PEFT wants an adapter; this one is all zeros
-                            found = from_peft({}, prefix=bank.prefix)[0]
-                        adapter = found
-                except (RuntimeError, ValueError) as e:
-                    raise UserError(f"{where}: its weights do not fit model.base_model ({e})") from e
-            if len(set(epochs.values())) > 1:
-                raise UserError(
-                    f"{self.dir}: {member.name!r} comes from different runs or epochs: {epochs}; train again"
-                )
-            assert adapter is not None
-            try:
-                bank.load_member(index, adapter, heads)
-            except ValueError as e:
-                raise UserError(f"{self.dir}: member {member.name!r} has other settings than given: {e}") from e
-        self._restored = True
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the count, or go on with what the pool has when a run is resumed."""
         assert isinstance(pl_module, BankModule)
@@ -244,8 +205,6 @@ class PoolWriter(pl.Callback):
 
     @rank_zero_only
     def _write(self, trainer: pl.Trainer, module: BankModule, index: int) -> None:
-        adapter, heads = module.bank.member_state(index)
-        member = module.members[index]
         for task in module.tasks:
             data = trainer.datamodule.splits["dev"][task.name]
             pool.write_examples(self.dir, task.name, "dev", data.ids, data.labels)
@@ -255,27 +214,9 @@ class PoolWriter(pl.Callback):
                 pool.logits_file("dev"): module.evaluations[task.name].logits[index],
                 pool.EPOCHS: np.stack([e[index] for e in self._epochs[task.name]]),
             }
-            if module.finetune == "full":
-                state = {**module.bank.encoder_state(), **heads[task.name]}
-                head: Any = module.bank.heads[module.tasks.index(task)]
-                files[pool.FULL_CONFIG] = head.config.to_dict() | {"architectures": [type(head).__name__]}
-                files[pool.FULL] = {k: v.numpy() for k, v in state.items()}
-            else:
-                written, paths = adapter, module.bank.paths[index]
-                if not paths:
-                    # PEFT refuses an empty list: an adapter of rank 1 that is all zeros changes nothing.
-                    written = module.bank.zero_adapter()
-                    paths = list(written.A)
-                tensors = peft_tensors(written, heads[task.name], prefix=module.bank.prefix)
-                files[pool.ADAPTER] = {k: v.numpy() for k, v in tensors.items()}
-                files[pool.ADAPTER_CONFIG] = peft_config(
-                    member,
-                    paths,
-                    prefix=module.bank.prefix,
-                    heads=module.bank.head_names(),
-                    base_model=hub_id(module.base_model),
-                    revision=record.revision,
-                )
+            files |= weight_files(
+                module.bank, index, task, base_model=hub_id(module.base_model), revision=record.revision
+            )
             pool.write_member(self.dir, record, files)
 
     def _with_results(self, record: pool.MemberRecord, task: Task, index: int) -> pool.MemberRecord:

@@ -1,0 +1,90 @@
+"""Members between a bank and the pool: a member's weights as files, and a bank filled from them. No lightning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ensemble import pool
+from lora_ensemble.errors import UserError
+from lora_ensemble.lora import Adapter, from_peft, peft_config, peft_tensors
+from lora_ensemble.model import Bank
+from lora_ensemble.tasks import Task
+
+_NO_ADAPTER = Adapter(A={}, B={})
+
+
+def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revision: str | None) -> dict[str, Any]:
+    """A member's weights for one task, as :func:`pool.write_member` takes them: file name to content.
+
+    An adapter in PEFT's format with the whole head, or, where the encoder was trained, a complete transformers folder.
+    ``base_model``, ``revision``: what the adapter names as its base.
+    """
+    adapter, heads = bank.member_state(index)
+    if bank.train_encoder:
+        classifier: Any = bank.heads[bank.tasks.index(task)]
+        state = {**bank.encoder_state(), **heads[task.name]}
+        return {
+            pool.FULL_CONFIG: classifier.config.to_dict() | {"architectures": [type(classifier).__name__]},
+            pool.FULL: {name: tensor.numpy() for name, tensor in state.items()},
+        }
+    if not adapter.A:
+        # PEFT refuses an empty list: an adapter of rank 1 that is all zeros changes nothing.
+        adapter = bank.zero_adapter()
+    tensors = peft_tensors(adapter, heads[task.name], prefix=bank.prefix)
+    config = peft_config(
+        bank.members[index],
+        list(adapter.A),
+        prefix=bank.prefix,
+        heads=bank.head_names(),
+        base_model=base_model,
+        revision=revision,
+    )
+    return {pool.ADAPTER_CONFIG: config, pool.ADAPTER: {name: tensor.numpy() for name, tensor in tensors.items()}}
+
+
+def restore_members(bank: Bank, folder: Path, *, base_model: str) -> None:
+    """Fill a bank with its members' best weights from the pool at ``folder``.
+
+    ``UserError`` where a member is missing, has another base model or other settings, or comes from different runs or
+    epochs in several tasks.
+    """
+    for index, member in enumerate(bank.members):
+        heads: dict[str, dict[str, Tensor]] = {}
+        origins, adapter = {}, _NO_ADAPTER
+        for task in bank.tasks:
+            where = pool.member_folder(folder, task.name, member.name)
+            record = pool.read_record(folder, task.name, member.name)
+            if record is None:
+                raise UserError(f"{where}: no such member; train it first, or set --pool.dir or --ckpt_path")
+            if record.base_model != base_model:
+                raise UserError(f"{where}: its base model is {record.base_model}; model.base_model is {base_model}")
+            origins[task.name] = (record.run, record.best_epoch)
+            adapter, heads[task.name] = _read_weights(bank, folder, record)
+        if len(set(origins.values())) > 1:
+            raise UserError(f"{folder}: {member.name!r} comes from different runs or epochs: {origins}; train it again")
+        if member.rank is None:  # what PEFT made us write there is all zeros
+            adapter = _NO_ADAPTER
+        try:
+            bank.load_member(index, adapter, heads)
+        except ValueError as e:
+            raise UserError(f"{folder}: member {member.name!r} has other settings than given: {e}") from e
+
+
+def _read_weights(bank: Bank, folder: Path, record: pool.MemberRecord) -> tuple[Adapter, dict[str, Tensor]]:
+    """A member's adapter and head; a fully fine-tuned encoder goes straight into the bank."""
+    name = pool.FULL if bank.train_encoder else pool.ADAPTER
+    tensors = {key: torch.from_numpy(array) for key, array in pool.read_tensors(folder, record, name).items()}
+    if not bank.train_encoder:
+        return from_peft(tensors, prefix=bank.prefix)
+    encoder = {key: tensor for key, tensor in tensors.items() if key.startswith(bank.prefix + ".")}
+    try:
+        bank.load_encoder(encoder)
+    except RuntimeError as e:
+        where = pool.member_folder(folder, record.task, record.name)
+        reason = " ".join(str(e).split())
+        raise UserError(f"{where}: its weights do not fit model.base_model ({reason[:200]})") from e
+    return _NO_ADAPTER, {key: tensor for key, tensor in tensors.items() if key not in encoder}
