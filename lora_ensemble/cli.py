@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
@@ -80,13 +81,15 @@ class CLI(LightningCLI):
         parser.link_arguments("data.seed", "model.seed")
         parser.link_arguments("data.tasks", "model.tasks", apply_on="instantiate")
 
-    def before_instantiate_classes(self) -> None:
-        """Check what would fail only after the model was loaded."""
-        config = self.config[self.subcommand]
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and check what would fail only after the model was loaded."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
         check_precision(config.trainer.precision)
-        path = config.get("ckpt_path")
-        if path is not None and path not in ("last", "best", "hpc") and not Path(path).is_file():
-            raise UserError(f"--ckpt_path: {path}: no such file; give a checkpoint, or last for this run's own")
+        if config.get("ckpt_path") not in (None, "last", "best", "hpc"):
+            _check_checkpoint(config.ckpt_path)
+        if config.get("weights_only") is None:
+            config.weights_only = True  # a checkpoint is never unpickled
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer with this run's folder, its checkpoint and its curves."""
@@ -125,6 +128,19 @@ class CLI(LightningCLI):
             "trainer": {k: v for k, v in plain["trainer"].items() if k not in _NOT_THE_RUN},
         }
         return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def _check_checkpoint(path: str) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"--ckpt_path: {path}: no such file; give a checkpoint, or last for this run's own")
+    try:
+        bank = torch.load(path, map_location="cpu", weights_only=True).get("bank")
+    except Exception as e:  # damaged archives and refused pickles raise many kinds of exception
+        raise UserError(
+            f"--ckpt_path: {path}: not a checkpoint that can be loaded safely ({type(e).__name__}); give one of ours"
+        ) from e
+    if bank is None:
+        raise UserError(f"--ckpt_path: {path}: a checkpoint, but not of a bank; give one that lora-ensemble fit wrote")
 
 
 @rank_zero_only

@@ -321,12 +321,12 @@ class BankModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """``UserError`` where the checkpoint is another bank's."""
-        found, expected = checkpoint.get("bank"), self._signature()
-        if found != expected:
-            what = "no bank" if found is None else next(k for k in expected if found.get(k) != expected[k])
-            raise UserError(
-                f"--ckpt_path: the checkpoint is another bank's ({what} differs); give the settings it was made with"
-            )
+        found, expected = checkpoint.get("bank", {}), self._signature()
+        for key, value in expected.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"--ckpt_path: the checkpoint is another bank's ({key} differs); give the settings it was made with"
+                )
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what was trained; the frozen rest may be missing, nothing else may."""

@@ -281,6 +281,25 @@ def test_checkpoint_of_another_bank(program: Program, capsys: pytest.CaptureFixt
     assert "not the pool's best weights" in capsys.readouterr().out
 
 
+def test_checkpoints_that_are_none(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    """Damaged, another program's, or with a pickle inside: which is refused, not run."""
+    trap = program.folder / "ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (trap,)
+
+    torch.save({"bank": Evil()}, program.folder / "evil.ckpt")
+    torch.save({"state_dict": {}}, program.folder / "other.ckpt")
+    (program.folder / "damaged.ckpt").write_bytes(b"PK\x03\x04 half a file")
+    for name, message in (("evil", "loaded safely"), ("damaged", "loaded safely"), ("other", "not of a bank")):
+        assert program("validate", f"--ckpt_path={program.folder}/{name}.ckpt") == 2
+        assert message in capsys.readouterr().err
+    assert not trap.exists()
+    torch.load(program.folder / "evil.ckpt", weights_only=False)
+    assert trap.exists()  # the trap works
+
+
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_config_runs(program: Program, config: Path) -> None:
     own = {"--data.tasks", "--model.members", "--trainer.max_epochs"}
