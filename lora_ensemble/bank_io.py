@@ -62,6 +62,11 @@ def restore_members(bank: Bank, folder: Path, *, base_model: str) -> None:
                 raise UserError(f"{where}: no such member; train it first, or set --pool.dir or --ckpt_path")
             if record.base_model != base_model:
                 raise UserError(f"{where}: its base model is {record.base_model}; model.base_model is {base_model}")
+            for key in ("finetune", "rank", "scaling", "targets"):
+                wanted = ("full" if bank.train_encoder else "lora") if key == "finetune" else getattr(member, key)
+                if getattr(record, key) != wanted:
+                    found = getattr(record, key)
+                    raise UserError(f"{where}: another member of this name: its {key} was {found!r}, is now {wanted!r}")
             origins[task.name] = (record.run, record.best_epoch)
             adapter, heads[task.name] = _read_weights(bank, folder, record)
         if len(set(origins.values())) > 1:

@@ -249,6 +249,11 @@ class PoolWriter(pl.Callback):
                 pool.write_member(self.dir, record, {} if self._dead[index] else {pool.EPOCHS: epochs}, keep=found)
         self._summary(pl_module)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say how an interrupted run goes on."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
+            _say("\ninterrupted: the same command with --ckpt_path last goes on; what the pool holds is whole")
+
     def summary(self, module: BankModule) -> tuple[list[str], list[list[Any]]]:
         """Header and a row per member: name, best epoch, and dev score of each task at that epoch."""
         rows = []

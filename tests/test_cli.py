@@ -394,6 +394,13 @@ def test_members_that_are_not_in_the_pool(program: Program, capsys: pytest.Captu
     assert "no such member; train it first" in capsys.readouterr().err
 
 
+def test_a_name_with_other_settings_is_not_restored(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights would fit; its scaling would be another."""
+    assert program("fit", members="[{rank: 2, lr: 1e-3, name: a}]") == 0
+    assert program("predict", members="[{rank: 2, lr: 1e-3, scaling: 3, name: a}]") == 2
+    assert "its scaling was 1.0, is now 3.0" in capsys.readouterr().err
+
+
 def test_tampered_weights(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert program("fit") == 0
     file = program.pool / "sst" / "head-lr1e-2-s11711" / pool.ADAPTER

@@ -73,6 +73,22 @@ def test_killed_in_mid_training_and_resumed(tmp_path: Path, tiny: Callable[[str]
     assert different_files(undisturbed.pool, killed.pool) == []
 
 
+def test_control_c_says_how_to_go_on(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
+    program = Program(tmp_path, tiny("bert"), demo_root)
+    process = subprocess.Popen(
+        command(program.arguments("fit", "--trainer.max_epochs=1000")), env=environment(), stdout=subprocess.PIPE
+    )
+    try:
+        wait_for(lambda: len(checkpoint_times(program)) > 0, process)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert b"--ckpt_path last goes on" in said
+    assert not pool.MemberRecord.read(next((program.pool / "sst").glob("head*/member.json"))).finished
+
+
 def test_two_devices_train_the_same_members_as_one(
     tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path
 ) -> None:
