@@ -62,8 +62,12 @@ def restore_members(bank: Bank, folder: Path, *, base_model: str) -> None:
                 raise UserError(f"{where}: no such member; train it first, or set --pool.dir or --ckpt_path")
             if record.base_model != base_model:
                 raise UserError(f"{where}: its base model is {record.base_model}; model.base_model is {base_model}")
-            for key in ("finetune", "rank", "scaling", "targets"):
-                wanted = ("full" if bank.train_encoder else "lora") if key == "finetune" else getattr(member, key)
+            given = {
+                "finetune": "full" if bank.train_encoder else "lora",
+                **{key: getattr(member, key) for key in ("rank", "scaling", "targets")},
+                **{key: getattr(task, key) for key in ("kind", "labels")},
+            }
+            for key, wanted in given.items():
                 if getattr(record, key) != wanted:
                     found = getattr(record, key)
                     raise UserError(f"{where}: another member of this name: its {key} was {found!r}, is now {wanted!r}")

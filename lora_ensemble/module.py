@@ -126,7 +126,7 @@ class BankModule(pl.LightningModule):
         """Task name to what the last validation, test or prediction gave."""
         self._collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._loss_sum: Tensor | None = None
-        self._loss_steps = 0
+        self._loss_steps = self._logged_step = 0
 
     # Training
 
@@ -154,8 +154,11 @@ class BankModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log each member's mean loss since the last time."""
-        due = self.global_step > 0 and self.global_step % self.trainer.log_every_n_steps == 0
+        step = self.global_step
+        # With accumulation several batches end at one step.
+        due = step > self._logged_step and step % self.trainer.log_every_n_steps == 0
         if due or self.trainer.is_last_batch:
+            self._logged_step = step
             self._log_losses()
 
     def _log_losses(self) -> None:

@@ -399,6 +399,12 @@ def test_a_name_with_other_settings_is_not_restored(program: Program, capsys: py
     assert program("fit", members="[{rank: 2, lr: 1e-3, name: a}]") == 0
     assert program("predict", members="[{rank: 2, lr: 1e-3, scaling: 3, name: a}]") == 2
     assert "its scaling was 1.0, is now 3.0" in capsys.readouterr().err
+    turned = (
+        "{name: sst, kind: multiclass, text: [sentence], label: sentiment, id: id, label_names: ['4', '3', '2', '1', "
+    )
+    files = f"'0'], dev: {PRESETS['sst'].dev}, test: {PRESETS['sst'].test}}}"
+    assert program("predict", members="[{rank: 2, lr: 1e-3, name: a}]", tasks=f"[{turned}{files}]") == 2
+    assert "its labels was ['0', '1', '2', '3', '4']" in capsys.readouterr().err
 
 
 def test_tampered_weights(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
