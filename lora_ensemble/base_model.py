@@ -24,12 +24,10 @@ def hub_id(base_model: str) -> str:
 
 def location(base_model: str) -> str:
     """What ``from_pretrained`` gets: MiniLM from the installed package where there is one, else a folder or hub id."""
-    if hub_id(base_model) == MINILM and importlib.util.find_spec(PACKAGED) is not None:
-        # Imported by path: the package's own __init__ would import sentence-transformers, which is not needed.
-        spec = importlib.util.find_spec(PACKAGED)
-        assert spec is not None
-        assert spec.submodule_search_locations is not None
-        for folder in spec.submodule_search_locations:
+    # Found, not imported: the package would import sentence-transformers, which is not needed.
+    spec = importlib.util.find_spec(PACKAGED) if hub_id(base_model) == MINILM else None
+    if spec is not None:
+        for folder in spec.submodule_search_locations or ():
             for config in sorted(Path(folder).rglob("config.json")):
                 if (config.parent / "tokenizer_config.json").is_file():
                     return str(config.parent)

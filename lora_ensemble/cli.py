@@ -93,7 +93,7 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer with this run's folder, its checkpoint and its curves."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
+        config = self.config[self.subcommand]
         experiment = config.experiment or "-".join(t.name for t in self.datamodule.tasks)
         run_dir = Path(config.trainer.default_root_dir or "checkpoints") / "runs" / self._run_name(config, experiment)
         _SaveConfig.run_dir = run_dir

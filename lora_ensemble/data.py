@@ -209,6 +209,7 @@ class BankData(pl.LightningDataModule):
         self.splits: dict[str, dict[str, TokenisedSplit]] = {}
         """Split name to task name to examples."""
         self._tokenizer: Any = None
+        self._train_texts: dict[str, Split] = {}
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the splits that a stage needs, once."""
@@ -226,8 +227,8 @@ class BankData(pl.LightningDataModule):
         limit = self._limit()
         tokenised = TokenisedSplit(raw, self._tokenizer, max_length=limit)
         if split == "train":
-            self._train_texts = {**getattr(self, "_train_texts", {}), task.name: raw}
-        elif split == "dev" and task.name in getattr(self, "_train_texts", {}):
+            self._train_texts[task.name] = raw
+        elif split == "dev" and task.name in self._train_texts:
             shared = shared_texts(self._train_texts[task.name], raw)
             if shared:
                 tokenised.notices.append(f"{shared} of {len(raw.ids)} examples also stand in train")

@@ -6,6 +6,7 @@ of ``nn.Linear`` layers.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -224,8 +225,6 @@ def _transpose_for_scores(attention: Any, members: int) -> Any:
 
 def accepts_token_types(encoder: nn.Module) -> bool:
     """Whether the encoder tells the two sentences of a pair apart by token types."""
-    import inspect
-
     takes = "token_type_ids" in inspect.signature(encoder.forward).parameters
     # RoBERTa's one type, DeBERTa-v3's none: the tokeniser's ids would be out of range.
     return takes and getattr(encoder.config, "type_vocab_size", 0) > 1
