@@ -113,7 +113,7 @@ def compare(work: workload.Workload, args: argparse.Namespace, folder: Path) -> 
         first = repeat % len(sides)
         for side in sides[first:] + sides[:first]:
             _measure(side, work, int(lengths.sum()))
-    return Comparison(work, sides, int(lengths.sum()), workload.useful_flops(work, lengths), peak, sameness)
+    return Comparison(work, sides, int(lengths.sum()), sum(workload.useful_flops(work, lengths)), peak, sameness)
 
 
 def _peer(run: Callable[..., Run]) -> Callable[[workload.Workload], Run]:

@@ -95,13 +95,10 @@ def _fastest_product(a: torch.Tensor, b: torch.Tensor, device: str) -> float:
 
 
 class PeakMemory:
-    """Peak memory from now on. CUDA: torch's allocations. CPU: growth of the resident size of this process."""
+    """Peak memory of a fresh process. CUDA: torch's allocations. CPU: growth of the resident size from now on."""
 
     def __init__(self, device: str) -> None:
         self._device = device
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            return
         with contextlib.suppress(OSError):  # elsewhere, the peak since the process began has to do
             Path("/proc/self/clear_refs").write_text("5")
         self._before = _status_bytes("VmRSS")

@@ -32,7 +32,7 @@ class Sameness:
 
     @property
     def agrees(self) -> bool:
-        """Whether it is within the tolerance. In float32, a wrong model must not be; bf16 may be too coarse for that."""
+        """Whether it is within the tolerance. In float32 a wrong model must not be; bf16 may be too coarse for that."""
         tolerance = TOLERANCE[self.precision]
         return self.difference <= tolerance and (self.control > tolerance or self.precision != "32")
 

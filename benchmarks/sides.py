@@ -28,6 +28,8 @@ from lora_ensemble.data import BankData
 from lora_ensemble.families import set_dropout, target_paths
 from lora_ensemble.lora import MemberConfig, peft_tensors
 from lora_ensemble.model import Bank
+from lora_ensemble.module import member_losses
+from lora_ensemble.optim import BankAdamW
 from lora_ensemble.readers import read_split
 from machine import PeakMemory, synchronize
 from workload import Workload
@@ -275,6 +277,24 @@ def _start_anywhere(bank: Bank, index: int, task: str, path: str) -> None:
     bank.load_member(index, adapter, heads)
     tensors = peft_tensors(adapter, heads[task], prefix=bank.prefix)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def bare_steps(work: Workload, members: int) -> Iterator[None]:
+    """Train a bank in the shortest loop, without Lightning; yields after every step."""
+    torch.set_num_threads(work.threads)
+    data = work.data()
+    module = work.module(work.members(members)).to(work.device).train()
+    optimizer = BankAdamW(module.bank.weights, [m.lr for m in module.members])
+    for batch in data.train_dataloader():
+        moved = module.transfer_batch_to_device(batch, torch.device(work.device), 0)
+        with torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bf16"):
+            part = moved[work.task.name]
+            logits = module.bank(moved)[work.task.name]
+            loss = member_losses(logits, part["labels"], work.task.kind).sum() / part["size"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ def workload(args: argparse.Namespace, task: str, folder: Path) -> Workload:
     names = {field.name for field in dataclasses.fields(Workload)}
     return Workload(
         **{name: value for name, value in vars(args).items() if name in names - {"task", "root", "base_model"}},
-        task=_made_up(root, base_model, examples)
+        task=made_up(root, base_model, examples)
         if task == MADE_UP
         else _sample(task, data_root(args.root), root, examples),
         root=str(root),
@@ -202,7 +202,7 @@ def _write(path: Path, task: Task, split: Split, rows: np.ndarray) -> None:
             f.write(json.dumps({str(task.id): str(split.ids[row]), **texts, **named}) + "\n")
 
 
-def _made_up(folder: Path, base_model: str, count: int) -> Task:
+def made_up(folder: Path, base_model: str, count: int) -> Task:
     """Sentences of random words with SST's lengths, and random labels."""
     rng = np.random.default_rng(_SEED)
     lengths = np.interp(rng.random(count), np.linspace(0, 1, len(_SST_LENGTHS)), _SST_LENGTHS).round().astype(int)
@@ -223,27 +223,27 @@ def write_sentences(folder: Path, base_model: str, lengths: Sequence[int] | np.n
     return task
 
 
-def useful_flops(work: Workload, lengths: np.ndarray) -> float:
-    """FLOPs that training one member on examples of these lengths needs, two per multiply-add.
+def useful_flops(work: Workload, lengths: np.ndarray) -> tuple[float, float]:
+    """FLOPs that training one member on examples of these lengths needs, two per multiply-add: attention's and the
+    rest.
 
-    Per real token, forward and the gradient towards the input: 4 x the parameters of the encoder's linear layers
-    (frozen weights need no gradient of their own). Per real token and adapted layer: 6 r (in + out), as LoRA's weights
-    are trained. Attention's two products, forward and both gradients: 12 H l^2 per layer and example of length l. The
-    pooler counts once per example, the small head not at all. The same count for every side: who skips work that
-    nobody reads shows a higher share of the peak.
+    Attention's two products, forward and both gradients: 12 H l^2 per layer and example of length l. The rest, per real
+    token, forward and the gradient towards the input: 4 x the parameters of the encoder's linear layers (frozen weights
+    need no gradient of their own), and for each adapted layer 6 r (in + out), as LoRA's weights are trained. The pooler
+    counts once per example, the small head not at all. The same count for every side: who skips work that nobody reads
+    shows a higher share of the peak.
     """
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(location(work.base_model))
     with torch.device("meta"):
         encoder = AutoModel.from_config(config)
-    layers = linear_layers(encoder)
     adapted = set(target_paths(encoder, config.model_type, work.targets))
-    tokens, examples = float(lengths.sum()), float(len(lengths))
-    total = 12 * config.hidden_size * config.num_hidden_layers * float((lengths.astype(np.float64) ** 2).sum())
-    for path, layer in layers.items():
-        times = examples if "pooler" in path else tokens
-        total += 4 * layer.weight.numel() * times
+    rest = 0.0
+    for path, layer in linear_layers(encoder).items():
+        flops = 4 * layer.weight.numel()
         if path in adapted:
-            total += 6 * work.rank * (layer.in_features + layer.out_features) * times
-    return total
+            flops += 6 * work.rank * (layer.in_features + layer.out_features)
+        rest += flops * (len(lengths) if "pooler" in path else float(lengths.sum()))
+    squares = float((lengths.astype(np.float64) ** 2).sum())
+    return 12 * config.hidden_size * config.num_hidden_layers * squares, rest
