@@ -1,0 +1,97 @@
+"""The comparison with PEFT runs anywhere, and its check of sameness can fail. What it measures is not judged here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+BENCHMARKS = REPOSITORY / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+    """What a small run printed, and what it wrote down."""
+    file = tmp_path_factory.mktemp("benchmark") / "bank.json"
+    size = "--base_model random:tiny --steps 2 --warmup_steps 1 --repeats 1 --members 1 2 --check_steps 2"
+    command = [sys.executable, "benchmarks/bank.py", "--task", "random", "--device", "cpu", *size.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*command, f"--json={file}"], capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(file.read_text())
+
+
+def test_every_side_has_a_row(comparison: tuple[str, dict]) -> None:
+    printed, _ = comparison
+    rows = [line.split(" | ")[:2] for line in printed.splitlines() if line.startswith("| ")][2:]
+    assert rows == [["| PEFT + Trainer", "1"], ["| PEFT in a loop", "1"], ["| bank", "1"], ["| bank", "2"]]
+
+
+def test_sameness_was_checked(comparison: tuple[str, dict]) -> None:
+    printed, record = comparison
+    (found,) = record["comparisons"][0]["sameness"]
+    assert found["agrees"]
+    assert found["members"] == 3
+    # Not two runs of one program: they round differently. And the same check sees a wrong scaling.
+    assert 0 < found["difference"] < 1e-3 < found["control"]
+    assert "tolerance 0.001" in printed
+    assert "the same model" in printed
+
+
+def test_the_record_holds_what_was_measured(comparison: tuple[str, dict]) -> None:
+    _, record = comparison
+    (found,) = record["comparisons"]
+    assert found["sides"][0]["ratios"] == [1.0]
+    assert all(len(side["seconds"]) == 1 and side["seconds"][0] > 0 for side in found["sides"])
+    assert found["real_tokens"] > 2 * 8 * 4  # SST's shortest sentence has four tokens
+    assert str(REPOSITORY.parent) not in record["command"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "difference", "control", "agrees"),
+    [
+        ("32", 1e-6, 0.1, True),
+        ("32", 2e-3, 0.1, False),  # other models
+        ("32", 1e-6, 1e-5, False),  # a check that could not tell
+        ("32", math.nan, 0.1, False),
+        ("bf16", 2e-3, 1e-2, True),
+    ],
+)
+def test_when_the_sides_are_the_same(precision: str, difference: float, control: float, agrees: bool) -> None:
+    from sameness import Sameness
+
+    assert Sameness(precision, difference, "", control, 1, 1).agrees is agrees
+
+
+def test_useful_flops_by_hand(tmp_path: Path) -> None:
+    """The tiny model, two examples of 5 and 7 tokens, LoRA of rank 3 on query and value."""
+
+    import workload
+
+    parser = argparse.ArgumentParser()
+    workload.add_arguments(parser)
+    args = parser.parse_args(["--task", "random", "--base_model", "random:tiny", "--rank", "3", "--device", "cpu"])
+    work = workload.workload(args, "random", tmp_path)
+    attention, rest = workload.useful_flops(work, np.array([5, 7]))
+    assert attention == 2 * 12 * 32 * (25 + 49)
+    layer = 4 * 32 * 32 + 2 * 32 * 64
+    assert rest == 2 * 12 * (4 * layer + 2 * 6 * 3 * 64) + 4 * 32 * 32 * 2
+
+
+def test_the_command_names_no_place_of_this_machine() -> None:
+    from bank import command_line
+
+    given = ["--task", "sst", "random", "--root=/home/me/data", "--json", "x.json", "--base_model", "/home/me/bert"]
+    assert command_line(given) == "python benchmarks/bank.py --task sst random --base_model MODEL --root DIR"
+    assert command_line(["--task", "random", "--steps", "2"]) == "python benchmarks/bank.py --task random --steps 2"
