@@ -76,6 +76,8 @@ class Comparison:
             return [side.name, str(side.members), side.refused, *[""] * (len(_HEADER) - 3)]
         seconds = statistics.median(run.seconds for run in side.runs)
         ratios = self.ratios(side)
+        if not ratios:
+            raise RuntimeError(f"{_REFERENCE} was given up ({self.sides[0].refused}); there is nothing to compare with")
         share = side.members * self.flops / seconds / self.peak
         return [
             side.name,

@@ -125,6 +125,8 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
     So that no side inherits another's memory, threads or caches. What it prints is kept from the terminal and shown
     only with an error. Raises ``RuntimeError`` where it fails, ``MemoryError`` where the device's memory is too small.
     """
+    # Else a look for a GPU while the libraries are imported would keep the processes from using it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     ours, theirs = context.Pipe(duplex=False)

@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 import workload
 from machine import describe, in_fresh_process
 
@@ -86,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     args = _parser().parse_args(arguments)
-    print(in_fresh_process(describe, "cpu", os.cpu_count() or 1), flush=True)
+    print(in_fresh_process(describe, "cpu", torch.get_num_threads()), flush=True)
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
         options = [f"--model.base_model={args.base_model}"]
         if args.task == workload.MADE_UP:

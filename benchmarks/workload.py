@@ -153,7 +153,7 @@ def workload(args: argparse.Namespace, task: str, folder: Path) -> Workload:
         **{name: value for name, value in vars(args).items() if name in names - {"task", "root", "base_model"}},
         task=made_up(root, base_model, examples)
         if task == MADE_UP
-        else _sample(task, data_root(args.root), root, examples),
+        else _sample(task, data_root(args.root), root, examples, args.batch_size),
         root=str(root),
         base_model=base_model,
     )
@@ -181,12 +181,16 @@ def random_model(name: str, folder: Path) -> str:
     return str(folder)
 
 
-def _sample(name: str, source: Path, folder: Path, count: int) -> Task:
-    """The first ``count`` of a preset's shuffled training examples: short runs need not tokenise them all."""
+def _sample(name: str, source: Path, folder: Path, count: int, batch_size: int) -> Task:
+    """The first ``count`` of a preset's shuffled training examples: short runs need not tokenise them all.
+
+    Where there are fewer, whole batches of them, so that the peer's loader cuts the same batches in a second pass.
+    """
     task = PRESETS[name]
     for split, most in (("train", count), ("dev", _DEV_EXAMPLES)):
         full = read_split(task, split, source, need_labels=True)
-        rows = np.random.default_rng(_SEED).permutation(len(full))[:most]
+        whole = max(1, len(full) // batch_size) * batch_size
+        rows = np.random.default_rng(_SEED).permutation(len(full))[: min(most, whole)]
         _write(folder / f"{split}.jsonl", task, full, rows)
     return dataclasses.replace(task, train="train.jsonl", dev="dev.jsonl", test=None)
 
