@@ -3,7 +3,7 @@
 The loaders are plain iterables over arrays in memory, made for banks: a training batch holds ``batch_size`` examples of
 every task for all devices together, and every member of the bank sees the same ones.
 
-Axes: N examples of a split, B examples in a batch, L tokens.
+Axes: N examples of a split, B examples in a batch, T tokens of all of them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 
+from lora_ensemble import packing
 from lora_ensemble.base_model import load_tokenizer
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import derived_seed
@@ -56,28 +56,22 @@ class TokenisedSplit:
         self._start = np.concatenate([[0], np.cumsum(self.lengths)])
         self._tokens = np.fromiter((t for row in rows for t in row), np.int32, int(self._start[-1]))
         self._types = np.fromiter((t for row in types for t in row), np.int8, int(self._start[-1]))
-        self._pad = tokenizer.pad_token_id
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """The examples ``rows`` (B,): ``input_ids``, ``attention_mask`` and ``token_type_ids`` (B, L), padded on the
-        right; ``labels`` (B,) where known; ``index`` (B,)."""
-        b, length = len(rows), int(self.lengths[rows].max(initial=1))
-        mask = np.arange(length) < self.lengths[rows][:, None]
-        source = (self._start[rows][:, None] + np.arange(length))[mask]
-
-        def fill(flat: np.ndarray, pad: int) -> Tensor:
-            padded = np.full((b, length), pad, np.int64)
-            padded[mask] = flat[source]
-            return torch.from_numpy(padded)
-
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+        """The examples ``rows`` (B,) as one packed row of T tokens: ``input_ids`` and ``token_type_ids`` (T,),
+        :func:`packing.layout`, ``labels`` (B,) where known, ``index`` (B,), and ``rows``, the same
+        on the host."""
+        lengths = self.lengths[rows]
+        source = np.repeat(self._start[rows] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         batch = {
-            "input_ids": fill(self._tokens, self._pad),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "token_type_ids": fill(self._types, 0),
+            "input_ids": packing.fill(torch.from_numpy(self._tokens[source].astype(np.int64))),
+            "token_type_ids": packing.fill(torch.from_numpy(self._types[source].astype(np.int64))),
             "index": torch.from_numpy(np.asarray(rows, np.int64)),
+            "rows": np.asarray(rows),
+            **packing.layout(lengths),
         }
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[rows])
@@ -152,13 +146,13 @@ class EvalBatches:
 
     def __init__(self, splits: dict[str, TokenisedSplit], *, batch_size: int, rank: int, world: int) -> None:
         self.splits, self.batch_size = splits, batch_size
-        # Sorted, so that little is padded; the logits are put back by index.
+        # Sorted: what still has to be padded is little; the logits are put back by index.
         self._rows = {name: np.argsort(split.lengths, kind="stable")[rank::world] for name, split in splits.items()}
 
     def __len__(self) -> int:
         return sum(max(1, math.ceil(len(rows) / self.batch_size)) for rows in self._rows.values())
 
-    def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
+    def __iter__(self) -> Iterator[dict[str, dict[str, Any]]]:
         for name, rows in self._rows.items():
             # At least one, even if empty: a process without a batch would leave the others waiting.
             for start in range(0, max(1, len(rows)), self.batch_size):

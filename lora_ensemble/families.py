@@ -1,4 +1,4 @@
-"""What differs between encoder families: names of layers, of dropouts, and how DeBERTa sees positions.
+"""What differs between encoder families: names of layers and of dropouts, and whether examples can share a row.
 
 Everything else is the same for every model that ``AutoModelForSequenceClassification`` knows and whose encoder is made
 of ``nn.Linear`` layers.
@@ -10,10 +10,29 @@ import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.lora import NO_TARGETS, BankLinear, linear_layers
+from lora_ensemble.lora import NO_TARGETS, linear_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostNorm:
+    """Where the parts of a layer are whose norms follow its attention and its feed-forward, as in BERT."""
+
+    layers: str = "encoder.layer"
+    query: str = "attention.self.query"
+    key: str = "attention.self.key"
+    value: str = "attention.self.value"
+    attention_dropout: str = "attention.self.dropout"
+    output: str = "attention.output.dense"
+    output_dropout: str | None = "attention.output.dropout"
+    attention_norm: str = "attention.output.LayerNorm"
+    up: str = "intermediate.dense"
+    activation: str = "intermediate.intermediate_act_fn"
+    down: str = "output.dense"
+    down_dropout: str = "output.dropout"
+    norm: str = "output.LayerNorm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +50,12 @@ class Family:
     """A layer that ends in ``output`` but is not it."""
     pooler: str | None = None
     """The pooler's linear layer, where the pooler belongs to the encoder."""
-    eager: bool = True
-    """Whether plain ("eager") attention is exact at every precision."""
+    block: PostNorm | None = PostNorm()
+    """Its layers, where they are BERT's but for their names."""
+    packs: bool = True
+    """Whether examples can share a row, with attention kept apart; otherwise batches are padded."""
+    positions_after_padding: bool = False
+    """Whether positions count from the padding token's id + 1."""
     head_dropout: str = "classifier_dropout"
     encoder_dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
@@ -46,17 +69,20 @@ _BERT = Family(
     pooler="pooler.dense",
 )
 _WITHOUT_POOLER = replace(_BERT, pooler=None)
+_ROBERTA = replace(_WITHOUT_POOLER, positions_after_padding=True)
 FAMILIES: dict[str, Family] = {
     "bert": _BERT,
-    "roberta": _WITHOUT_POOLER,
-    "xlm-roberta": _WITHOUT_POOLER,
-    "camembert": _WITHOUT_POOLER,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
     "electra": _WITHOUT_POOLER,
     "deberta-v2": replace(
         _WITHOUT_POOLER,
         query="attention.self.query_proj",
         key="attention.self.key_proj",
         value="attention.self.value_proj",
+        block=None,
+        packs=False,  # relative positions
         head_dropout="cls_dropout",
     ),
     "distilbert": Family(
@@ -64,15 +90,28 @@ FAMILIES: dict[str, Family] = {
         key="attention.k_lin",
         value="attention.v_lin",
         output="ffn.lin2",
+        block=PostNorm(
+            layers="transformer.layer",
+            query="attention.q_lin",
+            key="attention.k_lin",
+            value="attention.v_lin",
+            attention_dropout="attention.dropout",
+            output="attention.out_lin",
+            output_dropout=None,
+            attention_norm="sa_layer_norm",
+            up="ffn.lin1",
+            activation="ffn.activation",
+            down="ffn.lin2",
+            down_dropout="ffn.dropout",
+            norm="output_layer_norm",
+        ),
         head_dropout="seq_classif_dropout",
         encoder_dropouts=("dropout", "attention_dropout"),
     ),
     "modernbert": Family(
         fused="attn.Wqkv",
         output="mlp.Wo",
-        # transformers 5.23 takes its softmax in float32, where a float64 mask's minimum becomes -inf: a padding token
-        # whose sliding window holds only padding is then NaN.
-        eager=False,
+        block=None,
         encoder_dropouts=("embedding_dropout", "attention_dropout", "mlp_dropout"),
     ),
 }
@@ -148,92 +187,11 @@ def set_dropout(config: Any, *, head: float | None, encoder: float | None) -> No
             setattr(config, name, encoder)
 
 
-class _PositionDropout(nn.Module):
-    """DeBERTa's dropout on relative positions, a mask of its own for every member."""
-
-    def __init__(self, base: nn.Module, members: int) -> None:
-        super().__init__()
-        self.base, self.members = base, members
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (S, H) shared positions. Returns (S, M·H), which only :class:`_PositionLinear` understands."""
-        return self.base(x.unsqueeze(1).expand(-1, self.members, -1)).flatten(1)
-
-
-class _PositionLinear(nn.Module):
-    """A projection that DeBERTa applies to tokens and to relative positions alike.
-
-    Tokens (M·B, L, H) go straight through. Positions come as (1, S, M·H), because all rows share them and only the
-    members differ; they leave as (1, S, M·out).
-    """
-
-    def __init__(self, base: nn.Module, members: int, width: int) -> None:
-        super().__init__()
-        self.base, self.members, self.width = base, members, width
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] == self.width:
-            return self.base(x)
-        s = x.shape[1]
-        y = self.base(x.view(s, self.members, self.width).transpose(0, 1).contiguous())  # (M, S, out)
-        return y.transpose(0, 1).reshape(1, s, -1)
-
-
-class _Positions:
-    """Projected positions (M, heads, S, d) that answer the ``repeat`` with which DeBERTa spreads them over the rows."""
-
-    def __init__(self, per_member: Tensor) -> None:
-        self.per_member = per_member
-
-    def repeat(self, rows: int, *ones: int) -> Tensor:
-        """Each member's positions for each of its own rows: (M·B·heads, S, d)."""
-        m, heads, s, d = self.per_member.shape
-        return self.per_member.unsqueeze(1).expand(m, rows // m, heads, s, d).reshape(-1, s, d)
-
-
-def prepare_encoder(encoder: nn.Module, model_type: str, members: int) -> None:
-    """Make room for the member axis where an encoder shares a computation between rows (DeBERTa's positions).
-
-    Call it after the adapters are injected; the encoder is changed in place.
-    """
-    if model_type != "deberta-v2" or members == 1:
-        return
-    attention: Any
-    for attention in [m for m in encoder.modules() if type(m).__name__ == "DisentangledSelfAttention"]:
-        if not attention.relative_attention:
-            continue
-        attention.pos_dropout = _PositionDropout(attention.pos_dropout, members)
-        for name in ("query_proj", "key_proj", "pos_query_proj", "pos_key_proj"):
-            layer = getattr(attention, name, None)
-            if layer is not None:
-                width = (layer.base if isinstance(layer, BankLinear) else layer).in_features
-                setattr(attention, name, _PositionLinear(layer, members, width))
-        attention.transpose_for_scores = _transpose_for_scores(attention, members)
-
-
-def _transpose_for_scores(attention: Any, members: int) -> Any:
-    original, out, heads = attention.transpose_for_scores, attention.all_head_size, attention.num_attention_heads
-
-    def transpose(x: Tensor, attention_heads: int) -> Tensor | _Positions:
-        if x.shape[-1] == out:
-            return original(x, attention_heads)
-        s = x.shape[1]
-        return _Positions(x.view(s, members, heads, out // heads).permute(1, 2, 0, 3))
-
-    return transpose
-
-
 def accepts_token_types(encoder: nn.Module) -> bool:
     """Whether the encoder tells the two sentences of a pair apart by token types."""
     takes = "token_type_ids" in inspect.signature(encoder.forward).parameters
     # RoBERTa's one type, DeBERTa-v3's none: the tokeniser's ids would be out of range.
     return takes and getattr(encoder.config, "type_vocab_size", 0) > 1
-
-
-def replace_layer(root: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put ``layer`` at ``path``."""
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, layer)
 
 
 def freeze(module: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""Members and the LoRA arithmetic for M of them at once, on any encoder made of ``nn.Linear`` layers.
+"""Members, their settings, and their adapters in PEFT's format.
 
 A member's adapter computes W0 x + c · B A x with c = α/r (Hu et al. 2021, section 4.1; Tolkunov, section 4.1); A starts
-normal, B starts at zero. Axes: M members, B examples in a batch, L tokens, R largest rank at a layer.
+normal, B starts at zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_ensemble import pool
@@ -140,38 +139,6 @@ def _member(
 def derived_seed(seed: int, purpose: str) -> int:
     """An independent 63-bit seed for each purpose, the same on every machine."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
-
-
-class BankLinear(nn.Module):
-    """A frozen ``nn.Linear`` with the adapters of M members on it.
-
-    The bank hands over this step's ``A`` (M, R, in), ``B`` (M, out, R) and ``scaling`` (M, 1, 1) before the encoder
-    runs; they are views of the bank's one weight matrix, so nothing here is a parameter. A member with a lower rank,
-    or without an adapter here, has zeros, and zeros stay zeros: the gradient of A holds a factor B, that of B a factor
-    A.
-    """
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.A: Tensor | None = None
-        self.B: Tensor | None = None
-        self.scaling: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight; some encoders look at its dtype."""
-        return self.base.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (M·B, ..., in), members outermost. Returns (M·B, ..., out)."""
-        y = self.base(x)
-        if self.A is None or self.B is None or self.scaling is None:
-            return y
-        m = self.A.shape[0]
-        h = torch.bmm(x.reshape(m, -1, x.shape[-1]), self.A.transpose(1, 2))  # (M, B·L, R)
-        y = torch.baddbmm(y.reshape(m, -1, y.shape[-1]), h, (self.B * self.scaling).transpose(1, 2))
-        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def linear_layers(encoder: nn.Module) -> dict[str, nn.Linear]:

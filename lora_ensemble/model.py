@@ -1,11 +1,11 @@
 """The bank: M members over one frozen encoder, as a plain ``nn.Module``.
 
-A batch enters once and runs through the encoder M times as one batch of M·B rows; only the adapters and the heads know
-that the leading axis is M. Everything that members train is one matrix with a row per member, so that one optimiser
-step, one clip, one all-reduce and one NaN check serve the bank, and no row can touch another.
+A batch enters once, as a packed row of tokens, and runs through the encoder for all members together. Everything that
+members train is one matrix with a row per member, so that one optimiser step, one clip, one all-reduce and one NaN
+check serve the bank, and no row can touch another.
 
-Axes: M members, B examples in a batch, L tokens, H hidden width, R largest rank at a layer, C outputs of a head, P
-trained numbers per member (zeros included).
+Axes: M members, B examples in a batch, T tokens of all of them, H hidden width, R largest rank at a layer, C outputs of
+a head, P trained numbers per member (zeros included).
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from lora_ensemble.families import accepts_token_types, family_of, freeze, prepare_encoder, replace_layer, target_paths
-from lora_ensemble.lora import Adapter, BankLinear, Member, derived_seed, linear_layers
+from lora_ensemble.encode import Adapters, PackedEncoder
+from lora_ensemble.families import accepts_token_types, family_of, freeze, target_paths
+from lora_ensemble.lora import Adapter, Member, derived_seed, linear_layers
+from lora_ensemble.padded import PaddedEncoder
 from lora_ensemble.tasks import Task
 
 
@@ -44,6 +46,7 @@ class Bank(nn.Module):
     ``classifier``: an ``AutoModelForSequenceClassification`` of any supported family, consumed. ``fresh``: names of its
     weights that are not pretrained; those of the head are drawn from each member's seed, as the family draws them.
     ``init_std``: standard deviation of A. ``train_encoder``: full fine-tuning, for one member without adapters.
+    ``frozen_dropout``: whether the encoder's dropout also acts for members that leave the encoder as it is.
 
     Raises ``UserError`` for targets that the family cannot do.
     """
@@ -57,6 +60,7 @@ class Bank(nn.Module):
         fresh: set[str],
         init_std: float = 0.02,
         train_encoder: bool = False,
+        frozen_dropout: bool = False,
     ) -> None:
         super().__init__()
         self.members, self.tasks = list(members), list(tasks)
@@ -75,21 +79,33 @@ class Bank(nn.Module):
         freeze(self.heads)
         self._token_types = accepts_token_types(self.encoder)
 
-        self._adapters: dict[str, BankLinear] = {}
+        self._adapted: list[str] = []
         self._shapes: dict[str, torch.Size] = {}
         for path, layer in self.layers.items():
             ranks = [m.rank or 0 for m, paths in zip(self.members, self.paths, strict=True) if path in paths]
             if ranks:
-                self._adapters[path] = BankLinear(layer)
-                replace_layer(self.encoder, path, self._adapters[path])
+                self._adapted.append(path)
                 self._shapes[f"{path}.A"] = torch.Size((max(ranks), layer.in_features))
                 self._shapes[f"{path}.B"] = torch.Size((layer.out_features, max(ranks)))
+        self._adapter_width = sum(math.prod(s) for s in self._shapes.values())
         for task, head in zip(self.tasks, self.heads, strict=True):
             self._shapes.update({f"{task.name}/{name}": p.shape for name, p in head.named_parameters()})
-        prepare_encoder(self.encoder, self.config.model_type, len(self.members))
 
+        family = family_of(self.config.model_type)
+        pooler = {family.pooler} if getattr(self.encoder, "pooler", None) is not None else set()
+        frozen = [not train_encoder and not set(paths) - pooler for paths in self.paths]
+        self.deep = [i for i, unchanged in enumerate(frozen) if frozen_dropout or not unchanged]
+        """Members for which the encoder runs with their adapters and dropout; for the others it is what it was, up to
+        the pooler, and runs once without dropout."""
+        self.packs = family.packs
+        """Whether examples share a row, or batches are padded."""
+        self._inside = [path for path in self._adapted if path not in pooler]
+        self._encode: PackedEncoder | PaddedEncoder = (
+            PackedEncoder(self.encoder)
+            if family.packs
+            else PaddedEncoder(self.encoder, self._inside, members=max(1, len(self.deep)))
+        )
         self._scaling: Tensor | None = None
-        self._attention: str = self.encoder.config._attn_implementation
         width = sum(math.prod(s) for s in self._shapes.values())
         self.weights = nn.Parameter(torch.zeros(len(self.members), width))  # (M, P)
         for i, member in enumerate(self.members):
@@ -120,71 +136,112 @@ class Bank(nn.Module):
         # One split: its gradient is one concatenation, where separate slices would each make a whole matrix of zeros.
         pieces = torch.split(weights, [math.prod(s) for s in self._shapes.values()], dim=1)
         return {
-            name: piece.view(len(self.members), *shape)
+            name: piece.view(len(weights), *shape)
             for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
         }
 
-    def forward(self, batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Task name to batch (``input_ids`` and ``attention_mask`` (B, L), ``token_type_ids`` (B, L) where the encoder
-        takes them). Returns task name to logits (M, B, C)."""
-        self._choose_attention()
+    def forward(
+        self, batches: Mapping[str, Mapping[str, Any]], frozen: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Task name to logits (M, B, C).
+
+        ``batches``: task name to a packed row: ``input_ids`` (T,), ``token_type_ids`` (T,) where the encoder takes
+        them, and :func:`packing.layout`. ``frozen``: task name to :meth:`read_frozen` of the same batch, where it is
+        known already.
+        """
+        dtype = self._dtype()
         views = self._views(self.weights)
+        everybody = range(len(self.members))
+        pooler = self._adapters(self.weights, everybody, dtype, [p for p in self._adapted if p not in self._inside])
+        logits = {}
+        for name, batch in batches.items():
+            if batch["examples"] == 0:
+                # A process without an example of a small last batch still takes part in the backward pass.
+                outputs = self.tasks[self._index(name)].num_outputs
+                logits[name] = self.weights.sum() * 0 + self.weights.new_zeros(len(self.members), 0, outputs)
+                continue
+            read = self._read(batch, (frozen or {}).get(name), dtype)
+            logits[name] = self._head(name, read, self._pool(read, pooler, dtype), views)
+        return logits
+
+    def _dtype(self) -> torch.dtype:
+        """Of the encoder's matrix products."""
+        kind = self.weights.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weights.dtype
+
+    def _index(self, task: str) -> int:
+        return [t.name for t in self.tasks].index(task)
+
+    def _adapters(
+        self, weights: Tensor, members: Sequence[int], dtype: torch.dtype, paths: Sequence[str]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Adapters of some members, from their rows of the weight matrix, as :data:`encode.Adapters`."""
         # Not a buffer: a change of the module's precision would round it for good.
-        if (
-            self._scaling is None
-            or self._scaling.device != self.weights.device
-            or self._scaling.dtype != self.weights.dtype
-        ):
-            self._scaling = self.weights.new_tensor([m.scaling or 0.0 for m in self.members]).view(-1, 1, 1)
-        for path, adapter in self._adapters.items():
-            adapter.A, adapter.B, adapter.scaling = views[f"{path}.A"], views[f"{path}.B"], self._scaling
-        return {name: self._logits(name, batch, views) for name, batch in batches.items()}
+        if self._scaling is None or (self._scaling.device, self._scaling.dtype) != (weights.device, weights.dtype):
+            self._scaling = weights.new_tensor([m.scaling or 0.0 for m in self.members]).view(-1, 1, 1)
+        scaling = self._scaling if len(members) == len(self.members) else self._scaling[list(members)]
+        views = self._views(weights)
+        return {p: (views[f"{p}.A"].to(dtype), (views[f"{p}.B"] * scaling).to(dtype)) for p in paths}
 
-    def _choose_attention(self) -> None:
-        # On a CPU, torch's fused attention is up to twice as slow as plain matrix products at BERT's short lengths when
-        # gradients are wanted, and has no advantage with dropout. Evaluation keeps it: it saves memory there.
-        eager = self.training and self.weights.device.type == "cpu" and family_of(self.config.model_type).eager
-        wanted = "eager" if eager else self._attention
-        if self.encoder.config._attn_implementation != wanted:
-            self.encoder.set_attn_implementation(wanted)
+    def _read(self, batch: Mapping[str, Any], frozen: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What the heads read of each example, (M, B, H)."""
+        parts: list[Tensor] = []
+        if self.deep:
+            rows = self.weights if len(self.deep) == len(self.members) else self.weights[self.deep]
+            read = self._encode(
+                batch,
+                self._adapters(rows, self.deep, dtype, self._inside),
+                members=len(self.deep),
+                token_types=self._token_types,
+                dropout=self.training,
+                dtype=dtype,
+            )
+            parts.append(read.expand(len(self.deep), -1, -1))
+        others = [i for i in range(len(self.members)) if i not in self.deep]
+        if others:
+            once = self.read_frozen(batch) if frozen is None else frozen
+            parts.append(once.expand(len(others), -1, -1))
+        if len(parts) == 1:
+            return parts[0]
+        order = [*self.deep, *others]
+        return torch.cat(parts)[[order.index(i) for i in range(len(order))]]
 
-    def _logits(self, name: str, batch: Mapping[str, Tensor], views: Mapping[str, Tensor]) -> Tensor:
-        index = [t.name for t in self.tasks].index(name)
-        m, (b, length) = len(self.members), batch["input_ids"].shape
-        if b == 0:
-            # A process without an example of a small last batch still takes part in the backward pass.
-            return self.weights.sum() * 0 + self.weights.new_zeros(m, 0, self.tasks[index].num_outputs)
+    @torch.no_grad()
+    def read_frozen(self, batch: Mapping[str, Any]) -> Tensor:
+        """What the untouched encoder, without dropout, gives the heads to read of each example, (1, B, H)."""
+        return self._encode(batch, {}, members=1, token_types=self._token_types, dropout=False, dtype=self._dtype())
 
-        def rows(x: Tensor) -> Tensor:  # (B, L) -> (M·B, L)
-            return x.expand(m, b, length).reshape(m * b, length)
+    def _pool(self, read: Tensor, adapters: Adapters, dtype: torch.dtype) -> Tensor | None:
+        """BERT's pooler, which belongs to the encoder: (M, B, H), or None where there is none."""
+        pooler = getattr(self.encoder, "pooler", None)
+        if pooler is None or isinstance(self._encode, PaddedEncoder):
+            return None
+        with torch.autocast(read.device.type, enabled=False):
+            (pooled,) = self._encode.project(read, [pooler.dense], adapters, dtype)
+            return pooler.activation(pooled)
 
-        inputs = {"input_ids": rows(batch["input_ids"]), "attention_mask": rows(batch["attention_mask"])}
-        if self._token_types and "token_type_ids" in batch:
-            inputs["token_type_ids"] = rows(batch["token_type_ids"])
-        out = self.encoder(**inputs)
-        hidden = out.last_hidden_state.view(m, b, length, -1)
-        pooled = getattr(out, "pooler_output", None)
-        head = self.heads[index]
+    def _head(self, name: str, read: Tensor, pooled: Tensor | None, views: Mapping[str, Tensor]) -> Tensor:
+        head = self.heads[self._index(name)]
         parameters = {n: views[f"{name}/{n}"] for n, _ in head.named_parameters()}
         stub = getattr(head, self.prefix)
+        mask = read.new_ones(read.shape[1], 1)
 
-        def one(parameters: dict[str, Tensor], hidden: Tensor, pooled: Tensor | None, mask: Tensor) -> Tensor:
-            stub.hidden, stub.pooled = hidden, pooled
-            return functional_call(head, parameters, (), {"inputs_embeds": hidden, "attention_mask": mask}).logits
+        def one(parameters: dict[str, Tensor], read: Tensor, pooled: Tensor | None) -> Tensor:
+            # One token an example: the one that the head reads.
+            stub.hidden, stub.pooled = read[:, None], pooled
+            return functional_call(head, parameters, (), {"inputs_embeds": stub.hidden, "attention_mask": mask}).logits
 
         try:
             # "different": each member draws its own dropout masks.
-            many = vmap(one, in_dims=(0, 0, None if pooled is None else 0, None), randomness="different")
-            pooled = None if pooled is None else pooled.view(m, b, -1)
-            return many(parameters, hidden, pooled, batch["attention_mask"])
+            many = vmap(one, in_dims=(0, 0, None if pooled is None else 0), randomness="different")
+            return many(parameters, read, pooled)
         finally:
             stub.hidden = stub.pooled = None  # keep no activations alive
 
     @torch.no_grad()
     def member_state(self, index: int) -> tuple[Adapter, dict[str, dict[str, Tensor]]]:
         """A member's adapter at its own rank and its heads (task to parameter name to tensor), float32, on the CPU."""
-        views = self._views(self.weights[index : index + 1].float().cpu().expand(len(self.members), -1))
-        views = {name: view[0] for name, view in views.items()}
+        views = {n: view[0] for n, view in self._views(self.weights[index : index + 1].float().cpu()).items()}
         rank = self.members[index].rank or 0
         adapter = Adapter(
             A={p: views[f"{p}.A"][:rank].clone() for p in self.paths[index]},

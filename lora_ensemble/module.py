@@ -14,10 +14,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lora_ensemble.base_model import hub_id, load_classifier
 from lora_ensemble.errors import UserError
+from lora_ensemble.frozen import FrozenReads
 from lora_ensemble.lora import MemberConfig, derived_seed, expand_members
 from lora_ensemble.model import Bank
 from lora_ensemble.optim import BankAdamW, clip_rows
@@ -73,6 +75,7 @@ class BankModule(pl.LightningModule):
         init_std: float = 0.02,
         head_dropout: float | None = 0.3,
         encoder_dropout: float | None = None,
+        frozen_dropout: bool = False,
         weight_decay: float = 0.0,
         schedule: Literal["constant", "linear", "cosine"] = "constant",
         warmup: float = 0.0,
@@ -87,6 +90,8 @@ class BankModule(pl.LightningModule):
             init_std: Standard deviation of A at the start (B starts at zero).
             head_dropout: Dropout before the head's last layer; null for the model's own.
             encoder_dropout: Dropout inside the encoder; null for the model's own.
+            frozen_dropout: Whether it also acts for members that train only their head or the pooler. False: they read
+                the encoder's output without dropout, computed once and kept.
             weight_decay: AdamW's decoupled weight decay.
             schedule: Learning rate over the run, after the warm-up: constant, or linear or cosine decay to zero.
             warmup: Linear warm-up from zero: a fraction of all steps if below 1, otherwise a number of steps.
@@ -99,6 +104,7 @@ class BankModule(pl.LightningModule):
             "init_std": init_std,
             "head_dropout": head_dropout,
             "encoder_dropout": encoder_dropout,
+            "frozen_dropout": frozen_dropout,
             "weight_decay": weight_decay,
             "schedule": schedule,
             "warmup": warmup,
@@ -121,7 +127,9 @@ class BankModule(pl.LightningModule):
             fresh=fresh,
             init_std=init_std,
             train_encoder=finetune == "full",
+            frozen_dropout=frozen_dropout,
         )
+        self._frozen = FrozenReads(self.bank)
         self.evaluations: dict[str, Evaluation] = {}
         """Task name to what the last validation, test or prediction gave."""
         self._collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -131,8 +139,16 @@ class BankModule(pl.LightningModule):
     # Training
 
     def on_fit_start(self) -> None:
-        """Refuse what would couple members."""
+        """Refuse what would couple members, and say what is done otherwise than one might expect."""
         check_precision(self.trainer.precision)
+        if not self.bank.packs:
+            _say(f"{self.bank.config.model_type}: its relative positions need padded batches; examples share no row")
+        unchanged = len(self.members) - len(self.bank.deep)
+        if unchanged:
+            _say(
+                f"{unchanged} of {len(self.members)} members leave the encoder as it is: they read its output without "
+                "dropout, computed once (model.frozen_dropout)"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by the step, so that a resumed run draws the masks that it would have drawn."""
@@ -140,7 +156,7 @@ class BankModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> Tensor:
         """The sum over members and tasks of each one's mean loss; the sum keeps every member's own gradient."""
-        logits = self.bank(batch)
+        logits = self.bank(batch, self._read_frozen(batch, "train"))
         losses = []
         for task in self.tasks:
             part = batch[task.name]
@@ -151,6 +167,12 @@ class BankModule(pl.LightningModule):
         self._loss_sum = loss.detach() if self._loss_sum is None else self._loss_sum + loss.detach()
         self._loss_steps += 1
         return loss.sum()
+
+    def _read_frozen(self, batch: dict[str, dict[str, Any]], split: str) -> dict[str, Tensor] | None:
+        if len(self.bank.deep) == len(self.members):
+            return None
+        splits = self.trainer.datamodule.splits[split]
+        return {name: self._frozen(splits[name], part["rows"]) for name, part in batch.items() if len(part["rows"])}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log each member's mean loss since the last time."""
@@ -240,19 +262,21 @@ class BankModule(pl.LightningModule):
 
     # Evaluation
 
-    def _collect(self, batch: dict[str, dict[str, Tensor]]) -> None:
-        for name, logits in self.bank(batch).items():
+    def _collect(self, batch: dict[str, dict[str, Any]], split: str) -> None:
+        for name, logits in self.bank(batch, self._read_frozen(batch, split)).items():
             self._collected.setdefault(name, []).append((batch[name]["index"], logits.float()))
 
-    def validation_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> None:
         """Keep the logits on the device until the end."""
-        self._collect(batch)
+        self._collect(batch, "dev")
 
-    test_step = validation_step
-
-    def predict_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> None:
         """Keep the logits on the device until the end."""
-        self._collect(batch)
+        self._collect(batch, "test")
+
+    def predict_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> None:
+        """Keep the logits on the device until the end."""
+        self._collect(batch, self.trainer.datamodule.predict_split)
 
     def _evaluate(self, split: str) -> None:
         """Gather every row once, on all devices, and score it. A collective."""
@@ -339,3 +363,8 @@ class BankModule(pl.LightningModule):
         if bad and strict:
             raise UserError(f"--ckpt_path: weights are missing or unknown: {', '.join(bad[:3])}")
         return result
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)

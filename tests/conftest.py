@@ -78,6 +78,16 @@ def save_tiny(folder: Path, family: str, words: list[str]) -> Path:
     return folder
 
 
+def packed(padded: dict[str, Any]) -> dict[str, Any]:
+    """A padded batch as a packed row: the tokens where the mask is 1, one example after another."""
+    from lora_ensemble.packing import fill, layout
+
+    mask = padded["attention_mask"].bool()
+    names = [n for n in ("input_ids", "token_type_ids") if n in padded]
+    rest = {n: t for n, t in padded.items() if n not in (*names, "attention_mask")}
+    return {n: fill(padded[n][mask]) for n in names} | layout(mask.sum(1).numpy()) | rest
+
+
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's data, small, in the course's format."""

@@ -13,6 +13,7 @@ import pytest
 from lora_ensemble.base_model import load_tokenizer
 from lora_ensemble.data import BankData, EvalBatches, TokenisedSplit, TrainBatches, resolve_tasks
 from lora_ensemble.errors import UserError
+from lora_ensemble.packing import unpack
 from lora_ensemble.readers import Split
 from lora_ensemble.tasks import PRESETS, Task
 
@@ -30,7 +31,7 @@ def tokenizer(tiny: Callable[[str], Path]) -> Any:
     return load_tokenizer(str(tiny("bert")))
 
 
-def test_a_batch_is_what_the_tokeniser_pads(tokenizer: Any) -> None:
+def test_a_batch_is_what_the_tokeniser_pads_without_the_padding(tokenizer: Any) -> None:
     split = split_of(7, tokenizer, pairs=True)
     rows = np.array([5, 0, 2])
     words = ["the train was late", "good", "the hotel and the film were not bad at all"]
@@ -38,8 +39,17 @@ def test_a_batch_is_what_the_tokeniser_pads(tokenizer: Any) -> None:
         [words[i % 3] for i in rows], [words[(i + 1) % 3] for i in rows], padding=True, return_token_type_ids=True
     )
     batch = split.batch(rows)
-    for key in ("input_ids", "attention_mask", "token_type_ids"):
-        assert batch[key].tolist() == expected[key]
+    mask = np.array(expected["attention_mask"], bool)
+    for key in ("input_ids", "token_type_ids"):
+        assert (
+            batch[key].tolist() == np.array(expected[key])[mask].tolist() + [0] * 6
+        )  # 17 + 8 + 17 tokens, filled up to 48
+        assert unpack(batch, key, 0).tolist() == expected[key]
+    assert batch["attention_mask"][:3].tolist() == expected["attention_mask"]
+    assert batch["lengths"] == (17, 8, 17, 6)
+    assert batch["examples"] == 3
+    assert batch["position_ids"].tolist() == [i for n in (17, 8, 17, 6) for i in range(n)]
+    assert batch["input_ids"][batch["first"]].tolist() == [tokenizer.cls_token_id] * 3 + [0]
     assert batch["token_type_ids"].max() == 1
     assert batch["labels"].tolist() == [1, 0, 0]
     assert batch["index"].tolist() == [5, 0, 2]
@@ -51,7 +61,7 @@ def test_truncation_is_counted_and_said(tokenizer: Any) -> None:
     # Pairs of 4 + 1, 1 + 10 and 10 + 4 words, each with 3 special tokens: 8, 14 and 17 tokens.
     assert split.notices == ["4 of 6 examples cut to 8 tokens (first ids: x1, x2, x4)"]
     assert split_of(6, tokenizer, pairs=True, max_length=17).notices == []
-    one = split.batch(np.array([2]))["input_ids"][0].tolist()
+    one = split.batch(np.array([2]))["input_ids"][:8].tolist()
     assert (
         one
         == tokenizer(
@@ -136,7 +146,7 @@ def test_evaluation_sees_every_row_once_over_all_devices(tokenizer: Any) -> None
         for batch in given:
             for task, part in batch.items():
                 seen[task] += part["index"].tolist()
-                assert part["input_ids"].shape[0] == len(part["index"]) <= 2
+                assert part["examples"] == len(part["index"]) <= 2
     assert sorted(seen["a"]) == list(range(11))
     assert seen["b"] == [0]
 

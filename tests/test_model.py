@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILY_NAMES
+from conftest import FAMILY_NAMES, packed
 from torch.nn import functional as F
 
 from lora_ensemble.base_model import load_classifier
@@ -52,9 +52,14 @@ def batches(steps: int, *, tasks: tuple[str, ...] = ("sst",), seed: int = 0, b: 
     return made
 
 
+def row(batch: dict[str, Any]) -> dict[str, Any]:
+    """Every task's batch packed."""
+    return {task: packed(part) for task, part in batch.items()}
+
+
 def sst_losses(bank: Bank, batch: dict[str, Any]) -> torch.Tensor:
     """Each member's own mean cross-entropy (M,), computed here and not by the package."""
-    logits = bank(batch)["sst"]
+    logits = bank(row(batch))["sst"]
     return torch.stack([F.cross_entropy(one, batch["sst"]["labels"]) for one in logits])
 
 
@@ -184,7 +189,7 @@ def test_dropout_masks_of_members_are_independent(tiny: Callable[[str], Path]) -
     twins = [MemberConfig(seed=5, name=name, targets="qkv") for name in ("one", "two")]
     batch = batches(1)[0]
     for family in FAMILY_NAMES:
-        still = bank_of(tiny(family), *twins)(batch)["sst"]
+        still = bank_of(tiny(family), *twins)(row(batch))["sst"]
         assert torch.allclose(still[0], still[1], atol=1e-6)
         for dropped in ("encoder", "head"):
             classifier, fresh = load_classifier(
@@ -194,7 +199,7 @@ def test_dropout_masks_of_members_are_independent(tiny: Callable[[str], Path]) -
                 encoder_dropout=0.5 if dropped == "encoder" else 0.0,
             )
             bank = Bank(classifier, members=expand_members(twins), tasks=[SST], fresh=fresh)
-            noisy = bank(batch)["sst"]
+            noisy = bank(row(batch))["sst"]
             assert not torch.allclose(noisy[0], noisy[1], atol=1e-3), (family, dropped)
 
 
@@ -286,7 +291,7 @@ def test_member_state_round_trip_and_mismatches(tiny: Callable[[str], Path]) -> 
         other.load_member(index, *bank.member_state(index))
         again = other.member_state(index)
         assert all(torch.equal(again[0].A[p], bank.member_state(index)[0].A[p]) for p in again[0].A)
-    out, wanted = other(batches(1)[0])["sst"], bank(batches(1)[0])["sst"]
+    out, wanted = other(row(batches(1)[0]))["sst"], bank(row(batches(1)[0]))["sst"]
     assert not torch.equal(out, wanted)  # the padding of `bank` was noise; a loaded member has zeros there
     adapter, heads = bank.member_state(0)
     with pytest.raises(ValueError, match="other layers"):

@@ -1,0 +1,86 @@
+"""Packed rows: the examples of a batch one after another in one row of tokens, with no padding between them.
+
+Axes: B examples in a batch, T tokens of all of them together, L tokens of the longest, M members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MULTIPLE = 8
+"""Tokens of a row are filled up to a multiple of so many: what multiplies matrices prepares itself for each new shape
+(oneDNN's bf16 products on a CPU for milliseconds), and likes even ones."""
+
+
+def layout(lengths: np.ndarray) -> dict[str, Any]:
+    """Where the examples of a packed row lie, from their lengths (B,).
+
+    Up to seven tokens may fill the row up; they count as one more example, so that nothing of theirs touches another,
+    and B' is B or B + 1. ``position_ids`` (T,): 0, 1, ... in every example; ``first`` (B',): where each begins;
+    ``place`` (B', L): the token at each place of the padded batch (the row's first where there is none); ``slots``
+    (T,): the inverse, each token's place in the flattened padded batch; ``attention_mask`` (B', L). On the host stay
+    ``lengths``, a tuple of B', and ``examples``, which is B.
+    """
+    examples, filling = len(lengths), -int(lengths.sum()) % MULTIPLE
+    if filling:
+        lengths = np.append(lengths, filling)
+    first = np.cumsum(lengths) - lengths
+    padded = np.arange(int(lengths.max(initial=1)))
+    mask = padded < lengths[:, None]
+    tensors = {
+        "position_ids": np.arange(int(lengths.sum())) - np.repeat(first, lengths),
+        "first": first,
+        "place": np.where(mask, first[:, None] + padded, 0),
+        "slots": np.flatnonzero(mask),
+        "attention_mask": mask.astype(np.int64),
+    }
+    arrays = {name: torch.from_numpy(t) for name, t in tensors.items()}
+    return arrays | {"lengths": tuple(lengths.tolist()), "examples": examples}
+
+
+def fill(row: Tensor) -> Tensor:
+    """Something for each token of a row (T,), with zeros where it is filled up."""
+    return torch.nn.functional.pad(row, (0, -len(row) % MULTIPLE))
+
+
+def unpack(batch: Mapping[str, Any], name: str, padding: int) -> Tensor:
+    """``batch[name]`` (T,) as a padded batch (B, L), with ``padding`` where there is no token."""
+    mask, place = (batch[key][: batch["examples"]] for key in ("attention_mask", "place"))
+    return torch.where(mask.bool(), batch[name][place], padding)
+
+
+class PadRow(torch.autograd.Function):
+    """(M, T, H) to (M, B·L, H): the padded batch; what stands at the padding is undefined, and its gradient is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, slots: Tensor) -> Tensor:
+        """See the class."""
+        ctx.save_for_backward(slots)
+        return x.index_select(1, place.flatten())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The masked attention that follows gives the padding no gradient: nothing needs to be summed."""
+        return grad.index_select(1, ctx.saved_tensors[0]), None, None
+
+
+class PackRow(torch.autograd.Function):
+    """(M, B·L, H) to (M, T, H): the inverse of :class:`PadRow`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor) -> Tensor:
+        """See the class."""
+        ctx.save_for_backward(slots)
+        ctx.width = x.shape[1]
+        return x.index_select(1, slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Zeros where there was padding."""
+        padded = grad.new_zeros(grad.shape[0], ctx.width, grad.shape[2])
+        return padded.index_copy_(1, ctx.saved_tensors[0], grad), None
