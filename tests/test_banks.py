@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from test_cli import Program
 
 from lora_ensemble import pool
 from lora_ensemble.module import BankModule
+from lora_ensemble.restart import RestartPoint
 
 # Ranks 2, 3 and 4 on different layers, and none: in banks of two each row is as long as it must be, and no longer.
 FIVE = (
@@ -208,16 +210,16 @@ def test_out_of_memory_after_an_optimiser_step(
     program: Program, whole: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Weights have moved on, counters have not: back to the last checkpoint."""
-    original = BankModule.on_train_batch_end
+    original = RestartPoint.on_train_batch_end
     failed: list[bool] = []
 
-    def later(self: BankModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not failed and (self.current_epoch, batch_idx) == (1, 4):
+    def later(self: RestartPoint, trainer: pl.Trainer, module: pl.LightningModule, *more: Any) -> None:
+        if not failed and (module.current_epoch, more[-1]) == (1, 4):
             failed.append(True)
             raise MemoryError
-        original(self, outputs, batch, batch_idx)
+        original(self, trainer, module, *more)
 
-    monkeypatch.setattr(BankModule, "on_train_batch_end", later)
+    monkeypatch.setattr(RestartPoint, "on_train_batch_end", later)
     assert fit(program) == 0
     assert failed
     assert "which go on from the last checkpoint" in capsys.readouterr().out
@@ -267,11 +269,11 @@ def test_the_first_bank_is_let_go(program: Program, monkeypatch: pytest.MonkeyPa
 def test_all_members_of_one_bank_diverge(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     """The other bank is trained all the same; only if none is left is it an error."""
     members = "[{rank: 2, lr: 1e30, name: wild}, {rank: 2, lr: 1e-3, name: tame}]"
-    assert fit(program, "--bank_size=1", members=members) == 0
+    assert program("fit", "--bank_size=1", members=members) == 0
     out = capsys.readouterr().out
     assert [r.name for r in pool.TaskPool(program.pool, "sst").members] == ["tame"]
-    assert ["wild", "diverged", "nan", "nan"] in [line.split() for line in out.splitlines()]
-    assert fit(program, "--bank_size=1", members=members.replace("1e-3, name: tame", "1e30, name: also")) == 2
+    assert ["wild", "diverged", "nan"] in [line.split() for line in out.splitlines()]
+    assert program("fit", "--bank_size=1", members=members.replace("1e-3, name: tame", "1e30, name: also")) == 2
     assert "every member has diverged" in capsys.readouterr().err
 
 
@@ -326,5 +328,5 @@ def test_sizes_that_are_none(program: Program, capsys: pytest.CaptureFixture[str
 
 
 def test_a_dry_run_writes_no_plan(program: Program) -> None:
-    assert fit(program, "--bank_size=2", "--trainer.fast_dev_run=true") == 0
+    assert program("fit", "--bank_size=2", "--trainer.fast_dev_run=true") == 0
     assert not list(program.folder.rglob("banks.json"))
