@@ -134,7 +134,7 @@ def cautious_need(config: Any, *, width: int, tokens: int, longest: int, number:
     h = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * h
     # What autograd keeps of a layer for a token, generously: DeBERTa's positions and adapters on every layer included.
-    per_token = 24 * h + 5 * inner + 20 * config.num_attention_heads * longest
+    per_token = 14 * h + 3 * inner + 12 * config.num_attention_heads * longest
     # Weights, gradient, two moments, two temporaries of a step and two of the backward pass.
     state = 8 * width
     layers = config.num_hidden_layers + 1  # the embeddings, as one more

@@ -98,7 +98,7 @@ def _logits_bytes(module: BankModule, data: BankData, trainer: pl.Trainer) -> in
 
 
 class _Trial:
-    """Trains a few members for two steps on the largest batches, evaluates the longest examples, and measures."""
+    """Trains a few members for a step on each of the largest batches, evaluates the longest examples, and measures."""
 
     def __init__(self, module: BankModule, data: BankData, trainer: pl.Trainer, batches: TrainBatches) -> None:
         self.module, self.trainer, self.device = module, trainer, trainer.strategy.root_device
@@ -144,8 +144,10 @@ class _Trial:
     def _train(self, module: BankModule) -> None:
         with self._on_device(module) as brought:
             optimizer = BankAdamW(module.bank.weights, [m.lr for m in module.members])
-            # Twice: the moments come with the first step, and the gradient of one step lives on in the next.
-            for batch in [brought(b) for b in self.batches] * 2:
+            # As in the middle of a run: the moments are there, and the last step's gradient until the backward pass.
+            assert optimizer.alive.all()
+            module.bank.weights.grad = torch.zeros_like(module.bank.weights)
+            for batch in [brought(b) for b in self.batches]:
                 logits = module.bank(batch)
                 losses: list[Tensor] = [
                     member_losses(logits[t.name], batch[t.name]["labels"], t.kind).sum()
