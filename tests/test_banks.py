@@ -330,3 +330,13 @@ def test_sizes_that_are_none(program: Program, capsys: pytest.CaptureFixture[str
 def test_a_dry_run_writes_no_plan(program: Program) -> None:
     assert program("fit", "--bank_size=2", "--trainer.fast_dev_run=true") == 0
     assert not list(program.folder.rglob("banks.json"))
+
+
+def test_several_devices_are_told_what_to_do(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No process splits by itself what another may still be training."""
+    fail_once(monkeypatch, "training_step", (1, 2))
+    monkeypatch.setattr(pl.Trainer, "world_size", property(lambda self: 2))
+    assert fit(program) == 2
+    assert "go on with --ckpt_path last --bank_size 3" in capsys.readouterr().err
