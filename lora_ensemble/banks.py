@@ -265,6 +265,7 @@ def let_go(module: BankModule) -> None:
     """Free the encoder and the state of a module that only makes others from now on."""
     module.trainer = None
     if "bank" in module._modules:
+        module.bank.to("meta")  # whoever else still holds the bank holds no numbers
         del module.bank
     gc.collect()
 

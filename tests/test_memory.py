@@ -137,12 +137,12 @@ class Trial:
 def test_a_larger_bank_takes_what_one_and_two_foretell(
     tiny: Callable[[str], Path], demo_root: Path, family: str
 ) -> None:
-    """Within a twentieth, in training and in evaluation; and the estimate without a probe is never below it."""
+    """At most a fiftieth less and a tenth more, in both phases; the estimate without a probe is above it."""
     trial = Trial(tiny(family), demo_root, MemberConfig(rank=4, targets="all-linear", seed=list(range(7))))
     few = [trial.measured(m) for m in (1, 2, 7)]
     for phase in ("train", "dev"):
         need = Need.through([(1, few[0][phase]), (2, few[1][phase])])
-        assert need.of(7) == pytest.approx(few[2][phase], rel=0.05)
+        assert 0.98 < need.of(7) / few[2][phase] < 1.1
     batches = trial.data.train_dataloader()
     longest = [int(split.lengths.max()) for split in batches.splits.values()]
     estimate = cautious_need(
