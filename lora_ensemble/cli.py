@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import __version__
+from lora_ensemble.banks import BankRun, check_bank_size, evaluation_banks, let_go
 from lora_ensemble.curves import MemberTable, default_loggers
 from lora_ensemble.data import BankData
 from lora_ensemble.errors import UserError
@@ -77,6 +79,13 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--experiment", type=str | None, default=None, help="Groups runs in Weights & Biases; default: the tasks."
         )
+        parser.add_argument(
+            "--bank_size",
+            type=int | Literal["auto"] | None,
+            default="auto",
+            help="Members that train at once: as many as fit the device's memory (auto), a number, or all (null). The "
+            "others wait for their turn, in banks of their own.",
+        )
         parser.link_arguments("model.base_model", "data.base_model")
         parser.link_arguments("data.seed", "model.seed")
         parser.link_arguments("data.tasks", "model.tasks", apply_on="instantiate")
@@ -86,31 +95,52 @@ class CLI(LightningCLI):
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         check_precision(config.trainer.precision)
+        check_bank_size(config.bank_size)
         if config.get("ckpt_path") not in (None, "last", "best", "hpc"):
             _check_checkpoint(config.ckpt_path)
         if config.get("weights_only") is None:
             config.weights_only = True  # a checkpoint is never unpickled
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The Trainer with this run's folder, its checkpoint and its curves."""
+        """The Trainer for all members in one bank, with this run's folder, its checkpoint and its curves."""
         config = self.config[self.subcommand]
         experiment = config.experiment or "-".join(t.name for t in self.datamodule.tasks)
-        run_dir = Path(config.trainer.default_root_dir or "checkpoints") / "runs" / self._run_name(config, experiment)
-        _SaveConfig.run_dir = run_dir
-        writer = self._get(self.config_init, "pool")
-        writer.run, writer.resumed = run_dir.name, config.get("ckpt_path") is not None
+        self.run_dir = (
+            Path(config.trainer.default_root_dir or "checkpoints") / "runs" / self._run_name(config, experiment)
+        )
+        _SaveConfig.run_dir = self.run_dir
+        resumed = config.get("ckpt_path") is not None
         fit, logger = self.subcommand == "fit", config.trainer.logger
         if logger is None or logger is True:
             use = fit and not config.trainer.fast_dev_run
-            kwargs["logger"] = default_loggers(run_dir, experiment=experiment, resumed=writer.resumed) if use else False
-        trainer = super().instantiate_trainer(**kwargs)
+            logger = default_loggers(self.run_dir, experiment=experiment, resumed=resumed) if use else False
+        else:
+            logger = self._get(self.config_init, "trainer").logger
+        # Shared by all banks: a member's curves have names of their own. All else, a bank's Trainer has anew.
+        self._logger: Any = logger
+        settings = {k: v for k, v in vars(self._get(self.config_init, "trainer")).items() if k != "logger"}
+        self._settings = copy.deepcopy(settings)
+        folder = self.run_dir / "checkpoint"
+        if fit and self._writes_checkpoints(config) and not resumed and any(folder.rglob("last.ckpt")):
+            _say(f"note: these settings were run before; add --ckpt_path last to go on from {folder}")
+        return self._trainer(folder, resumed, whole=True)
+
+    @staticmethod
+    def _writes_checkpoints(config: Any) -> bool:
+        return config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
+
+    def _trainer(self, folder: Path, resumed: bool, *, whole: bool) -> pl.Trainer:
+        """A Trainer whose checkpoints go to ``folder``; ``whole``: for all members, so that it prints the table."""
+        config = self.config[self.subcommand]
+        given = self._get(self.config_init, "pool")
+        writer = PoolWriter(str(given.dir), given.overwrite)
+        writer.run, writer.resumed, writer.summarise = self.run_dir.name, resumed, whole
+        self.config_init[self.subcommand]["pool"] = writer
+        trainer = super().instantiate_trainer(**copy.deepcopy(self._settings), logger=self._logger)
         # Lightning's own default would write beside the logger's files, where --ckpt_path last never finds them.
         default = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is None]
         trainer.callbacks = [c for c in trainer.callbacks if c not in default]
-        if fit and config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run:
-            folder = run_dir / "checkpoint"
-            if config.get("ckpt_path") is None and (folder / "last.ckpt").is_file():
-                _say(f"note: these settings were run before; add --ckpt_path last to go on from {folder / 'last.ckpt'}")
+        if self.subcommand == "fit" and self._writes_checkpoints(config):
             common: dict[str, Any] = {"dirpath": folder, "filename": "last", "enable_version_counter": False}
             trainer.callbacks += [
                 MemberTable(writer),
@@ -118,6 +148,55 @@ class CLI(LightningCLI):
                 ModelCheckpoint(**common, train_time_interval=_SAVE_EVERY),  # an epoch may take hours
             ]
         return trainer
+
+    # The verbs, which LightningCLI looks for by name
+
+    def fit(
+        self,
+        model: BankModule,
+        datamodule: BankData,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train all members, in as many banks as it takes."""
+        config, trainer = self.config[self.subcommand], self.trainer
+        del self.trainer  # or it would keep the first bank's state
+        run = BankRun(
+            model,
+            datamodule,
+            trainer,
+            lambda folder, resumed: self._trainer(folder, resumed, whole=False),
+            run_dir=self.run_dir,
+            size=config.bank_size,
+            keep=not config.trainer.fast_dev_run,
+        )
+        del trainer
+        run.fit(ckpt_path, weights_only)
+
+    def validate(self, model: BankModule, datamodule: BankData, **options: Any) -> None:
+        """Score the members on dev."""
+        self._evaluate("validate", model, datamodule, options)
+
+    def test(self, model: BankModule, datamodule: BankData, **options: Any) -> None:
+        """Score the members on test."""
+        self._evaluate("test", model, datamodule, options)
+
+    def predict(self, model: BankModule, datamodule: BankData, **options: Any) -> None:
+        """Add a split's logits to the pool."""
+        self._evaluate("predict", model, datamodule, options)
+
+    def _evaluate(self, verb: str, model: BankModule, datamodule: BankData, options: dict[str, Any]) -> None:
+        size = self.config[self.subcommand].bank_size
+        # A checkpoint is of one bank.
+        banks = [] if options.get("ckpt_path") else evaluation_banks(model, size, self.run_dir)
+        if len(banks) <= 1:
+            getattr(self.trainer, verb)(model=model, datamodule=datamodule, **options)
+            return
+        let_go(model)
+        for names in banks:
+            part = model.with_members([m for m in model.members if m.name in names])
+            trainer = self._trainer(self.run_dir / "checkpoint", False, whole=False)
+            getattr(trainer, verb)(model=part, datamodule=datamodule, **options)
 
     def _run_name(self, config: Any, experiment: str) -> str:
         """The same settings give the same name, so that ``--ckpt_path last`` finds the run that they began."""

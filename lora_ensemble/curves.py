@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import socket
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,17 @@ class MemberTable(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the table where a logger can take one."""
         assert isinstance(pl_module, BankModule)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            header, rows = self._writer.summary(pl_module)
-            for logger in trainer.loggers:
-                log_table = getattr(logger, "log_table", None)
-                if log_table is not None:
-                    # One type per column: W&B refuses a column of numbers and words.
-                    log_table(key="members", columns=header, data=[[r[0], str(r[1]), *r[2:]] for r in rows])
+        if trainer.is_global_zero and not trainer.fast_dev_run and self._writer.summarise:
+            log_member_table(trainer.loggers, *self._writer.summary(pl_module))
+
+
+def log_member_table(loggers: Sequence[Logger], header: list[str], rows: list[list[Any]]) -> None:
+    """The table of ``PoolWriter.summary``, where a logger can take one."""
+    for logger in loggers:
+        log_table = getattr(logger, "log_table", None)
+        if log_table is not None:
+            # One type per column: W&B refuses a column of numbers and words.
+            log_table(key="members", columns=header, data=[[r[0], str(r[1]), *r[2:]] for r in rows])
 
 
 @rank_zero_only

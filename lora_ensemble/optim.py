@@ -40,10 +40,9 @@ class BankAdamW(torch.optim.Optimizer):
         return state["alive"][:, 0].bool()
 
     def _start(self, weights: Tensor, state: dict[str, Any]) -> None:
-        state["step"] = 0
-        state["exp_avg"] = torch.zeros_like(weights)
-        state["exp_avg_sq"] = torch.zeros_like(weights)
-        state["alive"] = torch.ones(len(weights), 1, dtype=torch.bool, device=weights.device)
+        moments = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
+        alive = torch.ones(len(weights), 1, dtype=torch.bool, device=weights.device)
+        state.update(step=0, alive=alive, **moments)  # whole or not at all
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -59,18 +58,25 @@ class BankAdamW(torch.optim.Optimizer):
         state = self.state[weights]
         if not state:
             self._start(weights, state)
+        # All that takes memory comes first: a step that runs out of it has changed nothing, and can be done again.
         # A sum is finite only if every part is. bool: loading a checkpoint casts the state to the weights' type.
-        state["alive"] = state["alive"].bool() & weights.grad.abs().sum(1, keepdim=True).isfinite()
-        gradient = torch.where(state["alive"], weights.grad, 0)
+        alive = state["alive"].bool() & weights.grad.abs().sum(1, keepdim=True).isfinite()
+        gradient = torch.where(alive, weights.grad, 0)
         rates = torch.as_tensor(self._rates, dtype=weights.dtype).to(weights.device, non_blocking=True).view(-1, 1)
-        rates = torch.where(state["alive"], rates * group["lr"], 0)
+        rates = torch.where(alive, rates * group["lr"], 0)
         beta1, beta2 = group["betas"]
-        state["step"] += 1
-        weights.mul_(1 - rates * group["weight_decay"])
+        step = state["step"] + 1
+        shrink, rates = 1 - rates * group["weight_decay"], rates / (1 - beta1**step)
+        change = torch.empty_like(weights)
+
+        state["alive"], state["step"] = alive, step
+        weights.mul_(shrink)
         state["exp_avg"].lerp_(gradient, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        spread = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-        weights.sub_(rates / (1 - beta1 ** state["step"]) * (state["exp_avg"] / spread))
+        torch.div(state["exp_avg_sq"], 1 - beta2**step, out=change)
+        change.sqrt_().add_(group["eps"])
+        torch.div(state["exp_avg"], change, out=change).mul_(rates)
+        weights.sub_(change)
         return loss
 
 

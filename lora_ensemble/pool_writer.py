@@ -28,6 +28,10 @@ from lora_ensemble.tasks import Task, overall_score
 _MAY_DIFFER_ON_RESUME = ("max_epochs", "max_steps")
 
 
+class AllDivergedError(UserError):
+    """No member of the bank is left to train."""
+
+
 class PoolWriter(pl.Callback):
     """Puts a member that improved on dev into the pool; restores members for validate, test and predict."""
 
@@ -42,6 +46,8 @@ class PoolWriter(pl.Callback):
         """Name of the run, set by the command line; it ties one member's folders in several tasks."""
         self.resumed = False
         """Whether the run uses a checkpoint, set by the command line: the Trainer knows too late."""
+        self.summarise = True
+        """Whether to print the table at the end; not for one bank of several."""
         self._best: list[float] = []
         self._best_epoch: list[int] = []
         self._epochs: dict[str, list[np.ndarray]] = {}  # task -> E arrays (M, N, C) float16
@@ -195,7 +201,7 @@ class PoolWriter(pl.Callback):
                 self._best[index], self._best_epoch[index] = value, epoch
                 self._write(trainer, pl_module, index)
         if self._dead and all(self._dead):
-            raise UserError("every member has diverged (NaN or infinity); try lower learning rates or scalings")
+            raise AllDivergedError("every member has diverged (NaN or infinity); try lower learning rates or scalings")
 
     def _report_dead(self, module: BankModule, index: int, epoch: int) -> None:
         if not self._dead[index]:
@@ -247,7 +253,8 @@ class PoolWriter(pl.Callback):
                 record = dataclasses.replace(self._with_results(record, task, index), examples=found.examples)
                 epochs = np.stack([e[index] for e in self._epochs[task.name]])
                 pool.write_member(self.dir, record, {} if self._dead[index] else {pool.EPOCHS: epochs}, keep=found)
-        self._summary(pl_module)
+        if self.summarise:
+            print_summary(*self.summary(pl_module), folder=self.dir, tasks=[t.name for t in pl_module.tasks])
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say how an interrupted run goes on."""
@@ -262,12 +269,6 @@ class PoolWriter(pl.Callback):
             scores = [self._scores[t.name][best - 1][index] if best else math.nan for t in module.tasks]
             rows.append([member.name, "diverged" if self._dead[index] else best or "-", *scores])
         return ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in module.tasks)], rows
-
-    def _summary(self, module: BankModule) -> None:
-        header, rows = self.summary(module)
-        _say(_table(header, sorted(rows, key=lambda r: [-s if s == s else math.inf for s in r[2:]])))
-        tasks = "".join(f"\n  dicor compare --pool {self.dir} --task {t.name}" for t in module.tasks)
-        _say(f"pool: {self.dir}\nnext:{tasks}")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the scores."""
@@ -327,6 +328,12 @@ def _difference(found: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed:
         if a != b and not (resumed and key in _MAY_DIFFER_ON_RESUME):
             return f"{key} was {a!r}, is now {b!r}"
     return ""
+
+
+def print_summary(header: list[str], rows: list[list[Any]], *, folder: Path, tasks: list[str]) -> None:
+    """The table of :meth:`PoolWriter.summary`, best members first, and what to do next."""
+    _say(_table(header, sorted(rows, key=lambda r: [-s if s == s else math.inf for s in r[2:]])))
+    _say(f"pool: {folder}\nnext:" + "".join(f"\n  dicor compare --pool {folder} --task {t}" for t in tasks))
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:

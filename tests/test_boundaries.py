@@ -82,7 +82,20 @@ def broken_rules(module: str, source: str) -> list[str]:
     own = "lora_ensemble."
     allowed_in_dicor = (f"{own}errors", f"{own}tasks", f"{own}pool", f"{own}dicor", f"{own}__version__")
     foundations = (f"{own}errors", f"{own}tasks", f"{own}pool")
-    plain = ("model", "ensemble", "bank_io", "lora", "families", "base_model", "optim", "readers", "tables")
+    plain = (
+        "model",
+        "ensemble",
+        "bank_io",
+        "lora",
+        "families",
+        "base_model",
+        "optim",
+        "readers",
+        "tables",
+        "memory",
+        "split",
+        "plan",
+    )
     without_lightning = tuple(own + name for name in plain)
     starts = (f"{own}main", f"{own}__main__", f"{own}dicor.__main__")  # what starts a command line
     broken = []

@@ -87,6 +87,31 @@ def test_state_survives_saving(tmp_path: object) -> None:
     assert torch.equal(weights, other)
 
 
+@pytest.mark.parametrize("function", ["where", "as_tensor", "empty_like", "zeros_like"])
+def test_a_step_that_runs_out_of_memory_can_be_done_again(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """Whichever allocation fails, nothing has changed: the next try gives what an undisturbed run has."""
+
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ends = []
+    for failing in (False, True):
+        weights = torch.nn.Parameter(torch.ones(3, 17, dtype=torch.float64))
+        bank = BankAdamW(weights, [0.1] * 3, weight_decay=0.1)
+        for step, g in enumerate(gradients(3)):
+            weights.grad = g.clone()
+            if failing and step == (0 if function == "zeros_like" else 2):
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch, function, refuse)
+                    with pytest.raises(torch.OutOfMemoryError):
+                        bank.step()
+            bank.step()
+        ends.append((weights.detach(), bank.state_dict()["state"][0]))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1]["step"] == ends[1][1]["step"] == 3
+    assert all(torch.equal(ends[0][1][n], ends[1][1][n]) for n in ("exp_avg", "exp_avg_sq", "alive"))
+
+
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping_is_torchs_for_each_row(algorithm: str) -> None:
     g = gradients(1)[0] * torch.tensor([[0.01], [1.0], [1e5]], dtype=torch.float64)

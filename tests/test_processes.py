@@ -116,6 +116,103 @@ def test_two_devices_train_the_same_members_as_one(
     assert float(np.abs(moved[1] - moved[0]).max()) > 1e-2
 
 
+def test_two_devices_train_several_banks(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
+    """Both processes follow one plan; a run that was killed in its last bank goes on there."""
+    one = Program(tmp_path / "one", tiny("bert"), demo_root)
+    two = Program(tmp_path / "two", tiny("bert"), demo_root)
+    common = (*STILL, "--trainer.precision=64-true", "--data.batch_size=7")
+    assert one("fit", *common, "--bank_size=null") == 0
+    ddp = ("--trainer.devices=2", "--trainer.strategy=ddp", "--bank_size=2")
+    result = subprocess.run(command(two.arguments("fit", *common, *ddp)), env=environment(), capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()
+    assert result.stdout.count(b"4 members in 2 banks of 2") == 1
+    a, b = (pool.TaskPool(p.pool, "sst") for p in (one, two))
+    assert len(a.members) == 4
+    for record in a.members:
+        np.testing.assert_allclose(b.logits(record.name), a.logits(record.name), atol=1e-6, rtol=0)
+        assert (b.record(record.name).best_epoch, b.record(record.name).finished) == (record.best_epoch, True)
+
+
+def test_killed_in_the_second_bank(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
+    """SIGKILL: the first bank stays as it is, the second goes on from its own checkpoint."""
+    undisturbed = Program(tmp_path / "calm", tiny("bert"), demo_root)
+    killed = Program(tmp_path / "killed", tiny("bert"), demo_root)
+    long = ("--trainer.max_epochs=10", "--data.batch_size=2", "--bank_size=2")
+    subprocess.run(command(undisturbed.arguments("fit", *long)), env=environment(), check=True)
+    process = subprocess.Popen(command(killed.arguments("fit", *long)), env=environment())
+
+    def plan() -> list[dict[str, Any]]:
+        return [b for p in (killed.folder / "runs").glob("*/banks.json") for b in json.loads(p.read_text())["banks"]]
+
+    try:
+        wait_for(lambda: any(b["finished"] for b in plan()), process)
+        wait_for(lambda: len(list((killed.folder / "runs").glob("*/checkpoint/*/last.ckpt"))) == 2, process)
+    finally:
+        process.kill()
+        process.wait()
+    assert [b["finished"] is not None for b in plan()] == [True, False]
+    first = {p: p.stat().st_mtime_ns for name in plan()[0]["members"] for p in (killed.pool / "sst" / name).iterdir()}
+    result = subprocess.run(
+        command(killed.arguments("fit", *long, "--ckpt_path=last")), env=environment(), capture_output=True, check=True
+    )
+    assert b"bank 1 of 2" not in result.stdout
+    assert b"bank 2 of 2" in result.stdout
+    assert len(first) > 5
+    assert all(p.stat().st_mtime_ns == at for p, at in first.items())
+    assert different_files(undisturbed.pool, killed.pool) == []
+
+
+# Leaves 0.6 of what a step of the bank takes when its second epoch begins: enough for half of it, and for what Python
+# and the loops need beside it.
+WITH_A_LIMIT = """
+import resource, sys
+import torch
+from lora_ensemble.main import main
+from lora_ensemble.memory import peak_bytes
+from lora_ensemble.module import BankModule
+
+original, limited = BankModule.training_step, []
+
+def step(self, batch, batch_idx):
+    if self.current_epoch == 1 and not limited:
+        peak = peak_bytes(lambda: original(self, batch, batch_idx).backward(), torch.device("cpu"))
+        self._loss_sum, self._loss_steps, self.bank.weights.grad = None, 0, None
+        (size,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize")]
+        resource.setrlimit(resource.RLIMIT_AS, (1024 * int(size) + int(0.6 * peak), resource.RLIM_INFINITY))
+        limited.append(peak)
+        print("a step takes", peak, flush=True)
+    return original(self, batch, batch_idx)
+
+BankModule.training_step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_memory_that_really_runs_out(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
+    """The system refuses what the whole bank's step asks for, and gives what a half's does (RLIMIT_AS)."""
+    calm = Program(tmp_path / "calm", tiny("bert"), demo_root)
+    tight = Program(tmp_path / "tight", tiny("bert"), demo_root)
+    members = "[{rank: 2, lr: 1e-3, seed: [1, 2, 3, 4, 5, 6, 7, 8]}]"
+    common = (*STILL, "--trainer.max_epochs=3", "--data.batch_size=60", "--bank_size=null", "--trainer.logger=false")
+    assert calm("fit", *common, members=members) == 0
+    # What is freed goes back to the system at once, where malloc would keep it.
+    env = environment(MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    start = [sys.executable, "-c", WITH_A_LIMIT]
+    result = subprocess.run(
+        [*start, *tight.arguments("fit", *common, members=members)], env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "out of memory in epoch 2: the bank of 8 members is split into banks of 4 and 4, which go on from there" in (
+        result.stdout
+    )
+    assert int(result.stdout.split("a step takes")[1].split()[0]) > 50e6  # large beside what else is allocated
+    found, expected = (pool.TaskPool(p.pool, "sst") for p in (tight, calm))
+    assert len(found.members) == 8
+    for record in expected.members:
+        # float32: half a bank's sums are rounded in another order.
+        np.testing.assert_allclose(found.logits(record.name), expected.logits(record.name), atol=1e-5, rtol=0)
+
+
 def entries(folder: Path) -> list[dict[str, Any]]:
     """Entries of the one offline run below ``folder``, read by W&B's own reader."""
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
@@ -201,7 +298,7 @@ def test_logger_false_writes_no_curves(tmp_path: Path, tiny: Callable[[str], Pat
     subprocess.run(
         command(program.arguments("fit", "--trainer.logger=false")), env=environment(WANDB_MODE="offline"), check=True
     )
-    assert sorted(p.name for p in program.run_dir().iterdir()) == ["checkpoint", "config.yaml"]
+    assert sorted(p.name for p in program.run_dir().iterdir()) == ["banks.json", "checkpoint", "config.yaml"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])

@@ -1,0 +1,282 @@
+"""A run of several banks: train them one after another, split one that runs out of memory, go on after a restart."""
+
+from __future__ import annotations
+
+import gc
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+
+from lora_ensemble.curves import log_member_table
+from lora_ensemble.data import BankData
+from lora_ensemble.errors import UserError
+from lora_ensemble.memory import measurable
+from lora_ensemble.module import BankModule
+from lora_ensemble.plan import Finished, Plan, PlannedBank, arrange, read_plan, write_plan
+from lora_ensemble.pool_writer import AllDivergedError, PoolWriter, print_summary
+from lora_ensemble.probe import members_that_fit
+from lora_ensemble.restart import RestartPoint, write_checkpoint
+from lora_ensemble.split import is_out_of_memory, layout, split_checkpoint, width
+
+BankSize = int | Literal["auto"] | None
+
+MakeTrainer = Callable[[Path, bool], pl.Trainer]
+"""From a checkpoint's folder, and whether its bank goes on from one, to a new Trainer with a PoolWriter."""
+
+
+def check_bank_size(size: BankSize) -> None:
+    """``UserError`` for a bank of none."""
+    if isinstance(size, int) and size < 1:
+        raise UserError(f"--bank_size: {size}; expected auto, null, or a number of members of at least 1")
+
+
+def banks_of(module: BankModule, names: Sequence[str], size: int) -> list[list[str]]:
+    """Some of the module's members in banks of at most ``size``, put together so that little is padded."""
+    bank, members = module.bank, module.members
+    rows = [i for i, m in enumerate(members) if m.name in names]
+    by_targets = sorted(rows, key=lambda i: (len(bank.paths[i]), bank.paths[i], members[i].rank or 0))
+    by_rank = sorted(rows, key=lambda i: (members[i].rank or 0, len(bank.paths[i]), bank.paths[i]))
+    orders = [rows, by_targets, by_rank, by_targets[::-1], by_rank[::-1]]
+    cut = arrange(orders, size, width=lambda some: width(layout(bank, some)))
+    return [[members[i].name for i in some] for some in cut]
+
+
+class BankRun:
+    """Trains a run's members in banks that fit, one bank after another.
+
+    ``module`` and ``trainer`` hold all members in one bank, and are used if that fits; both are consumed. ``keep``:
+    whether anything is written to ``run_dir``.
+    """
+
+    def __init__(
+        self,
+        module: BankModule,
+        data: BankData,
+        trainer: pl.Trainer,
+        make_trainer: MakeTrainer,
+        *,
+        run_dir: Path,
+        size: BankSize,
+        keep: bool,
+    ) -> None:
+        self.module, self.data, self.make_trainer = module, data, make_trainer
+        self.run_dir, self.size, self.keep = run_dir, size, keep
+        self._limits: dict[str, Any] = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+        self._loggers, self._pool = list(trainer.loggers), _writer(trainer).dir
+        self._whole: pl.Trainer | None = trainer
+        self._made: set[str] = set()
+        """Keys of banks whose checkpoint was made in this process."""
+
+    def fit(self, ckpt_path: str | None, weights_only: bool | None) -> None:
+        """Train every bank to its end. ``ckpt_path``: ``last`` goes on where a run of several banks stopped.
+
+        ``UserError`` where memory runs out and nothing can be split, or every member has diverged.
+        """
+        plan = self._plan(resumed=ckpt_path is not None)
+        if len(plan.banks) > 1 and ckpt_path not in (None, "last"):
+            raise UserError(
+                f"--ckpt_path: {ckpt_path} with {len(plan.banks)} banks; give last, which goes on with each bank from "
+                "its own checkpoint"
+            )
+        several, at = len(plan.banks) > 1, 0
+        while at < len(plan.banks):
+            bank = plan.banks[at]
+            if not (several and ckpt_path and bank.finished and self._same_end(bank.finished)):
+                if several:
+                    _say(f"bank {at + 1} of {len(plan.banks)}: {', '.join(bank.members)}")
+                done = self._train(bank, len(plan.banks), ckpt_path, weights_only)
+                # Finished, it stands in its own place; out of memory, its halves do.
+                note = "" if len(done) == 1 else f"{len(bank.members)} members: out of memory"
+                plan = plan.replaced(bank, done, note)
+                self._write(plan)
+                several = len(plan.banks) > 1
+                if len(done) > 1:
+                    continue
+            at += 1
+        if several:
+            self._summary(plan)
+
+    def _same_end(self, finished: Finished) -> bool:
+        return {"max_epochs": finished.max_epochs, "max_steps": finished.max_steps} == self._limits
+
+    # The plan
+
+    def _plan(self, *, resumed: bool) -> Plan:
+        trainer, names = self._whole, [m.name for m in self.module.members]
+        assert trainer is not None
+        launched_by_us = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+        # The first process launches the others when it has written the plan.
+        follows = self.keep and launched_by_us and rank_zero_only.rank != 0
+        plan = read_plan(self.run_dir, names) if self.keep and (resumed or follows) else None
+        if follows and plan is not None:
+            return plan
+        if plan is None:
+            size, why = self._size(trainer, one_decides=trainer.world_size == 1 or (launched_by_us and self.keep))
+            banks = [PlannedBank(members=some) for some in banks_of(self.module, names, size)]
+            plan = Plan(banks=banks, why=why)
+        elif isinstance(self.size, int):
+            plan = self._smaller(plan, self.size)
+        if len(names) > 1:
+            _say(plan.describe())
+        self._write(plan)
+        return plan
+
+    def _size(self, trainer: pl.Trainer, *, one_decides: bool) -> tuple[int, str]:
+        m, device = len(self.module.members), trainer.strategy.root_device
+        if self.size is None or m == 1:
+            return m, ""
+        if self.size != "auto":
+            return self.size, f"--bank_size {self.size}"
+        if not measurable(device):
+            return m, f"memory of {device.type} cannot be measured; set --bank_size if it runs out"
+        if not one_decides:
+            return m, "several processes started from outside do not probe; set --bank_size if memory runs out"
+        self.data.trainer = trainer
+        self.data.setup("fit")
+        fit, why = members_that_fit(self.module, self.data, trainer)
+        if fit == 0:
+            raise UserError(_too_large(f"not even one member fits: {why}"))
+        return fit, why
+
+    def _smaller(self, plan: Plan, size: int) -> Plan:
+        """A plan that was begun, with banks cut to a smaller size, and their checkpoints too."""
+        for bank in plan.banks:
+            if len(bank.members) <= size or (bank.finished and self._same_end(bank.finished)):
+                continue
+            new = [PlannedBank(members=some) for some in banks_of(self.module, bank.members, size)]
+            last = self._folder(bank) / "last.ckpt"
+            if last.is_file():
+                self._cut(torch.load(last, map_location="cpu", weights_only=True), self.module, new)
+            plan = plan.replaced(bank, new, f"{len(bank.members)} members: --bank_size {size}")
+        return plan
+
+    def _folder(self, bank: PlannedBank) -> Path:
+        whole = self.run_dir / "checkpoint"
+        return whole if len(bank.members) == len(self.module.members) else whole / bank.key
+
+    def _cut(self, checkpoint: dict[str, Any], module: BankModule, banks: Sequence[PlannedBank]) -> None:
+        for bank in banks:
+            write_checkpoint(self._folder(bank), split_checkpoint(checkpoint, module.bank, bank.members))
+            self._made.add(bank.key)
+
+    def _write(self, plan: Plan) -> None:
+        if self.keep and rank_zero_only.rank == 0:
+            write_plan(self.run_dir, plan)
+
+    # One bank
+
+    def _train(
+        self, bank: PlannedBank, banks: int, ckpt_path: str | None, weights_only: bool | None
+    ) -> list[PlannedBank]:
+        """The bank, finished; or, when memory ran out, its halves."""
+        folder, trainer = self._folder(bank), self._whole
+        self._whole = None
+        if len(bank.members) == len(self.module.members) and trainer is not None:
+            module = self.module
+        else:
+            let_go(self.module)
+            module = self.module.with_members([m for m in self.module.members if m.name in bank.members])
+            last = folder / "last.ckpt"
+            begun = last.is_file() and (ckpt_path is not None or bank.key in self._made)
+            trainer, ckpt_path = self.make_trainer(folder, begun), str(last) if begun else None
+        writer, point = _writer(trainer), RestartPoint()
+        trainer.callbacks.insert(0, point)
+        try:
+            trainer.fit(module, datamodule=self.data, ckpt_path=ckpt_path, weights_only=weights_only)
+        except AllDivergedError:
+            if banks == 1:
+                raise
+            _say("every member of this bank has diverged (NaN or infinity)")
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+            traceback.clear_frames(e.__traceback__)  # they hold the step's activations
+            point.failed = True
+        finally:
+            self.data.trainer = None  # or it would keep this bank's state while the next one trains
+        if point.failed:
+            return self._halves(bank, module, trainer, point)
+        header, rows = writer.summary(module)
+        rows = [[None if isinstance(cell, float) and math.isnan(cell) else cell for cell in row] for row in rows]
+        return [replace(bank, finished=Finished(header=header, rows=rows, **self._limits))]
+
+    def _halves(
+        self, bank: PlannedBank, module: BankModule, trainer: pl.Trainer, point: RestartPoint
+    ) -> list[PlannedBank]:
+        m, epoch = len(bank.members), trainer.current_epoch + 1
+        if m == 1:
+            raise UserError(_too_large(f"out of memory with a single member ({bank.members[0]}) in epoch {epoch}"))
+        if trainer.world_size > 1:
+            raise UserError(
+                f"out of memory in epoch {epoch} with {m} members on {trainer.world_size} devices; there a bank is not "
+                f"split by itself: go on with --ckpt_path last --bank_size {math.ceil(m / 2)}"
+            )
+        gc.collect()
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.empty_cache()
+        halves = [PlannedBank(members=some) for some in banks_of(module, bank.members, math.ceil(m / 2))]
+        checkpoint, where = point.checkpoint(trainer, self._folder(bank)) if self.keep else (None, "start anew")
+        if checkpoint is not None:
+            self._cut(checkpoint, module, halves)
+        sizes = " and ".join(str(len(half.members)) for half in halves)
+        _say(f"out of memory in epoch {epoch}: the bank of {m} members is split into banks of {sizes}, which {where}")
+        # Lightning's command line keeps the first Trainer; not with all that it holds.
+        trainer.strategy.optimizers = []
+        trainer.strategy.lr_scheduler_configs = []
+        return halves
+
+    def _summary(self, plan: Plan) -> None:
+        finished = [b.finished for b in plan.banks if b.finished]
+        found = {row[0]: row[:2] + [math.nan if c is None else c for c in row[2:]] for f in finished for row in f.rows}
+        header, rows = finished[0].header, [found[m.name] for m in self.module.members]
+        if all(row[1] == "diverged" for row in rows):
+            raise AllDivergedError("every member has diverged (NaN or infinity); try lower learning rates or scalings")
+        if self.keep:
+            if rank_zero_only.rank == 0:
+                log_member_table(self._loggers, header, rows)
+            print_summary(header, rows, folder=self._pool, tasks=[t.name for t in self.module.tasks])
+
+
+def evaluation_banks(module: BankModule, size: BankSize, run_dir: Path) -> list[list[str]]:
+    """The module's members in banks to be evaluated, which takes less memory than training.
+
+    auto: no more at a time than the run at ``run_dir`` trained at once; all of them where there is none.
+    """
+    names = [m.name for m in module.members]
+    if size == "auto":
+        plan = read_plan(run_dir, names)
+        size = max(len(b.members) for b in plan.banks) if plan else None
+    return banks_of(module, names, size or len(names))
+
+
+def _writer(trainer: pl.Trainer) -> PoolWriter:
+    return next(c for c in trainer.callbacks if isinstance(c, PoolWriter))
+
+
+def let_go(module: BankModule) -> None:
+    """Free the encoder and the state of a module that only makes others from now on."""
+    module.trainer = None
+    if "bank" in module._modules:
+        module.bank.to("meta")  # whoever else still holds the bank holds no numbers
+        del module.bank
+    gc.collect()
+
+
+def _too_large(what: str) -> str:
+    return (
+        f"{what}; lower --data.batch_size, --data.eval_batch_size or --data.max_length, set --trainer.precision "
+        "bf16-mixed, or use a device with more memory"
+    )
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)
