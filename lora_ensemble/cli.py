@@ -27,6 +27,7 @@ from lora_ensemble.data import BankData
 from lora_ensemble.errors import UserError
 from lora_ensemble.module import BankModule, check_precision
 from lora_ensemble.pool_writer import PoolWriter
+from lora_ensemble.restart import TimedCheckpoint
 
 # Trainer settings that do not change what a run trains, so that it may be resumed with others.
 _NOT_THE_RUN = {
@@ -145,7 +146,7 @@ class CLI(LightningCLI):
             trainer.callbacks += [
                 MemberTable(writer),
                 ModelCheckpoint(**common, every_n_epochs=1, save_on_train_epoch_end=True),
-                ModelCheckpoint(**common, train_time_interval=_SAVE_EVERY),  # an epoch may take hours
+                TimedCheckpoint(**common, train_time_interval=_SAVE_EVERY),  # an epoch may take hours
             ]
         return trainer
 

@@ -28,7 +28,8 @@ class BankAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:
         super().__init__([weights], {"lr": 1.0, "weight_decay": weight_decay, "betas": betas, "eps": eps})
-        self._rates = list(rates)
+        self._rates = torch.tensor(rates, dtype=torch.float64).view(-1, 1)
+        self._own = self._rates
 
     @property
     def alive(self) -> Tensor:
@@ -62,8 +63,9 @@ class BankAdamW(torch.optim.Optimizer):
         # A sum is finite only if every part is. bool: loading a checkpoint casts the state to the weights' type.
         alive = state["alive"].bool() & weights.grad.abs().sum(1, keepdim=True).isfinite()
         gradient = torch.where(alive, weights.grad, 0)
-        rates = torch.as_tensor(self._rates, dtype=weights.dtype).to(weights.device, non_blocking=True).view(-1, 1)
-        rates = torch.where(alive, rates * group["lr"], 0)
+        if (self._own.device, self._own.dtype) != (weights.device, weights.dtype):
+            self._own = self._rates.to(weights)  # once, not in every step: a copy would wait for the device
+        rates = torch.where(alive, self._own * group["lr"], 0)
         beta1, beta2 = group["betas"]
         step = state["step"] + 1
         shrink, rates = 1 - rates * group["weight_decay"], rates / (1 - beta1**step)

@@ -1,4 +1,4 @@
-"""Where training stood when memory ran out: the last point from which it can go on as if nothing had happened."""
+"""Points from which training can go on as if nothing had happened: after memory ran out, and after a kill."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_ensemble.module import BankModule
 from lora_ensemble.optim import BankAdamW
@@ -83,6 +84,22 @@ class RestartPoint(pl.Callback):
                 return None, "start anew"
             last = Path(trainer.ckpt_path)
         return _load(last), "go on from the last checkpoint"
+
+
+class TimedCheckpoint(ModelCheckpoint):
+    """Saves in mid-epoch, only where a resumed run goes on exactly.
+
+    Not while gradients are accumulated, which no checkpoint holds; nor where a validation comes next, which Lightning
+    leaves out after a restart (lightning 2.6).
+    """
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time."""
+        validation_next = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
+        if not (validation_next or trainer.fit_loop._should_accumulate()):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 def _steps(trainer: pl.Trainer) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -266,6 +269,33 @@ def test_an_interrupted_epoch_goes_on_as_if_nothing_had_happened(
     if epoch:  # what the first epoch wrote is there in real life
         assert program("fit", *often, "--trainer.max_epochs=1") == 0
     assert program("fit", *often, f"--ckpt_path={middle}") == 0
+    assert different_files(undisturbed, program.pool) == []
+
+
+def test_every_timed_checkpoint_is_one_to_go_on_from(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written as often as they ever could be, with accumulation and dev in mid-epoch: the same pool from each."""
+    monkeypatch.setattr("lora_ensemble.cli._SAVE_EVERY", timedelta(0))
+    options = ("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=4", "--trainer.max_epochs=1")
+    copies, save = program.folder / "copies", pl.Trainer.save_checkpoint
+
+    def saved(trainer: pl.Trainer, filepath: Any, *args: Any, **kw: Any) -> None:
+        save(trainer, filepath, *args, **kw)
+        copies.mkdir(exist_ok=True)
+        shutil.copy(filepath, copies / f"{len(list(copies.iterdir()))}.ckpt")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pl.Trainer, "save_checkpoint", saved)
+        assert program("fit", *options) == 0
+    contents = {c: torch.load(c, weights_only=True) for c in copies.iterdir()}
+    batches = {
+        c: content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"]
+        for c, content in contents.items()
+    }
+    # Of 8 batches two end a step and have no dev evaluation behind them; the epoch's end has a checkpoint of its own.
+    assert sorted(batches.values()) == [2, 6, 8]
+    undisturbed, program.pool = program.pool, program.folder / "resumed"
+    first = min(batches, key=lambda c: batches[c])
+    assert program("fit", *options, f"--ckpt_path={first}") == 0
     assert different_files(undisturbed, program.pool) == []
 
 

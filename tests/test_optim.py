@@ -87,7 +87,7 @@ def test_state_survives_saving(tmp_path: object) -> None:
     assert torch.equal(weights, other)
 
 
-@pytest.mark.parametrize("function", ["where", "as_tensor", "empty_like", "zeros_like"])
+@pytest.mark.parametrize("function", ["where", "empty_like", "zeros_like"])
 def test_a_step_that_runs_out_of_memory_can_be_done_again(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     """Whichever allocation fails, nothing has changed: the next try gives what an undisturbed run has."""
 
