@@ -87,7 +87,6 @@ class Bank(nn.Module):
                 self._adapted.append(path)
                 self._shapes[f"{path}.A"] = torch.Size((max(ranks), layer.in_features))
                 self._shapes[f"{path}.B"] = torch.Size((layer.out_features, max(ranks)))
-        self._adapter_width = sum(math.prod(s) for s in self._shapes.values())
         for task, head in zip(self.tasks, self.heads, strict=True):
             self._shapes.update({f"{task.name}/{name}": p.shape for name, p in head.named_parameters()})
 
@@ -183,7 +182,8 @@ class Bank(nn.Module):
         """Adapters of some members, from their rows of the weight matrix, as :data:`encode.Adapters`."""
         # Not a buffer: a change of the module's precision would round it for good.
         if self._scaling is None or (self._scaling.device, self._scaling.dtype) != (weights.device, weights.dtype):
-            self._scaling = weights.new_tensor([m.scaling or 0.0 for m in self.members]).view(-1, 1, 1)
+            with torch.inference_mode(False):  # or an evaluation's would be no use to training
+                self._scaling = weights.new_tensor([m.scaling or 0.0 for m in self.members]).view(-1, 1, 1)
         scaling = self._scaling if len(members) == len(self.members) else self._scaling[list(members)]
         views = self._views(weights)
         return {p: (views[f"{p}.A"].to(dtype), (views[f"{p}.B"] * scaling).to(dtype)) for p in paths}

@@ -135,6 +135,19 @@ def test_frozen_weights_that_change_are_cast_anew(tiny: Callable[[str], Path]) -
     assert not torch.allclose(before, after, atol=1e-2)
 
 
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_evaluation_first_does_not_spoil_training(tiny: Callable[[str], Path], family: str) -> None:
+    """What is kept from an evaluation, which runs in inference mode, can be used where gradients are wanted."""
+    bank = bank_of(tiny(family), *THREE)
+    batch = batches(1)[0]
+    for precision in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            with torch.inference_mode():
+                bank.eval()({"sst": packed(batch["sst"])})
+            sst_losses(bank.train(), batch).sum().backward()
+    assert bank.weights.grad is not None
+
+
 # Members that leave the encoder as it is
 
 
