@@ -50,7 +50,7 @@ def check_folder(folder: Path) -> None:
 def save(task_pool: TaskPool, comparison: Comparison, settings: Settings, folder: Path) -> list[Path]:
     """Draw both plots of a task into ``folder`` and return their paths.
 
-    Raises ``UserError`` naming the member where the similarity to a member is undefined.
+    Raises ``UserError`` as ``similarity.features`` does.
     """
     records = task_pool.members
     names = [r.name for r in records]
@@ -60,10 +60,11 @@ def save(task_pool: TaskPool, comparison: Comparison, settings: Settings, folder
         kind=task_pool.kind,
         similarity=settings.similarity,
         names=names,
+        labels=task_pool.examples().labels,
     )
     chosen = comparison.selection.chosen
     heat = similarity_figure(
-        pairwise(compared_by),
+        pairwise(compared_by, similarity=settings.similarity),
         names=names,
         ranks=ranks,
         scalings=scalings,

@@ -10,8 +10,10 @@ from lora_ensemble.errors import UserError
 if TYPE_CHECKING:
     from lora_ensemble.tasks import Kind
 
-Similarity = Literal["cosine", "pearson"]
-Strategy = Literal["mean", "majority"]
+Similarity = Literal["cosine", "pearson", "error", "kappa", "double-fault"]
+Strategy = Literal["mean", "mean-probability", "majority", "weighted"]
+Criterion = Literal["score", "loss"]
+"""What a search makes best: the task's score, or the softer log-loss (classifiers) or squared error (regression)."""
 
 # Tolkunov's three tasks: SST (11 members), Quora (4) and STS (10). A user's own task has those of its kind.
 DEFAULT_SIZE: dict[Kind, int] = {"multiclass": 11, "binary": 4, "regression": 10}
@@ -20,6 +22,11 @@ DEFAULT_SIMILARITY: dict[Kind, Similarity] = {"multiclass": "cosine", "binary": 
 DEFAULT_STRATEGY: dict[Kind, Strategy] = {"multiclass": "majority", "binary": "majority", "regression": "mean"}
 # He keeps "the most accurate" and does not say how many; this number is ours.
 DEFAULT_TOP_K = 30
+# As far as `--size auto` looks; beyond it another member changes a mean by little.
+MOST_AUTO = 25
+# What a search makes best unless told otherwise. Accuracy moves in steps of 1/N and ties everywhere, so that a search
+# by it fits the noise of the few examples at the border; r is smooth already.
+SMOOTH: dict[Kind, Criterion] = {"multiclass": "loss", "binary": "loss", "regression": "score"}
 
 
 @dataclass(frozen=True, kw_only=True)
