@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_ensemble.dicor.choice import Choice, decide
-from lora_ensemble.dicor.fold_scores import FoldScores, fold_scores
+from lora_ensemble.dicor.fold_scores import FoldScores, fold_scores, standardised
 from lora_ensemble.dicor.interval import Interval, of_difference, of_score
 from lora_ensemble.dicor.members import Dev, defined, leaders, ranked, view_of
 from lora_ensemble.dicor.methods import Best, Method, Omni
@@ -65,6 +65,8 @@ class Estimates:
     """By name of the method; ``best`` and ``omni`` are always there."""
     view: View
     """The best candidates on the whole dev set: indices of a ``Choice`` refer to it."""
+    scores: dict[str, float]
+    """Every member's score on the whole dev set, by name."""
     notices: list[str]
     """What was left out, in words."""
     folds: int
@@ -130,7 +132,10 @@ def estimate(
             against_omni=difference(name, "omni"),
             held_out=decided,
         )
-    return Estimates(of=of, view=view, notices=dev.notices, folds=folds, repeats=repeats)
+    each = dict(zip(dev.names, found.scores[-1].tolist(), strict=True)) | dict(
+        zip(view.names, view.scores.tolist(), strict=True)
+    )
+    return Estimates(of=of, view=view, scores=each, notices=dev.notices, folds=folds, repeats=repeats)
 
 
 def _decided(view: View, choice: Choice, logits: np.ndarray) -> np.ndarray:
@@ -189,5 +194,9 @@ def _held_out(
         )
         logits = np.stack([each[i][0][outside] for i in top])
         for name, method in methods.items():
-            held[name][s // folds, outside] = _decided(view, method.choose(view), logits)
+            choice = method.choose(view)
+            decided = _decided(view, choice, logits)
+            if dev.kind == "regression":
+                decided = standardised(decided, _decided(view, choice, view.logits))
+            held[name][s // folds, outside] = decided
     return held

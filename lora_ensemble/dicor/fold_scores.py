@@ -28,8 +28,8 @@ class FoldScores:
     epochs: np.ndarray
     """(S, M): the epoch that is best there, the first of equals; -1 where the epochs were not kept."""
     omni: np.ndarray
-    """(R + 1, N): what all members that have a score on the whole of dev decide together on each example, each at the
-    epoch chosen without it, and, in the last row, each at its best epoch."""
+    """(R + 1, N): what all members that have a score on the whole of dev decide together on each example, each
+    member at the epoch chosen without it, and, in the last row, at its best epoch; see ``standardised``."""
 
 
 def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy) -> FoldScores:
@@ -45,7 +45,7 @@ def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy) -> Fo
     for r in range(repeats):
         inside[np.arange(n), r * folds + fold[r]] = 1
     scores, epochs = np.full((s + 1, m), np.nan), np.full((s, m), -1)
-    together = _Omni(dev, omni, repeats)
+    together = _Omni(dev, omni, s)
 
     for start in range(0, m, BLOCK):
         block = range(start, min(start + BLOCK, m))
@@ -59,7 +59,7 @@ def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy) -> Fo
                 best = of_epochs.max(axis=0)
                 scores[:s, i] = np.where(np.isinf(best), np.nan, best)
             if not np.isnan(scores[s, i]):
-                together.add(i, logits[i - start], None if each is None else each, epochs[:, i], fold, folds)
+                together.add(i, logits[i - start], each, epochs[:, i])
     good = np.flatnonzero(~np.isnan(scores[s]))
     return FoldScores(scores=scores, epochs=epochs, omni=together.decided(good, scores, fold, folds))
 
@@ -91,46 +91,39 @@ def _scores(logits: np.ndarray, dev: Dev, inside: np.ndarray) -> np.ndarray:
 class _Omni:
     """All members' decisions, from sums that are kept while each member is read once."""
 
-    def __init__(self, dev: Dev, strategy: Strategy, repeats: int) -> None:
-        self.dev, self.strategy = dev, strategy
+    def __init__(self, dev: Dev, strategy: Strategy, splits: int) -> None:
+        self.dev, self.strategy, self.splits = dev, strategy, splits
         n, outputs = np.asarray(dev.of_member(0)).shape
-        # Row R is at the best epochs. Members without epochs say the same in all rows, so one row would do for them.
-        self.repeats, self.apart = repeats, any(dev.epochs_of(m) is not None for m in range(len(dev)))
-        rows = repeats + 1 if self.apart else 1
+        # The last row is at the best epochs. Where no epochs were kept, it is all rows.
+        rows = splits + 1 if any(dev.epochs_of(m) is not None for m in range(len(dev))) else 1
         by_votes = strategy == "majority"
         self.classes = 2 if dev.kind == "binary" else outputs
         self.total = np.zeros((0 if by_votes else rows, n, outputs))
         self.votes = np.zeros((rows if by_votes else 0, len(dev), n), np.min_scalar_type(self.classes))
 
-    def add(
-        self, m: int, logits: np.ndarray, each: np.ndarray | None, epochs: np.ndarray, fold: np.ndarray, folds: int
-    ) -> None:
-        """A member's logits (N, C), those of every epoch (E, N, C), its epoch for each split (S,); fold (R, N)."""
-        n = np.arange(len(logits))
-        for r in range(self.repeats if self.apart else 0):
-            self._add(r, m, logits if each is None else each[epochs[r * folds + fold[r]], n])
-        self._add(-1, m, logits)
-
-    def _add(self, row: int, m: int, logits: np.ndarray) -> None:
-        if self.strategy == "majority":
-            self.votes[row, m] = decisions(logits, self.dev.kind)
-        else:
-            self.total[row] += voices(logits, self.dev.kind) if self.strategy == "mean-probability" else logits
+    def add(self, m: int, logits: np.ndarray, each: np.ndarray | None, epochs: np.ndarray) -> None:
+        """A member's logits (N, C), those of every epoch (E, N, C), and its epoch for each split (S,)."""
+        rows = max(len(self.total), len(self.votes))
+        for row in range(rows):
+            said = logits if each is None or row == rows - 1 else each[epochs[row]]
+            if self.strategy == "majority":
+                self.votes[row, m] = decisions(said, self.dev.kind)
+            else:
+                self.total[row] += voices(said, self.dev.kind) if self.strategy == "mean-probability" else said
 
     def decided(self, members: np.ndarray, scores: np.ndarray, fold: np.ndarray, folds: int) -> np.ndarray:
-        """(R + 1, N), of those members that were added.
-
-        ``scores`` (S + 1, M) break the paper's ties, those of a split where its fold is held out; fold (R, N).
-        """
-        if self.strategy != "majority":
-            found = decisions(self.total / len(members), self.dev.kind)
-            return np.broadcast_to(found, (self.repeats + 1, found.shape[1]))
-        decided = np.empty((self.repeats + 1, fold.shape[1]), np.int64)
+        """(R + 1, N) of those members that were added; ``scores`` (S + 1, M) break the paper's ties."""
+        decided = np.empty((len(fold) + 1, fold.shape[1]), np.float64 if self.dev.kind == "regression" else np.int64)
         for s, of_split in enumerate(np.nan_to_num(scores, nan=-np.inf)):
-            last = s == len(scores) - 1
-            r = -1 if last else s // folds
-            columns = np.arange(fold.shape[1]) if last else np.flatnonzero(fold[r] == s % folds)
-            decided[r, columns] = self._majority(self.votes[r if self.apart else 0], members, columns, of_split)
+            out = fold[s // folds] == s % folds if s < self.splits else np.ones(fold.shape[1], bool)
+            row = decided[s // folds if s < self.splits else -1]
+            if self.strategy == "majority":
+                votes = self.votes[s if len(self.votes) > 1 else 0]
+                row[out] = self._majority(votes, members, np.flatnonzero(out), of_split)
+                continue
+            mean = self.total[s if len(self.total) > 1 else 0] / max(len(members), 1)
+            said = decisions(mean, self.dev.kind)
+            row[out] = standardised(said[out], said[~out]) if s < self.splits else said[out]
         return decided
 
     def _majority(
@@ -149,3 +142,16 @@ class _Omni:
             for start in range(0, len(columns), block)
         ]
         return np.concatenate(parts)
+
+
+def standardised(decided: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Values (N,) less the mean of ``by``, over its standard deviation; class numbers as they are.
+
+    r does not look at an ensemble's scale. But the parts of dev are decided by different ensembles, and r over all
+    parts would take a difference of their scales for an error. ``by``: what the same ensemble says on the part it was
+    chosen on.
+    """
+    if not np.issubdtype(decided.dtype, np.floating):
+        return decided
+    spread = by.std()
+    return (decided - by.mean()) / (spread if spread > 0 else 1.0)

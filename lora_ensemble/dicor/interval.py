@@ -68,18 +68,19 @@ def of_difference(
 ) -> Interval | None:
     """Score of ``decided`` less that of ``other``, both held-out decisions (R, N), and its interval.
 
-    A paired bootstrap over examples: each draw takes N of the examples with replacement, the same for both. None where
-    r is undefined. The examples must come in an order that does not depend on the file's.
+    A paired bootstrap over examples: each draw takes N of the examples with replacement, the same for both, and their
+    decisions from one repeat, drawn too, as in ``of_score``. None where r is undefined. The examples must come in an
+    order that does not depend on the file's.
     """
     rng = np.random.default_rng(0)
     n = len(labels)
     tail = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
     if kind != "regression":
-        gain = np.sum((decided == labels).astype(int) - (other == labels), axis=0)  # -R to R
-        values, counts = np.unique(gain, return_counts=True)
-        # A draw of N examples is a multinomial draw over the few values that their gains take.
-        means = rng.multinomial(n, counts / n, size=draws) @ values / (n * len(decided))
-        value = float(gain.mean() / len(decided))
+        gain = (decided == labels).astype(int) - (other == labels)  # -1, 0 or 1
+        counts = np.array([(gain == g).sum() for g in (-1, 0, 1)])
+        # A draw of N of them is a multinomial draw over the three values.
+        drawn = rng.multinomial(n, counts / counts.sum(), size=draws)
+        means, value = (drawn[:, 2] - drawn[:, 0]) / n, float(gain.mean())
     else:
         first, second = (np.mean([pearson(row, labels) for row in rows]) for rows in (decided, other))
         value = float(first - second)
@@ -92,7 +93,7 @@ def of_difference(
 
 
 def _drawn_r(a: np.ndarray, b: np.ndarray, labels: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
-    """Mean r of ``a`` less mean r of ``b`` (R, N) in each draw of examples (B,)."""
+    """r of a row of ``a`` less r of that row of ``b`` (R, N) in each draw of examples (B,)."""
     n, y = len(labels), labels - labels.mean()
     rows = np.concatenate([a, b])
     rows = rows - rows.mean(axis=1, keepdims=True)
@@ -104,5 +105,6 @@ def _drawn_r(a: np.ndarray, b: np.ndarray, labels: np.ndarray, rng: np.random.Ge
         x, xx, xy, sy, yy = np.split(times @ columns / n, np.cumsum([len(rows), len(rows), len(rows), 1]), axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             r = (xy - x * sy) / np.sqrt((xx - x**2) * (yy - sy**2))
-        found.append(r[:, : len(a)].mean(axis=1) - r[:, len(a) :].mean(axis=1))
+        repeat, draw = rng.integers(len(a), size=size), np.arange(size)
+        found.append(r[draw, repeat] - r[draw, len(a) + repeat])
     return np.concatenate(found)

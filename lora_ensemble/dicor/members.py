@@ -15,7 +15,7 @@ from lora_ensemble.dicor.combine import DECIMALS
 from lora_ensemble.dicor.splits import canonical
 from lora_ensemble.dicor.view import View, losses
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import Kind, decisions
+from lora_ensemble.tasks import Kind, decisions, score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +203,7 @@ def view_of(dev: Dev, scores: np.ndarray, *, limit: int) -> tuple[View, list[int
         kind=dev.kind,
         names=[dev.names[m] for m in top],
         ranks=[dev.ranks[m] for m in top],
-        scores=scores[top],
+        # As the task scores it: sums over folds round otherwise.
+        scores=np.array([score(np.asarray(dev.of_member(m)), dev.labels, dev.kind) for m in top]),
     )
     return view, top
