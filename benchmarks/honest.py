@@ -5,8 +5,8 @@
 
 Members say the truth plus noise of which a part is common to all, as with models trained on the same data. On each
 dev set the methods choose, are scored in-sample, and are estimated as ``dicor`` does it. The true score of what was
-chosen is that on ``--truth`` other examples. The same is done on dev sets of the choosing part's size, (K - 1) / K of
-the dev set, which is what the estimate is of. Printed for each method, with standard errors:
+chosen is that on all ``--truth`` examples there are, of which dev sets are samples. The same is done on dev sets of
+the choosing part's size, (K - 1) / K of the dev set, which is what the estimate is of. Printed for each method:
 
     in-sample     the mean score on the dev set that was chosen on, less the true score: the optimism
     estimate      the mean honest estimate, less the true score of what is chosen at the choosing part's size
@@ -87,11 +87,27 @@ def methods(world: World) -> dict[str, Method]:
 
 
 class Truth:
-    """What is true of a choice, from many examples that nothing is chosen on."""
+    """All examples that there are: dev sets are drawn from them, and a true score is that on all of them, exactly."""
 
     def __init__(self, world: World, rng: np.random.Generator, n: int) -> None:
         self.world = world
         self.logits, self.labels = world.draw(rng, n)
+
+    def drawn(self, rng: np.random.Generator, n: int) -> tuple[Dev, dict[str, int]]:
+        """A dev set of n examples, and the epoch that was best on it for each member."""
+        rows = rng.choice(len(self.labels), n, replace=False)
+        logits, labels = self.logits[:, :, rows], self.labels[rows]
+        names = [f"{m:02d}" for m in range(self.world.members)]
+        best = [int(np.argmax([score(one, labels, self.world.kind) for one in each])) for each in logits]
+        dev = Dev.of(
+            np.stack([logits[m, e] for m, e in enumerate(best)]),
+            labels,
+            kind=self.world.kind,
+            names=names,
+            epochs=list(logits) if self.world.epochs > 1 else None,
+            fingerprints=names,
+        )
+        return dev, dict(zip(names, best, strict=True))
 
     def of(self, choice: Choice, names: list[str], epochs: dict[str, int]) -> float:
         """The score of these members, in the order of choice, each at its epoch."""
@@ -106,31 +122,15 @@ class Truth:
         return score_decisions(decisions(np.asarray(total), self.world.kind), self.labels, self.world.kind)
 
 
-def drawn(world: World, rng: np.random.Generator, n: int) -> tuple[Dev, dict[str, int]]:
-    """A dev set of n examples, and the epoch that was best on it for each member."""
-    logits, labels = world.draw(rng, n)
-    names = [f"{m:02d}" for m in range(world.members)]
-    best = [int(np.argmax([score(one, labels, world.kind) for one in each])) for each in logits]
-    dev = Dev.of(
-        np.stack([logits[m, e] for m, e in enumerate(best)]),
-        labels,
-        kind=world.kind,
-        names=names,
-        epochs=list(logits) if world.epochs > 1 else None,
-        fingerprints=names,
-    )
-    return dev, dict(zip(names, best, strict=True))
-
-
 def simulate(world: World, *, sets: int, truth: int, repeats: int | None, seed: int = 0) -> dict[str, dict[str, float]]:
     """Method to the figures that are printed."""
     rng = np.random.default_rng(seed)
     known = Truth(world, rng, truth)
     seen: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for _ in range(sets):
-        dev, epochs = drawn(world, rng, world.n)
+        dev, epochs = known.drawn(rng, world.n)
         found = estimate(dev, methods(world), repeats=repeats)
-        part, part_epochs = drawn(world, rng, world.n - round(world.n / FOLDS))
+        part, part_epochs = known.drawn(rng, world.n - round(world.n / FOLDS))
         chosen = estimate(part, methods(world), repeats=0)
         true = {name: known.of(one.choice, one.names, epochs) for name, one in found.of.items() if name != "omni"}
         true["omni"] = known.of_all(epochs)
@@ -183,7 +183,7 @@ def main() -> None:
     """Simulate and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=int, default=1000, help="dev sets of each world (default: 1000)")
-    parser.add_argument("--truth", type=int, default=100_000, help="examples for the true score (default: 100000)")
+    parser.add_argument("--truth", type=int, default=20_000, help="examples that there are (default: 20000)")
     parser.add_argument("--repeats", type=int, help="repeats of the folds (default: what dicor takes)")
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     options = parser.parse_args()

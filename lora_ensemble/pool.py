@@ -38,6 +38,7 @@ FULL_CONFIG = "config.json"
 FULL = "model.safetensors"
 EPOCHS = "dev.epochs.npy"
 EXAMPLES = "examples"
+SMALL_FILE = 1_000_000  # bytes
 _NEW, _OLD, _LOCK = ".new.", ".old.", ".lock"
 
 
@@ -395,11 +396,16 @@ def _checked_file(pool: Path, record: MemberRecord, name: str) -> Path:
 
 
 def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
-    """One of a member's .npy files, memory-mapped, checksum compared, finite (``UserError`` otherwise)."""
+    """One of a member's .npy files, memory-mapped if large, checksum compared, finite (else ``UserError``)."""
     with _reading(Path(pool) / record.task):
         path = _checked_file(pool, record, name)
         try:
-            array = np.lib.format.open_memmap(path, mode="r")  # never unpickles, unlike np.load
+            # Neither unpickles. Mapping a small file takes longer than reading it.
+            if path.stat().st_size < SMALL_FILE:
+                with open(path, "rb") as f:
+                    array = np.lib.format.read_array(f, allow_pickle=False)
+            else:
+                array = np.lib.format.open_memmap(path, mode="r")
         except Exception as e:  # a damaged header raises several kinds of exception
             raise UserError(f"{path}: not an array file ({e})") from e
     if not np.issubdtype(array.dtype, np.floating) or array.ndim < 2:
@@ -508,7 +514,7 @@ class TaskPool:
         return read_examples(self.pool, self.name, self.split, print_)
 
     def logits(self, name: str) -> np.ndarray:
-        """(N, C) float32 logits of a member on the split, memory-mapped, checked."""
+        """(N, C) float32 logits of a member on the split, checked, memory-mapped if large."""
         record = self.record(name)
         array = read_array(self.pool, record, logits_file(self.split))
         n = len(self._examples.ids)

@@ -20,7 +20,7 @@ import numpy as np
 
 from lora_ensemble.dicor.choice import Choice, decide
 from lora_ensemble.dicor.fold_scores import FoldScores, fold_scores, standardised
-from lora_ensemble.dicor.interval import Interval, of_difference, of_score
+from lora_ensemble.dicor.interval import Interval, of_differences, of_score
 from lora_ensemble.dicor.members import Dev, defined, leaders, ranked, view_of
 from lora_ensemble.dicor.methods import Best, Method, Omni
 from lora_ensemble.dicor.splits import FOLDS, REPEATS, canonical, stratified_folds
@@ -116,9 +116,9 @@ def estimate(
         held.update(_held_out(dev, methods, found, fold[:, order], folds, limit, order))
         held["omni"] = found.omni[:-1, order]
 
-    def difference(name: str, other: str) -> Interval | None:
-        a, b = held[name], held[other]
-        return None if name == other or a is None or b is None else of_difference(a, b, labels, dev.kind)
+    pairs = [(a, b) for a in held for b in ("best", "omni") if a != b]
+    known = {name: decided for name, decided in held.items() if decided is not None}
+    differences = of_differences(known, pairs, labels, dev.kind) if known else {}
 
     of = {}
     for name in ["best", "omni", *(x for x in methods if x != "best")]:
@@ -128,8 +128,8 @@ def estimate(
             names=names[name],
             in_sample=in_sample[name],
             honest=None if decided is None else of_score(decided, labels, dev.kind),
-            against_best=difference(name, "best"),
-            against_omni=difference(name, "omni"),
+            against_best=differences.get((name, "best")),
+            against_omni=differences.get((name, "omni")),
             held_out=decided,
         )
     each = dict(zip(dev.names, found.scores[-1].tolist(), strict=True)) | dict(

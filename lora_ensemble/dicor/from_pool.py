@@ -14,17 +14,21 @@ from lora_ensemble.dicor.members import Dev
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import EPOCHS, TaskPool, logits_file, member_folder, read_array
 
+SMALL = 32_000_000
+
 
 class Files(Sequence[np.ndarray]):
     """The logits (N, C) of each member of a pool, opened when they are asked for and let go afterwards.
 
     A file is checked (``TaskPool.logits``) the first time. What is kept open counts as resident memory, which for ten
-    thousand members would be a copy of all logits.
+    thousand members would be a copy of all logits. The first ``SMALL`` bytes are kept all the same: opening costs time.
     """
 
     def __init__(self, task_pool: TaskPool) -> None:
         self._pool, self._names = task_pool, [r.name for r in task_pool.members]
         self._checked = [False] * len(self._names)
+        self._kept: dict[int, np.ndarray] = {}
+        self._room = SMALL
 
     def __len__(self) -> int:
         return len(self._names)
@@ -36,9 +40,14 @@ class Files(Sequence[np.ndarray]):
     def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        if index in self._kept:
+            return self._kept[index]
         if not self._checked[index]:
             logits = self._pool.logits(self._names[index])
             self._checked[index] = True
+            if self._room >= logits.nbytes:
+                self._room -= logits.nbytes
+                self._kept[index] = logits = np.array(logits)
             return logits
         folder = member_folder(self._pool.pool, self._pool.name, self._names[index])
         return np.asarray(np.lib.format.open_memmap(folder / logits_file(self._pool.split), mode="r"))

@@ -5,6 +5,7 @@ Axes: R repeats, N examples, B bootstrap draws.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,48 +64,56 @@ def influence(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.asarray(a * b - r * (a * a + b * b) / 2)
 
 
-def of_difference(
-    decided: np.ndarray, other: np.ndarray, labels: np.ndarray, kind: Kind, *, draws: int = DRAWS
-) -> Interval | None:
-    """Score of ``decided`` less that of ``other``, both held-out decisions (R, N), and its interval.
+def of_differences(
+    held: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], labels: np.ndarray, kind: Kind
+) -> dict[tuple[str, str], Interval | None]:
+    """For each pair of names the score of the first's held-out decisions (R, N) less the second's, and its interval.
 
-    A paired bootstrap over examples: each draw takes N of the examples with replacement, the same for both, and their
-    decisions from one repeat, drawn too, as in ``of_score``. None where r is undefined. The examples must come in an
-    order that does not depend on the file's.
+    A paired bootstrap over examples: each draw takes N of the examples with replacement, the same for all, and their
+    decisions from one repeat, as in ``of_score``; each repeat has its share of the draws. None where r is undefined.
+    The examples must come in an order that does not depend on the file's.
     """
-    rng = np.random.default_rng(0)
-    n = len(labels)
     tail = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
+    n, found = len(labels), dict[tuple[str, str], Interval | None]()
     if kind != "regression":
-        gain = (decided == labels).astype(int) - (other == labels)  # -1, 0 or 1
-        counts = np.array([(gain == g).sum() for g in (-1, 0, 1)])
-        # A draw of N of them is a multinomial draw over the three values.
-        drawn = rng.multinomial(n, counts / counts.sum(), size=draws)
-        means, value = (drawn[:, 2] - drawn[:, 0]) / n, float(gain.mean())
-    else:
-        first, second = (np.mean([pearson(row, labels) for row in rows]) for rows in (decided, other))
-        value = float(first - second)
-        if np.isnan(value):
-            return None
-        means = _drawn_r(decided, other, labels, rng, draws)
-        means = means[np.isfinite(means)]
-    low, high = np.percentile(means, tail)
-    return Interval(value=value, low=float(low), high=float(high))
+        for a, b in pairs:
+            gain = (held[a] == labels).astype(int) - (held[b] == labels)  # -1, 0 or 1
+            counts = np.array([(gain == g).sum() for g in (-1, 0, 1)])
+            # A draw of N examples is a multinomial draw over the three values.
+            drawn = np.random.default_rng(0).multinomial(n, counts / counts.sum(), size=DRAWS)
+            low, high = np.percentile((drawn[:, 2] - drawn[:, 0]) / n, tail)
+            found[a, b] = Interval(value=float(gain.mean()), low=float(low), high=float(high))
+        return found
+    names = sorted({name for pair in pairs for name in pair})
+    r = {name: float(np.mean([pearson(row, labels) for row in held[name]])) for name in names}
+    drawn_r = _drawn_r([held[name] for name in names], labels)
+    for a, b in pairs:
+        difference = drawn_r[:, names.index(a)] - drawn_r[:, names.index(b)]
+        difference = difference[np.isfinite(difference)]
+        if np.isnan(r[a] - r[b]) or not len(difference):
+            found[a, b] = None
+            continue
+        low, high = np.percentile(difference, tail)
+        found[a, b] = Interval(value=r[a] - r[b], low=float(low), high=float(high))
+    return found
 
 
-def _drawn_r(a: np.ndarray, b: np.ndarray, labels: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
-    """r of a row of ``a`` less r of that row of ``b`` (R, N) in each draw of examples (B,)."""
-    n, y = len(labels), labels - labels.mean()
-    rows = np.concatenate([a, b])
-    rows = rows - rows.mean(axis=1, keepdims=True)
-    columns = np.concatenate([rows, rows**2, rows * y, y[None], y[None] ** 2]).T  # (N, 6 R + 2)
+def _drawn_r(held: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """r (B, methods) of each method's values (R, N) in each draw of examples."""
+    rng = np.random.default_rng(0)
+    n, y, repeats = len(labels), labels - labels.mean(), len(held[0])
     found = []
-    for start in range(0, draws, 250):
-        size = min(250, draws - start)
-        times = rng.multinomial(n, np.full(n, 1 / n), size=size)  # how often each example was drawn
-        x, xx, xy, sy, yy = np.split(times @ columns / n, np.cumsum([len(rows), len(rows), len(rows), 1]), axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            r = (xy - x * sy) / np.sqrt((xx - x**2) * (yy - sy**2))
-        repeat, draw = rng.integers(len(a), size=size), np.arange(size)
-        found.append(r[draw, repeat] - r[draw, len(a) + repeat])
+    for repeat in range(repeats):
+        rows = np.stack([one[repeat] - one[repeat].mean() for one in held])
+        columns = np.concatenate([rows, rows**2, rows * y, y[None], y[None] ** 2]).T  # (N, 3 methods + 2)
+        left = -(-DRAWS // repeats)
+        while left > 0:
+            size = min(left, max(2_000_000 // n, 1))  # 16 MB at a time
+            left -= size
+            # How often each example was drawn.
+            cells = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+            times = np.bincount(cells.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+            x, xx, xy, sy, yy = np.split(times @ columns / n, np.cumsum([len(held)] * 3 + [1]), axis=1)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                found.append((xy - x * sy) / np.sqrt((xx - x**2) * (yy - sy**2)))
     return np.concatenate(found)
