@@ -13,13 +13,13 @@ done
 echo; echo "== ensembles"
 dicor compare --pool "$out/pool" --size 4 --plots "$out/plots"
 for task in sst quora sts; do
-  dicor select --pool "$out/pool" --task "$task" --size 4 --output "$out/$task.json"
+  dicor select --pool "$out/pool" --task "$task" --method dicor --size 4 --output "$out/$task.json"
 done
 cat <<EOF
 
 What next:
   look at   $out/plots/  (similarity between members, score against rank)
-  select    dicor select --pool $out/pool --task sst --size 5 --output $out/dicor.json
+  select    dicor select --pool $out/pool --task sst --output $out/dicor.json
   predict   lora-ensemble predict --config configs/sst.yaml --config configs/demo.yaml --data.root $out/data --pool.dir $out/pool
   apply     dicor apply --ensemble $out/sst.json --split test --output $out/predictions.csv
   your own data: README.md, "Your own data"

@@ -16,10 +16,11 @@ import json
 import math
 import os
 import shutil
+import time
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class MemberRecord:
             record = cls(**raw)
         except TypeError as e:
             raise UserError(f"{path}: {str(e).removeprefix('MemberRecord.__init__() ')}") from e
-        for key, hint in typing.get_type_hints(cls).items():
+        for key, hint in _record_types().items():
             if not _fits(getattr(record, key), hint):
                 expected = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
                 raise UserError(f"{path}: {key} is {getattr(record, key)!r}; expected {expected}")
@@ -119,6 +120,12 @@ class MemberRecord:
         if record.task != path.parent.parent.name:
             raise UserError(f"{path}: task is {record.task!r}, but the folder is {path.parent.parent.name!r}")
         return record
+
+
+@cache
+def _record_types() -> dict[str, Any]:
+    """What type each key of a record has; worked out once, not for each of thousands of members."""
+    return typing.get_type_hints(MemberRecord)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -258,8 +265,25 @@ def _reading(home: Path) -> Iterator[None]:
                 stack.enter_context(_locked(home, "r+"))
             except OSError:
                 stack.enter_context(_locked(home, "r"))
-            _mend(home)
+            _mend_once(home)
         yield
+
+
+_mended: dict[Path, int] = {}
+
+
+def _mend_once(home: Path) -> None:
+    """``_mend``, unless nothing was renamed here since it last was; call it with the lock held.
+
+    Looking for what is left lists the whole folder, which for each of ten thousand members takes minutes.
+    """
+    changed = home.stat().st_mtime_ns
+    if _mended.get(home) != changed:
+        _mend(home)
+        changed = home.stat().st_mtime_ns
+        # A folder's clock is coarse: of a change just now, another may have the same time.
+        if time.time_ns() - changed > 2_000_000_000:
+            _mended[home] = changed
 
 
 def _write_file(path: Path, content: Any) -> None:
@@ -357,17 +381,17 @@ def _checked_file(pool: Path, record: MemberRecord, name: str) -> Path:
     folder = member_folder(pool, record.task, record.name)
     if name not in record.files:
         raise UserError(f"{folder}: this member has no {name}")
+    found = checksum(folder / name) if (folder / name).is_file() else None
+    if found == record.files[name]:
+        return folder / name
     if (folder / RECORD).is_file() and MemberRecord.read(folder / RECORD).files.get(name) != record.files[name]:
         raise UserError(f"{folder}: this member was replaced while it was being read; run the command again")
-    if not (folder / name).is_file():
+    if found is None:
         raise UserError(f"{folder}: half-written member: {name} is missing; delete the folder, or copy it again whole")
-    found = checksum(folder / name)
-    if found != record.files[name]:
-        raise UserError(
-            f"{folder / name}: tampered with, or damaged: found {found[:19]}..., {RECORD} says "
-            f"{record.files[name][:19]}...; copy the member again, or train it again"
-        )
-    return folder / name
+    raise UserError(
+        f"{folder / name}: tampered with, or damaged: found {found[:19]}..., {RECORD} says "
+        f"{record.files[name][:19]}...; copy the member again, or train it again"
+    )
 
 
 def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
@@ -375,7 +399,7 @@ def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
     with _reading(Path(pool) / record.task):
         path = _checked_file(pool, record, name)
         try:
-            array = np.lib.format.open_memmap(path, mode="r")  # never unpickles, unlike np.load
+            array = _mapped(path)
         except Exception as e:  # a damaged header raises several kinds of exception
             raise UserError(f"{path}: not an array file ({e})") from e
     if not np.issubdtype(array.dtype, np.floating) or array.ndim < 2:
@@ -386,6 +410,20 @@ def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
             f"{path}: logits are NaN or infinite, first in row {row}; delete this member's folder to go on without it"
         )
     return array
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """An array file, memory-mapped and read-only. Nothing is ever unpickled, unlike by np.load.
+
+    As ``np.lib.format.open_memmap``, which opens a file twice and follows each folder of its path: twice the time.
+    """
+    with open(path, "rb") as f:
+        version = np.lib.format.read_magic(f)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(f)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        return np.memmap(f, dtype, "r", f.tell(), shape, "F" if fortran else "C")
 
 
 def read_tensors(pool: Path, record: MemberRecord, name: str) -> dict[str, np.ndarray]:
@@ -424,6 +462,7 @@ class TaskPool:
         if not self.members:
             more = f" ({len(self.left_out)} not finished)" if self.left_out else ""
             raise UserError(f"{home}: no finished member{more}; train some with lora-ensemble fit --pool.dir {pool}")
+        self._by_name = {record.name: record for record in self.members}
         self._agree()
         self.kind: Kind = self.members[0].kind
         self.labels = self.members[0].labels
@@ -462,9 +501,8 @@ class TaskPool:
 
     def record(self, name: str) -> MemberRecord:
         """The finished member of that name; ``UserError`` where there is none."""
-        for record in self.members:
-            if record.name == name:
-                return record
+        if name in self._by_name:
+            return self._by_name[name]
         why = self.left_out.get(name, "not there")
         raise UserError(f"{self.pool / self.name}: member {name!r} is {why}; finished members: {len(self.members)}")
 

@@ -18,7 +18,7 @@ def sound(tmp_path_factory):
     make_pool(folder / "pool", "sst", "multiclass")
     make_pool(folder / "pool", "sts", "regression")
     for task in ("sst", "sts"):
-        args = ["--task", task, "--output", str(folder / f"{task}.json"), "--size", "3"]
+        args = ["--task", task, "--output", str(folder / f"{task}.json"), "--size", "3", "--method", "dicor"]
         assert main(["select", "--pool", str(folder / "pool"), *args]) == 0
     return folder
 
@@ -50,7 +50,8 @@ def fails(capsys, home):
 
 
 def select(home, *args, task="sst"):
-    return ["select", "--pool", home / "pool", "--task", task, "--output", home / "new.json", *args]
+    method = [] if "--method" in args else ["--method", "dicor"]
+    return ["select", "--pool", home / "pool", "--task", task, "--output", home / "new.json", *method, *args]
 
 
 def apply(home, *args, task="sst"):
@@ -152,14 +153,9 @@ def test_top_k_below_the_size(home, fails):
 
 
 def test_constant_predictions_have_no_score_on_a_regression(home, fails):
-    replace_logits(home, "sts", "m03", np.full((60, 1), 2.5))
-    fails(*select(home, task="sts"), says=["member m03: its dev predictions are constant (all 2.5)"])
-
-
-def test_constant_predictions_have_no_pearson_similarity(home, fails):
-    replace_logits(home, "sst", "m03", np.full((60, 5), 2.5))
-    fails(*select(home, "--similarity", "pearson"), says=["member m03: its predictions are constant"])
-    assert main([str(a) for a in select(home)]) == 0  # the cosine of its decisions is as good as another
+    for name in [f"m0{i}" for i in range(6)]:
+        replace_logits(home, "sts", name, np.full((60, 1), 2.5) + int(name[1:]))
+    fails(*select(home, task="sts"), says=["task sts: member m00: its dev predictions are constant (all 2.5)"])
 
 
 def test_majority_on_a_regression(home, fails):
@@ -204,10 +200,11 @@ def test_unwritable_plots(home, fails):
         (b"\xff\xfe\x00", "not JSON"),
         ("[]", "it has no schema"),
         ("{}", "it has no schema"),
-        ('{"schema": 99}', "schema 99; this version reads schema 1"),
-        ('{"schema": 1}', "lacks 'members'"),
-        ('{"schema": 1, "members": []}', "missing"),
-        ('{"schema": 1, "members": 3}', "not a whole record"),
+        ('{"schema": 99}', "schema 99; this version reads schema 2; select again"),
+        ('{"schema": 1}', "schema 1; this version reads schema 2; select again"),
+        ('{"schema": 2}', "lacks 'members'"),
+        ('{"schema": 2, "members": []}', "missing"),
+        ('{"schema": 2, "members": 3}', "not a whole record"),
     ],
 )
 def test_a_record_that_is_none(content, says, home, fails):
@@ -221,7 +218,7 @@ def test_a_record_that_is_none(content, says, home, fails):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"strategy": "best"}, "strategy is 'best'; expected one of mean, majority"),
+        ({"strategy": "best"}, "strategy is 'best'; expected one of mean, mean-probability, majority, weighted"),
         ({"kind": "other"}, "kind is 'other'"),
         ({"pool": None}, "pool is None; expected text"),
         ({"labels": "01234"}, "labels is '01234'"),
@@ -338,9 +335,11 @@ def test_test_logits_of_other_examples(home, fails):
         ([], "the following arguments are required: COMMAND"),
         (["choose"], "invalid choice: 'choose'"),
         (["select"], "the following arguments are required: --pool, --task, --output"),
-        (["compare", "--pool", "p", "--size", "many"], "argument --size: invalid int value: 'many'"),
+        (["compare", "--pool", "p", "--size", "many"], "argument --size: invalid number value: 'many'"),
         (["compare", "--pool", "p", "--similarity", "angle"], "argument --similarity: invalid choice: 'angle'"),
         (["compare", "--pool", "p", "--nonsense"], "--nonsense"),
+        (["compare", "--pool", "p", "--method", "guess"], "argument --method: invalid choice: 'guess'"),
+        (["compare", "--pool", "p", "--trade-off", "much"], "argument --trade-off: invalid float value"),
         (
             ["apply", "--ensemble", "x", "--output", "y", "--split", "train"],
             "argument --split: invalid choice: 'train'",
@@ -355,3 +354,47 @@ def test_mistakes_on_the_command_line(args, says, fails):
 def test_a_member_record_that_is_none(content, home, fails):
     (home / "pool" / "sst" / "m02" / "member.json").write_text(content)
     fails(*select(home), says=["m02/member.json: "])
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--method", "greedy", "--similarity", "kappa"], "--similarity has no meaning for --method greedy; it is for"),
+        (["--method", "best", "--size", 2], "--size has no meaning for --method best"),
+        (
+            ["--method", "dicor", "--trade-off", 0.5],
+            "--trade-off has no meaning for --method dicor; it is for dicor-auto",
+        ),
+        (["--method", "dicor-auto", "--trade-off", 1.5], "task sst: --trade-off 1.5: expected 0"),
+        (["--method", "dicor", "--temperature"], "--temperature: only a classifier's probabilities have one"),
+        (["--method", "exhaustive", "--top-k", 20], None),
+    ],
+)
+def test_options_that_make_no_sense_together(args, says, home, fails):
+    if says is None:  # 20 of 6 members are 6
+        assert main([str(a) for a in select(home, *args)]) == 0
+    else:
+        fails(*select(home, *args), says=[says])
+
+
+@pytest.mark.parametrize("similarity", ["kappa", "double-fault"])
+def test_similarities_of_classes_on_a_regression(similarity, home, fails):
+    fails(
+        *select(home, "--similarity", similarity, task="sts"),
+        says=[f"task sts: similarity {similarity}: a regression has values", "use pearson, cosine or error"],
+    )
+
+
+def test_test_scores_without_test_labels(home, fails):
+    fails(
+        "compare", "--pool", home / "pool", "--task", "sst", "--method", "best", "--split", "test",
+        says=["sst: the test examples have no labels", "leave out --split test"],
+    )  # fmt: skip
+
+
+def test_epochs_of_another_shape(home, fails):
+    folder = home / "pool" / "sst" / "m02"
+    np.save(folder / "dev.epochs.npy", np.zeros((3, 59, 5), np.float16))
+    files = json.loads((folder / "member.json").read_text())["files"]
+    edit(folder / "member.json", files={**files, "dev.epochs.npy": checksum(folder / "dev.epochs.npy")})
+    fails(*select(home), says=["m02/dev.epochs.npy: shape (3, 59, 5); expected (E, 60, 5)"])

@@ -1,18 +1,22 @@
 """The program ``dicor`` itself, called in-process: select, compare, apply and the files they write."""
 
+import itertools
 import json
 import shutil
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
-from pool_factory import add_member, make_pool
+from pool_factory import add_member, make_pool, random_labels
+from scipy.special import softmax
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score
 
 import lora_ensemble
 from lora_ensemble.dicor.cli import main
+from lora_ensemble.dicor.settings import MethodName
 from lora_ensemble.pool import TaskPool, checksum
 from lora_ensemble.tasks import PRESETS
 
@@ -37,21 +41,31 @@ def run(*args):
 
 
 def selected(pool, output, *args, task="sst"):
-    assert run("select", "--pool", pool, "--task", task, "--output", output, *args) == 0
+    method = [] if "--method" in args else ["--method", "dicor"]
+    assert run("select", "--pool", pool, "--task", task, "--output", output, *method, *args) == 0
     return json.loads(output.read_text())
 
 
 def test_select_writes_a_record_of_everything(pool, tmp_path, capsys):
     record = selected(pool, tmp_path / "dicor.json", "--size", 3, "--top-k", 4)
     assert list(record) == [
-        "schema", "version", "task", "kind", "labels", "strategy", "similarity", "size", "top_k", "members", "score",
-        "best", "omni", "considered", "left_out", "examples", "pool",
+        "schema", "version", "task", "kind", "labels", "method", "settings", "strategy", "size", "members", "estimate",
+        "best", "omni", "folds", "repeats", "considered", "left_out", "notices", "examples", "pool",
     ]  # fmt: skip
-    assert record["schema"] == 1
+    assert record["schema"] == 2
     assert record["version"] == lora_ensemble.__version__
     assert (record["task"], record["kind"], record["labels"]) == ("sst", "multiclass", list("01234"))
-    assert (record["strategy"], record["similarity"]) == ("majority", "cosine")
-    assert (record["size"], record["top_k"], record["considered"]) == (3, 4, 6)
+    assert (record["method"], record["strategy"]) == ("dicor", "majority")
+    expected = {
+        "size": 3,
+        "top_k": 4,
+        "similarity": "cosine",
+        "strategy": "majority",
+        "trade_off": 1,
+        "temperature": False,
+    }
+    assert record["settings"] == expected
+    assert (record["size"], record["considered"], record["folds"]) == (3, 6, 3)
     assert record["left_out"] == {"m06": "not finished", "m07": "diverged"}
     assert (tmp_path / record["pool"]).resolve() == pool.resolve()
     assert not record["pool"].startswith("/")
@@ -76,13 +90,18 @@ def test_select_writes_a_record_of_everything(pool, tmp_path, capsys):
         else:
             assert member["mean_similarity"] is None
         assert member["dev_logits"] == checksum(pool / "sst" / member["name"] / "dev.logits.npy")
+        assert (member["weight"], member["temperature"]) == (1 / 3, None)
         before.append(member["name"])
     scores = {name: accuracy_score(examples.labels, d) for name, d in decided.items()}
-    assert record["best"] == {"name": max(scores, key=scores.get), "score": max(scores.values())}
+    assert (record["best"]["name"], record["best"]["in_sample"]) == (max(scores, key=scores.get), max(scores.values()))
     assert record["omni"]["members"] == 6
     out = capsys.readouterr().out
     assert "6 members on 60 dev examples; 2 left out (1 diverged, 1 not finished)" in out
     assert "In-sample" in out
+    assert "within noise" in out
+    honest = record["estimate"]["honest"]
+    assert honest["low"] < honest["value"] < honest["high"]
+    assert record["estimate"]["optimism"] == record["estimate"]["in_sample"] - honest["value"]
 
 
 def test_members_json_is_not_believed_about_the_score(tmp_path):
@@ -98,9 +117,9 @@ def test_defaults_and_notice(pool, tmp_path, capsys):
     assert selected(pool, tmp_path / "a.json")["size"] == 6
     assert "dicor: notice: task sst: size is 6 instead of the default 11" in capsys.readouterr().err
     quora = selected(pool, tmp_path / "b.json", task="quora")
-    assert (quora["size"], quora["similarity"], quora["strategy"]) == (4, "cosine", "majority")
+    assert (quora["size"], quora["settings"]["similarity"], quora["strategy"]) == (4, "cosine", "majority")
     sts = selected(pool, tmp_path / "c.json", task="sts")
-    assert (sts["size"], sts["similarity"], sts["strategy"]) == (6, "pearson", "mean")
+    assert (sts["size"], sts["settings"]["similarity"], sts["strategy"]) == (6, "pearson", "mean")
 
 
 def test_the_ensembles_score_is_that_of_applying_it_to_dev(pool, tmp_path, capsys):
@@ -111,9 +130,10 @@ def test_the_ensembles_score_is_that_of_applying_it_to_dev(pool, tmp_path, capsy
     values = np.mean([task_pool.logits(m["name"])[:, 0].astype(float) for m in record["members"]], axis=0)
     assert [i for i, _ in rows] == task_pool.examples().ids.tolist()
     np.testing.assert_allclose([float(v) for _, v in rows], values, rtol=1e-12)
-    assert record["score"] == pytest.approx(pearsonr(values, task_pool.examples().labels).statistic, abs=1e-12)
+    score = record["estimate"]["in_sample"]
+    assert score == pytest.approx(pearsonr(values, task_pool.examples().labels).statistic, abs=1e-12)
     out = capsys.readouterr().out
-    assert f"sts dev Pearson r {record['score']:.4f}" in out
+    assert f"sts dev Pearson r {score:.4f}" in out
     assert "In-sample" in out.split("sts dev Pearson r")[1]
 
 
@@ -197,7 +217,7 @@ def test_ties_of_two_members_end_to_end(a, b, winner, tmp_path):
         both = {"dev": logits, "test": logits}
         add_member(tmp_path / "pool", "quora", "binary", name, both, ids, {"dev": np.ones(4, int)}, **ranked)
     record = selected(tmp_path / "pool", tmp_path / "d.json", task="quora")
-    assert record["score"] == record["omni"]["score"] == decided[winner].count("1") / 4
+    assert record["estimate"]["in_sample"] == decided[winner].count("1") / 4
     assert run("apply", "--ensemble", tmp_path / "d.json", "--output", tmp_path / "p.csv") == 0
     rows = (tmp_path / "p.csv").read_text().splitlines()[1:]
     assert rows == [f"{i} , {float(d)} " for i, d in zip("WXYZ", decided[winner], strict=True)]
@@ -212,33 +232,101 @@ def test_apply_prints_the_score_only_where_the_labels_are_known(tmp_path, capsys
     assert "In-sample" not in out
 
 
-def test_compare_prints_three_systems_per_task_and_the_overall_score(pool, tmp_path, capsys):
-    assert run("compare", "--pool", pool) == 0
+def rows_of(out, task):
+    """Method to the numbers of its row in what compare printed."""
+    block = out[out.index(f"{task}: 6 members") :]
+    lines = itertools.takewhile(str.strip, block[block.index(" on dev ") :].splitlines()[1:])
+    return {line.split()[0]: line.split()[1:] for line in lines}
+
+
+def test_compare_prints_all_methods_per_task_and_the_overall_score(pool, tmp_path, capsys):
+    methods = ["dicor", "greedy"]
+    asked = [word for method in methods for word in ("--method", method)]
+    assert run("compare", "--pool", pool, *asked) == 0
     out = capsys.readouterr().out
-    records = {t: selected(pool, tmp_path / f"{t}.json", task=t) for t in PRESETS}
-    for task, record in records.items():
-        block = out[out.index(f"\n{task}: 6 members") if task != "quora" else 0 :]
-        rows = [line.split() for line in block.splitlines()]
-        assert ["single", "best", "1", f"{record['best']['score']:.4f}"] in rows[:8]
-        assert ["Omni", "6", f"{record['omni']['score']:.4f}"] in rows[:8]
-        assert ["DiCor", str(record["size"]), f"{record['score']:.4f}"] in rows[:8]
-    sst, quora, sts = (records[t]["score"] for t in ("sst", "quora", "sts"))
-    block = out[out.index("overall:") :].splitlines()
-    assert block[3].split() == ["DiCor", f"{(sst + quora + (sts + 1) / 2) / 3:.4f}"]
+    records = {(t, m): selected(pool, tmp_path / "d.json", "--method", m, task=t) for t in PRESETS for m in methods}
+    for (task, method), record in records.items():
+        rows = rows_of(out, task)
+        assert list(rows) == ["best", "omni", "dicor", "greedy"]
+        for name, found in ((method, record["estimate"]), ("best", record["best"]), ("omni", record["omni"])):
+            assert rows[name][1:4:1] == [
+                f"{found['in_sample']:.4f}",
+                f"{found['honest']['value']:.4f}",
+                f"{found['honest']['low']:.4f}",
+            ]
+        assert rows[method][0] == str(record["size"])
+    for key, column in (("in_sample", 1), ("honest", 2)):
+        three = [records[t, "dicor"]["estimate"][key] for t in ("sst", "quora", "sts")]
+        sst, quora, sts = (x if key == "in_sample" else x["value"] for x in three)
+        line = next(x for x in out[out.index("overall:") :].splitlines() if x.startswith("dicor"))
+        assert line.split()[column] == f"{(sst + quora + (sts + 1) / 2) / 3:.4f}"
     assert "In-sample" in out
     assert "2 left out (1 diverged, 1 not finished)" in out
 
 
-def test_compare_of_one_task_takes_the_others_with_their_defaults(pool, capsys):
-    assert run("compare", "--pool", pool) == 0
-    whole = capsys.readouterr().out
-    assert run("compare", "--pool", pool, "--task", "sts", "--size", 2, "--similarity", "cosine") == 0
+def test_compare_takes_all_methods(pool, capsys):
+    assert run("compare", "--pool", pool, "--task", "quora") == 0
+    assert list(rows_of(capsys.readouterr().out, "quora")) == list(get_args(MethodName))
+
+
+def test_the_test_split_is_scored_with_what_was_chosen_on_dev(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    dev, test = (random_labels("binary", n, seed=n) for n in (60, 50))
+    ids = {"dev": [f"d{i}" for i in range(60)], "test": [f"t{i}" for i in range(50)]}
+    said = {}
+    for m in range(4):
+        logits = {s: (y[:, None] * 2.0 - 1 + rng.normal(0, 2, (len(y), 1))) for s, y in (("dev", dev), ("test", test))}
+        add_member(tmp_path / "pool", "mine", "binary", f"m{m}", logits, ids, {"dev": dev, "test": test})
+        said[f"m{m}"] = {s: (x[:, 0].astype(np.float32) > 0).astype(int) for s, x in logits.items()}
+    assert run("compare", "--pool", tmp_path / "pool", "--method", "best", "--split", "test") == 0
     out = capsys.readouterr().out
-    assert "DiCor: 2 of the 6 best, cosine similarity; strategy mean" in out
-    assert "sst: 6 members" not in out
-    single, omni = (line for line in out.splitlines()[-5:-2] if not line.startswith("DiCor"))
-    assert single in whole  # the single best and Omni do not depend on the settings
-    assert omni in whole
+    best = max(said, key=lambda name: accuracy_score(dev, said[name]["dev"]))
+    row = next(line for line in out.splitlines() if line.startswith("best "))
+    assert row.split()[2] == f"{accuracy_score(dev, said[best]['dev']):.4f}"
+    assert row.split()[-1] == f"{accuracy_score(test, said[best]['test']):.4f}"
+
+
+@pytest.mark.parametrize("method", ["weighted", "greedy", "dicor-auto"])
+def test_a_record_with_weights_applies_to_what_was_scored(method, pool, tmp_path, capsys):
+    args = ["--temperature"] if method == "weighted" else []
+    record = selected(pool, tmp_path / "d.json", "--method", method, *args)
+    assert run("apply", "--ensemble", tmp_path / "d.json", "--split", "dev", "--output", tmp_path / "p.csv") == 0
+    assert f"sst dev accuracy {record['estimate']['in_sample']:.4f}" in capsys.readouterr().out
+    # By hand, with scipy's softmax.
+    pool_of = TaskPool(pool, "sst")
+    each = [
+        softmax(pool_of.logits(m["name"]).astype(float) / (m["temperature"] or 1), axis=1) for m in record["members"]
+    ]
+    decided = sum(m["weight"] * p for m, p in zip(record["members"], each, strict=True)).argmax(1)
+    rows = (tmp_path / "p.csv").read_text().splitlines()[1:]
+    assert [int(row.split(" , ")[1]) for row in rows] == decided.tolist()
+    assert sum(m["weight"] for m in record["members"]) == pytest.approx(1)
+
+
+def test_exact_copies_are_left_out_with_a_notice(pool, tmp_path, capsys):
+    shutil.copytree(pool, tmp_path / "pool")
+    before = selected(tmp_path / "pool", tmp_path / "a.json", task="quora")
+    capsys.readouterr()
+    examples, source = TaskPool(pool, "quora").examples(), TaskPool(pool, "quora").logits("m01")
+    truth, ids = {"dev": examples.labels}, {"dev": examples.ids.tolist()}
+    for name in ("twin", "triplet"):
+        add_member(tmp_path / "pool", "quora", "binary", name, {"dev": source}, ids, truth)
+    after = selected(tmp_path / "pool", tmp_path / "b.json", task="quora")
+    assert [m["name"] for m in after["members"]] == [m["name"] for m in before["members"]]
+    assert after["estimate"] == before["estimate"]
+    assert after["considered"] == before["considered"]
+    assert "task quora: 2 members with the very logits of m01 left out: triplet, twin" in capsys.readouterr().err
+
+
+def test_a_useless_member_of_a_regression_is_left_out_with_a_notice(pool, tmp_path, capsys):
+    shutil.copytree(pool, tmp_path / "pool")
+    before = selected(tmp_path / "pool", tmp_path / "a.json", task="sts")
+    examples = TaskPool(pool, "sts").examples()
+    flat, ids = np.full((60, 1), 2.5), {"dev": examples.ids.tolist()}
+    add_member(tmp_path / "pool", "sts", "regression", "flat", {"dev": flat}, ids, {"dev": examples.labels})
+    after = selected(tmp_path / "pool", tmp_path / "b.json", task="sts")
+    assert (after["members"], after["estimate"]) == (before["members"], before["estimate"])
+    assert "member flat: its dev predictions are constant (all 2.5)" in capsys.readouterr().err
 
 
 def test_compare_without_all_three_presets_has_no_overall_score(pool, tmp_path, capsys):

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from pool_factory import add_member, make_pool, random_labels, random_logits
+from pool_factory import make_pool
 
 from lora_ensemble.dicor.cli import main
 
@@ -101,13 +101,3 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch, capsy
     out, err = capsys.readouterr()
     assert "pip install 'lora-ensemble[plots]'" in err
     assert out == ""  # told before the work
-
-
-def test_a_member_without_similarity_is_named(tmp_path, capsys):
-    make_pool(tmp_path / "pool", "mine", "binary", n=20)
-    ids, labels = [f"dev{i}" for i in range(20)], random_labels("binary", 20)
-    flat = random_logits("binary", labels, 1)[0] * 0 + 1
-    add_member(tmp_path / "pool", "mine", "binary", "flat", {"dev": flat}, {"dev": ids}, {"dev": labels})
-    args = ["--size", "2", "--top-k", "3", "--similarity", "pearson", "--plots", str(tmp_path / "plots")]
-    assert main(["compare", "--pool", str(tmp_path / "pool"), *args]) == 2
-    assert "member flat: its predictions are constant" in capsys.readouterr().err

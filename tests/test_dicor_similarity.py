@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_factory import random_labels, random_logits
 from scipy.stats import pearsonr
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, cohen_kappa_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 from lora_ensemble.dicor.similarity import features, pairwise, similarity_to
@@ -93,18 +93,77 @@ def test_a_shift_of_all_logits_of_an_example_changes_no_pearson():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_constant_member_has_no_pearson_and_is_named(kind):
+def test_a_constant_member_counts_as_like_all_others(kind):
+    """Its r is undefined (scipy says NaN); 1 keeps it from being chosen for being different."""
     logits = logits_of(kind)
     # Per example for multiclass: a different shift each, and 0.1 is not exact in binary.
     logits[3] = 0.1 * np.arange(1, 41)[:, None] if kind == "multiclass" else 0.1
-    with pytest.raises(UserError, match=r"member m3: .*correlation .*undefined"):
-        features(logits, kind=kind, similarity="pearson", names=NAMES)
-    if kind != "regression":
-        features(logits, kind=kind, similarity="cosine", names=NAMES)
+    found = pairwise(features(logits, kind=kind, similarity="pearson", names=NAMES))
+    assert found[3].tolist() == found[:, 3].tolist() == [1] * 5
+    assert found[0, 1] == pytest.approx(
+        pairwise(features(logits[:2], kind=kind, similarity="pearson", names=NAMES))[0, 1]
+    )
+    assert found[0, 1] < 1
 
 
-def test_a_member_of_zeros_has_no_cosine_on_a_regression_and_is_named():
+def test_a_member_of_zeros_counts_as_like_all_others_on_a_regression():
     logits = logits_of("regression")
     logits[2] = 0
-    with pytest.raises(UserError, match=r"member m2: .*all zero"):
-        features(logits, kind="regression", similarity="cosine", names=NAMES)
+    found = pairwise(features(logits, kind="regression", similarity="cosine", names=NAMES))
+    assert found[2].tolist() == found[:, 2].tolist() == [1] * 5
+    assert found[0, 1] < 1
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+def test_error_is_numpys_correlation_of_what_is_wrong(kind):
+    labels = random_labels(kind, 40)
+    logits = random_logits(kind, labels, 5, seed=1, noise=2)
+    wrong = decisions(logits, kind) != labels
+    found = pairwise(features(logits, kind=kind, similarity="error", names=NAMES, labels=labels))
+    np.testing.assert_allclose(found, np.corrcoef(wrong), atol=1e-12)
+    assert found[0, 1] < 0.9
+
+
+def test_error_of_a_regression_is_scipys_correlation_of_residuals():
+    logits, labels = logits_of("regression"), random_labels("regression", 40)
+    found = pairwise(features(logits, kind="regression", similarity="error", names=NAMES, labels=labels))
+    residuals = logits[..., 0].astype(float) - labels
+    assert found[1, 3] == pytest.approx(pearsonr(residuals[1], residuals[3]).statistic, abs=1e-12)
+
+
+def test_a_member_that_is_never_wrong_has_no_correlation_of_errors():
+    logits, labels = logits_of("binary"), random_labels("binary", 40)
+    logits[2] = (labels * 2.0 - 1)[:, None]
+    found = pairwise(features(logits, kind="binary", similarity="error", names=NAMES, labels=labels))
+    assert found[2].tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+def test_kappa_is_scikit_learns(kind):
+    decided = decisions(logits_of(kind), kind)
+    found = pairwise(features(logits_of(kind), kind=kind, similarity="kappa", names=NAMES), similarity="kappa")
+    for i in range(5):
+        for j in range(5):
+            assert found[i, j] == pytest.approx(cohen_kappa_score(decided[i], decided[j]), abs=1e-12)
+
+
+def test_kappa_worked_out_by_hand():
+    """0 0 1 1 against 0 1 1 1: they agree on 3 of 4; by chance 1/2 * 1/4 + 1/2 * 3/4 = 1/2; (3/4 - 1/2) / (1 - 1/2)."""
+    logits = np.array([[-1, -1, 1, 1], [-1, 1, 1, 1], [-1, -1, -1, -1]], float)[..., None]
+    found = pairwise(features(logits, kind="binary", similarity="kappa", names=NAMES), similarity="kappa")
+    assert found[0].tolist() == [1, 0.5, 0]
+    assert found[2, 2] == 1  # one class everywhere, twice: undefined, so 1
+
+
+def test_double_fault_worked_out_by_hand():
+    """Right, wrong, wrong, wrong against wrong, wrong, right, wrong: both wrong on 2 of 4."""
+    logits = np.array([[1, -1, -1, -1], [-1, -1, 1, -1]], float)[..., None]
+    labels = np.ones(4, int)
+    found = pairwise(features(logits, kind="binary", similarity="double-fault", names=NAMES, labels=labels))
+    assert found.tolist() == [[0.75, 0.5], [0.5, 0.75]]
+
+
+@pytest.mark.parametrize("similarity", ["kappa", "double-fault"])
+def test_what_has_no_meaning_for_a_regression(similarity):
+    with pytest.raises(UserError, match=f"similarity {similarity}: a regression has values"):
+        features(logits_of("regression"), kind="regression", similarity=similarity, names=NAMES, labels=np.zeros(40))

@@ -71,9 +71,17 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
         ranks=[m.rank for m in ensemble.members],
         scores=[m.score for m in ensemble.members],
         names=[m.name for m in ensemble.members],
+        weights=np.array([m.weight for m in ensemble.members]),
+        temperatures=temperatures(ensemble),
     )
     score = None if examples.labels is None else score_decisions(decided, examples.labels, ensemble.kind)
     return Prediction(examples, decided, score)
+
+
+def temperatures(ensemble: Ensemble) -> np.ndarray | None:
+    """(M,), 1 for a member that has none; None where no member has one."""
+    found = [m.temperature for m in ensemble.members]
+    return None if all(t is None for t in found) else np.array([t or 1.0 for t in found])
 
 
 def _member(ensemble: Ensemble, pool: Path, i: int) -> MemberRecord:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, get_args
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.settings import Settings, Similarity, Strategy, settle
+from lora_ensemble.dicor.settings import MethodName, Similarity, Strategy
 from lora_ensemble.errors import UserError
 
 if TYPE_CHECKING:
     from lora_ensemble.dicor.compare import Comparison
+    from lora_ensemble.dicor.options import Options
     from lora_ensemble.pool import TaskPool
-
-IN_SAMPLE = "In-sample: these are scores on the very dev set that members and ensembles were chosen on."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,20 +41,29 @@ def _parser() -> _Parser:
     settings.add_argument("--pool", type=Path, required=True, metavar="DIR", help="the folder that training wrote")
     settings.add_argument(
         "--size",
-        type=int,
-        metavar="N",
-        help="members in the ensemble (default: multiclass 11, binary 4, regression 10)",
+        type=_size,
+        metavar="N|auto",
+        help="members in the ensemble (dicor: multiclass 11, binary 4, regression 10; dicor-auto: auto), "
+        "steps of a greedy search, or the most members that exhaustive tries",
     )
     settings.add_argument(
-        "--top-k", type=int, metavar="K", help="choose among the K best by dev score (default: 30, or all if fewer)"
+        "--top-k", type=int, metavar="K", help="choose among the K best by dev score (default: 30, greedy 50)"
     )
     settings.add_argument(
         "--similarity",
         choices=get_args(Similarity),
-        help="of decisions or of values and logits (default: cosine; pearson for regression)",
+        help="between members (dicor: cosine, or pearson for regression; dicor-auto: error)",
     )
     settings.add_argument(
-        "--strategy", choices=get_args(Strategy), help="how members decide (default: majority; mean for regression)"
+        "--strategy",
+        choices=get_args(Strategy),
+        help="how members decide together (dicor: majority, or mean for regression; others: mean-probability)",
+    )
+    settings.add_argument(
+        "--trade-off", type=float, metavar="X", help="dicor-auto: 0 for the score alone to 1 for similarity alone (0.5)"
+    )
+    settings.add_argument(
+        "--temperature", action="store_true", default=None, help="divide each classifier's logits by its own first"
     )
 
     select = commands.add_parser(
@@ -63,14 +71,24 @@ def _parser() -> _Parser:
     )
     select.add_argument("--task", required=True, help="a task of the pool: sst, quora, sts or your own")
     select.add_argument("--output", type=Path, required=True, metavar="FILE", help="the record to write: dicor.json")
+    select.add_argument("--method", choices=get_args(MethodName), help="how to choose (default: depends on the task)")
 
     compare = commands.add_parser(
         "compare",
         parents=[settings],
-        help="single best, all members and DiCor side by side",
-        description="Dev scores of the single best member, of all members (Omni) and of DiCor.",
+        help="all methods side by side, with honest estimates",
+        description="Scores of the single best member, of all members (Omni) and of each method, in-sample and honest.",
     )
     compare.add_argument("--task", help="one task only (default: all tasks of the pool)")
+    compare.add_argument(
+        "--method", choices=get_args(MethodName), action="append", help="only this one; may be repeated (default: all)"
+    )
+    compare.add_argument(
+        "--split",
+        choices=("dev", "test"),
+        default="dev",
+        help="test: also score what was chosen on dev on the labelled test split; do it once",
+    )
     compare.add_argument("--plots", type=Path, metavar="DIR", help="save a heat map and a score-by-rank plot per task")
 
     apply = commands.add_parser(
@@ -85,118 +103,112 @@ def _parser() -> _Parser:
     return parser
 
 
-def _compared(options: argparse.Namespace, task: str) -> tuple[TaskPool, Comparison, Settings]:
-    """Open a task's pool, select, and score the three systems."""
-    import numpy as np
+def _size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
-    from lora_ensemble.dicor.compare import compare
-    from lora_ensemble.pool import TaskPool
 
-    task_pool = TaskPool(options.pool, task)
-    records = task_pool.members
-    try:
-        settings, notices = settle(
-            task_pool.kind,
-            len(records),
-            size=options.size,
-            top_k=options.top_k,
-            similarity=options.similarity,
-            strategy=options.strategy,
-        )
-    except UserError as e:
-        raise UserError(f"task {task}: {e}") from e
-    for notice in notices:
-        print(f"dicor: notice: task {task}: {notice}", file=sys.stderr)
-    labels = task_pool.examples().labels
-    if labels is None:
-        raise UserError(f"{options.pool / task}: the dev examples have no labels, so there is no score to choose by")
-    comparison = compare(
-        np.stack([task_pool.logits(r.name) for r in records]),  # (M, N, C)
-        labels,
-        kind=task_pool.kind,
-        names=[r.name for r in records],
-        ranks=[r.rank for r in records],
-        settings=settings,
+_size.__name__ = "number"  # what argparse calls it: invalid number value: 'many'
+
+
+def _options(given: argparse.Namespace) -> Options:
+    from lora_ensemble.dicor.options import Options
+
+    return Options(
+        size=given.size,
+        top_k=given.top_k,
+        similarity=given.similarity,
+        strategy=given.strategy,
+        trade_off=given.trade_off,
+        temperature=given.temperature,
     )
-    return task_pool, comparison, settings
 
 
-def _head(task_pool: TaskPool, settings: Settings) -> str:
+def _compared(task_pool: TaskPool, methods: Sequence[MethodName], options: Options) -> Comparison:
+    from lora_ensemble.dicor.compare import compare
+
+    comparison = compare(task_pool, methods, options)
+    for notice in comparison.notices:
+        print(f"dicor: notice: task {task_pool.name}: {notice}", file=sys.stderr)
+    return comparison
+
+
+def _head(task_pool: TaskPool) -> str:
     reasons = ", ".join(f"{n} {why}" for why, n in sorted(Counter(task_pool.left_out.values()).items()))
     return (
         f"{task_pool.name}: {len(task_pool.members)} members on {len(task_pool.examples().ids)} dev examples; "
-        f"{len(task_pool.left_out)} left out{f' ({reasons})' if reasons else ''}\n"
-        f"DiCor: {settings.size} of the {settings.top_k} best, {settings.similarity} similarity; "
-        f"strategy {settings.strategy}"
+        f"{len(task_pool.left_out)} left out{f' ({reasons})' if reasons else ''}"
     )
-
-
-def _score(value: float) -> str:
-    return "undefined" if value != value else f"{value:.4f}"
-
-
-def _table(comparison: Comparison, score_name: str) -> str:
-    rows = [f"{'':<12} {'members':>8} {score_name:>10}"]
-    rows += [f"{s:<12} {comparison.members[s]:>8} {_score(v):>10}" for s, v in comparison.scores.items()]
-    return "\n".join(rows)
 
 
 def _score_name(task_pool: TaskPool) -> str:
     return "Pearson r" if task_pool.kind == "regression" else "accuracy"
 
 
-def _select(options: argparse.Namespace) -> None:
+def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
+    from lora_ensemble.dicor.options import refuse_unheard
+    from lora_ensemble.dicor.settings import DEFAULT_METHOD
+    from lora_ensemble.dicor.table import about, number, table, verdict
+    from lora_ensemble.pool import TaskPool
 
-    with record.whole(options.output) as f:
-        task_pool, comparison, settings = _compared(options, options.task)
-        ensemble = record.make(task_pool, comparison, settings, folder=options.output.resolve().parent)
+    with record.whole(given.output) as f:
+        task_pool, options = TaskPool(given.pool, given.task), _options(given)
+        method = given.method or DEFAULT_METHOD[task_pool.kind]
+        refuse_unheard(options, [method])
+        comparison = _compared(task_pool, [method], options)
+        ensemble = record.make(comparison, method, folder=given.output.resolve().parent)
         f.write(ensemble.to_json())
     width = max(len(m.name) for m in ensemble.members)
-    print(_head(task_pool, settings), end="\n\n")
-    print(f"{'member':<{width}} {_score_name(task_pool):>10} {'mean similarity to those above':>32}")
+    settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in ensemble.settings.items() if v is not None)
+    print(f"{_head(task_pool)}\n{method}{f' ({settings})' if settings else ''}; strategy {ensemble.strategy}\n")
+    print(f"{'member':<{width}} {_score_name(task_pool):>10} {'weight':>7} {'mean similarity to those above':>32}")
     for m in ensemble.members:
-        similarity = "-" if m.mean_similarity is None else f"{m.mean_similarity:.4f}"
-        print(f"{m.name:<{width}} {m.score:>10.4f} {similarity:>32}")
-    print(f"\n{_table(comparison, _score_name(task_pool))}\n\n{IN_SAMPLE}\nsaved {options.output}")
+        print(f"{m.name:<{width}} {m.score:>10.4f} {m.weight:>7.4f} {number(m.mean_similarity):>32}")
+    found = comparison.estimates
+    print(f"\n{table(found, _score_name(task_pool))}\n\n{verdict(method, found.of[method])}\n{about(found)}")
+    print(f"saved {given.output}")
 
 
-def _compare(options: argparse.Namespace) -> None:
-    from lora_ensemble.dicor.compare import overall
-    from lora_ensemble.pool import task_names
-    from lora_ensemble.tasks import PRESETS
+def _compare(given: argparse.Namespace) -> None:
+    from lora_ensemble.dicor.compare import overall, test_scores
+    from lora_ensemble.dicor.options import METHODS, refuse_unheard
+    from lora_ensemble.dicor.settings import DEFAULT_METHOD
+    from lora_ensemble.dicor.table import about, number, table, verdict
+    from lora_ensemble.pool import TaskPool, task_names
 
-    if options.plots:
+    if given.plots:
         from lora_ensemble.dicor import plots
 
-        plots.check_folder(options.plots)
-    tasks = [options.task] if options.task else task_names(options.pool)
+        plots.check_folder(given.plots)
+    tasks = [given.task] if given.task else task_names(given.pool)
     if not tasks:
-        raise UserError(f"{options.pool}: no task in this folder; give the folder that training wrote")
+        raise UserError(f"{given.pool}: no task in this folder; give the folder that training wrote")
+    methods, options = given.method or list(METHODS), _options(given)
+    refuse_unheard(options, methods)
     comparisons = {}
     for task in tasks:
-        task_pool, comparison, settings = _compared(options, task)
-        comparisons[task] = comparison
-        print(f"{_head(task_pool, settings)}\n\n{_table(comparison, _score_name(task_pool))}")
-        if options.plots:
-            for path in plots.save(task_pool, comparison, settings, options.plots):
+        task_pool = TaskPool(given.pool, task)
+        comparison = comparisons[task] = _compared(task_pool, methods, options)
+        found = comparison.estimates
+        test = test_scores(comparison) if given.split == "test" else None
+        print(f"{_head(task_pool)}\n\n{table(found, _score_name(task_pool), test)}\n")
+        method = DEFAULT_METHOD[task_pool.kind]
+        print(verdict(*((method, found.of[method]) if method in found.of else list(found.of.items())[-1])))
+        if given.plots:
+            for path in plots.save(comparison, given.plots):
                 print(f"saved {path}")
         print()
-    others = [task for task in task_names(options.pool) if task in PRESETS and task not in comparisons]
-    if len(others) + len(comparisons) >= len(PRESETS) and others:
-        # Asked about one task: the overall score needs the others, chosen with their defaults.
-        defaults = argparse.Namespace(pool=options.pool, size=None, top_k=None, similarity=None, strategy=None)
-        with contextlib.redirect_stderr(io.StringIO()):  # their notices were not asked for
-            comparisons |= {task: _compared(defaults, task)[1] for task in others}
     if scores := overall(comparisons):
-        print("overall: the mean of sst, quora and (sts + 1) / 2" + (" (others with their defaults)" if others else ""))
-        print("\n".join(f"{system:<12} {'':>8} {_score(value):>10}" for system, value in scores.items()), end="\n\n")
-    print(IN_SAMPLE)
+        print(f"overall: the mean of sst, quora and (sts + 1) / 2\n{'':<17} {'in-sample':>9} {'honest':>9}")
+        rows = (f"{method:<17} {number(one):>9} {number(other):>9}" for method, (one, other) in scores.items())
+        print("\n".join(rows), end="\n\n")
+    print(about(found))
 
 
 def _apply(options: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
     from lora_ensemble.dicor.apply import leaderboard, predict
+    from lora_ensemble.dicor.table import IN_SAMPLE, number
 
     with record.whole(options.output) as f:
         ensemble = record.read(options.ensemble)
@@ -205,7 +217,7 @@ def _apply(options: argparse.Namespace) -> None:
         f.writelines(leaderboard(ensemble, prediction.examples.ids, prediction.decided))
     if prediction.score is not None:
         name = "Pearson r" if ensemble.kind == "regression" else "accuracy"
-        print(f"{ensemble.task} {options.split} {name} {_score(prediction.score)}")
+        print(f"{ensemble.task} {options.split} {name} {number(prediction.score)}")
         if options.split == "dev":
             print(IN_SAMPLE)
     print(f"saved {len(prediction.decided)} predictions of {ensemble.size} members in {options.output}")

@@ -1,4 +1,4 @@
-"""How an ensemble decides: the mean of its members' logits, or the majority of their decisions.
+"""How an ensemble decides: by a mean of its members' logits or probabilities, or by the majority of their decisions.
 
 Axes: M members, N examples of a split, C outputs of a head.
 """
@@ -27,6 +27,24 @@ def precedence(scores: Sequence[float] | np.ndarray, names: Sequence[str]) -> li
 def mean(logits: np.ndarray) -> np.ndarray:
     """Mean of the members' logits: (M, N, C) to (N, C) float64 (Tolkunov, section 4.3, for STS)."""
     return np.asarray(np.mean(logits, axis=0, dtype=np.float64))
+
+
+def voices(logits: np.ndarray, kind: Kind, temperatures: np.ndarray | None = None) -> np.ndarray:
+    """What a member adds to a mean of probabilities: logits (..., N, C) to (..., N, C) float64.
+
+    multiclass: the probabilities. binary: the probability of class 1 less 1/2, so that > 0 decides for class 1 as it
+    does for a logit, and without rounding a small logit away. regression: the values.
+    ``temperatures`` (M,): a classifier's logits are divided by them first.
+    """
+    logits = logits.astype(np.float64)
+    if kind == "regression":
+        return logits
+    if temperatures is not None:
+        logits = logits / temperatures[:, None, None]
+    if kind == "binary":
+        return np.tanh(logits / 2) / 2
+    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True))
 
 
 def majority(
@@ -65,14 +83,27 @@ def combine(
     ranks: Sequence[int | None],
     scores: Sequence[float] | np.ndarray,
     names: Sequence[str],
+    weights: np.ndarray | None = None,
+    temperatures: np.ndarray | None = None,
 ) -> np.ndarray:
     """What an ensemble of members with these logits (M, N, C) decides: (N,), as ``tasks.decisions``.
 
-    The order of the members does not matter. Raises ``UserError`` for a majority of a regression.
+    mean: of the logits. mean-probability: of the probabilities (for regression, the values). weighted: the same with
+    ``weights`` (M,), convex. ``temperatures`` (M,): a classifier's logits are divided by them before probabilities are
+    taken. majority: of the decisions. The order of the members does not matter. Raises ``UserError`` for a majority of
+    a regression and for weights that are missing.
     """
+    # Summed in one order: in another the last bit could be another.
+    order = precedence(scores, names)
     if strategy == "mean":
-        # Summed in one order: in another the last bit could be another.
-        return decisions(mean(logits[precedence(scores, names)]), kind)
+        return decisions(mean(logits[order]), kind)
+    if strategy in ("mean-probability", "weighted"):
+        if strategy == "weighted" and weights is None:
+            raise UserError("strategy weighted: there are no weights; select again")
+        each = voices(logits[order], kind, None if temperatures is None else temperatures[order])
+        if strategy == "mean-probability" or weights is None:
+            return decisions(each.mean(axis=0), kind)
+        return decisions(np.tensordot(weights[order], each, axes=1), kind)
     if kind == "regression":
         raise UserError("strategy majority: a regression has values, not classes to vote for; use the mean")
     num_classes = 2 if kind == "binary" else logits.shape[-1]

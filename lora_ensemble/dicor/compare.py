@@ -1,4 +1,4 @@
-"""The single best member, all members (Omni) and DiCor, side by side on dev (Tolkunov, section 5).
+"""All methods side by side on one task of a pool, and on several tasks.
 
 Axes: M members, N examples of a split, C outputs of a head.
 """
@@ -10,76 +10,102 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.combine import combine
-from lora_ensemble.dicor.select import Selection, dicor
-from lora_ensemble.dicor.settings import Settings
+from lora_ensemble.dicor.choice import decide
+from lora_ensemble.dicor.estimate import Estimate, Estimates, estimate
+from lora_ensemble.dicor.from_pool import dev_of
+from lora_ensemble.dicor.methods import Method, Omni
+from lora_ensemble.dicor.options import Options, check, method_of
+from lora_ensemble.dicor.settings import MethodName
+from lora_ensemble.errors import UserError
+from lora_ensemble.pool import TaskPool
 from lora_ensemble.tasks import PRESETS, Kind, overall_score, score_decisions
-
-SYSTEMS = ("single best", "Omni", "DiCor")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The three systems on the dev set that they were chosen on."""
+    """What a pool's members make, chosen by several methods."""
 
-    kind: Kind
-    selection: Selection
-    members: dict[str, int]
-    """System to its number of members."""
-    scores: dict[str, float]
-    """System to its dev score; NaN where the Pearson r of an ensemble is undefined."""
+    task_pool: TaskPool
+    methods: dict[str, Method]
+    """Every parameter decided."""
+    estimates: Estimates
+    notices: list[str]
+    """For the user."""
 
     @property
-    def best(self) -> int:
-        """Index of the single best member."""
-        return self.selection.ranking[0]
+    def kind(self) -> Kind:
+        return self.task_pool.kind
 
 
-def compare(
-    logits: np.ndarray,
-    labels: np.ndarray,
-    *,
-    kind: Kind,
-    names: Sequence[str],
-    ranks: Sequence[int | None],
-    settings: Settings,
-) -> Comparison:
-    """Select from dev logits (M, N, C) and labels (N,) and score the three systems on them.
+def compare(task_pool: TaskPool, names: Sequence[MethodName], options: Options) -> Comparison:
+    """Choose by these methods, and by ``best`` and ``omni``, from a pool's dev logits, and estimate how good each is.
 
-    Omni and DiCor are combined with the same strategy. Raises ``UserError`` as ``select.dicor`` and
-    ``combine.combine`` do.
+    Raises ``UserError``, naming the task, where an option does not fit the pool, and as ``estimate`` does.
     """
-    selection = dicor(
-        logits,
-        labels,
-        kind=kind,
-        names=names,
-        size=settings.size,
-        top_k=settings.top_k,
-        similarity=settings.similarity,
-    )
-    scores = {"single best": float(selection.scores[selection.ranking[0]])}
-    for system, members in (("Omni", selection.ranking), ("DiCor", selection.chosen)):
-        decided = combine(
-            logits[members],
-            kind=kind,
-            strategy=settings.strategy,
-            ranks=[ranks[m] for m in members],
-            scores=selection.scores[members],
-            names=[names[m] for m in members],
+    try:
+        check(options, len(task_pool.members))
+        dev = dev_of(task_pool)
+        methods: dict[str, Method] = {}
+        notices = list(dev.notices)
+        always: list[MethodName] = ["best", "omni"]
+        for name in dict.fromkeys([*always, *names]):
+            methods[name], more = method_of(name, dev.kind, len(dev), options)
+            notices += more
+        omni = methods["omni"]
+        assert isinstance(omni, Omni)
+        found = estimate(dev, methods, omni=omni)
+    except UserError as e:
+        raise e if str(e).startswith(str(task_pool.pool)) else UserError(f"task {task_pool.name}: {e}") from e
+    notices += [n for n in found.notices if n not in notices]
+    return Comparison(task_pool=task_pool, methods=methods, estimates=found, notices=notices)
+
+
+def test_scores(comparison: Comparison) -> dict[str, float]:
+    """Method to the score, on the labelled test split, of what it chose on dev. NaN where r is undefined.
+
+    Raises ``UserError`` where the test labels are unknown or a member has no test logits.
+    """
+    dev_pool = comparison.task_pool
+    pool = TaskPool(dev_pool.pool, dev_pool.name, split="test")
+    labels = pool.examples().labels
+    if labels is None:
+        raise UserError(
+            f"{pool.pool / pool.name}: the test examples have no labels, so there is no score; leave out --split test"
         )
-        scores[system] = score_decisions(decided, labels, kind)
-    return Comparison(
-        kind=kind,
-        selection=selection,
-        members={"single best": 1, "Omni": len(names), "DiCor": settings.size},
-        scores=scores,
-    )
+    ranks = {r.name: r.rank for r in pool.members}
+    scores = comparison.estimates.scores
+
+    def of(one: Estimate) -> float:
+        decided = decide(
+            np.stack([pool.logits(name) for name in one.names]),
+            one.choice,
+            kind=pool.kind,
+            ranks=[ranks[name] for name in one.names],
+            scores=np.array([scores[name] for name in one.names]),
+            names=one.names,
+        )
+        return score_decisions(decided, labels, pool.kind)
+
+    return {name: of(one) for name, one in comparison.estimates.of.items()}
 
 
-def overall(comparisons: Mapping[str, Comparison]) -> dict[str, float] | None:
-    """System to the overall score of the three presets (Oyeniyi, section 5.2); None where they are not all there."""
+def overall(comparisons: Mapping[str, Comparison]) -> dict[str, tuple[float, float]] | None:
+    """Method to the overall score of the three presets (Oyeniyi, section 5.2), in-sample and honest.
+
+    NaN where one is undefined; None where the three are not all there.
+    """
     if not all(name in comparisons and comparisons[name].kind == task.kind for name, task in PRESETS.items()):
         return None
-    three = {name: comparisons[name] for name in PRESETS}
-    return {system: overall_score({n: (c.scores[system], c.kind) for n, c in three.items()}) for system in SYSTEMS}
+    three = {name: (comparisons[name].estimates.of, task.kind) for name, task in PRESETS.items()}
+
+    def honest(one: Estimate) -> float:
+        return float("nan") if one.honest is None else one.honest.value
+
+    return {
+        method: (
+            overall_score({task: (of[method].in_sample, kind) for task, (of, kind) in three.items()}),
+            overall_score({task: (honest(of[method]), kind) for task, (of, kind) in three.items()}),
+        )
+        for method in three["sst"][0]
+        if all(method in of for of, _ in three.values())
+    }

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from lora_ensemble.dicor.compare import Comparison
-from lora_ensemble.dicor.settings import Settings
+from lora_ensemble.dicor.settings import DEFAULT_SIMILARITY
 from lora_ensemble.dicor.similarity import features, pairwise
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import TaskPool
 
 try:
     import matplotlib
@@ -47,37 +46,46 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: plots cannot be written: {e.strerror}; give another folder with --plots") from e
 
 
-def save(task_pool: TaskPool, comparison: Comparison, settings: Settings, folder: Path) -> list[Path]:
+def save(comparison: Comparison, folder: Path) -> list[Path]:
     """Draw both plots of a task into ``folder`` and return their paths.
 
-    Raises ``UserError`` naming the member where the similarity to a member is undefined.
+    The method shown is ``dicor`` if it was compared, otherwise the last one. Raises ``UserError`` as
+    ``similarity.features`` does.
     """
-    records = task_pool.members
+    task_pool, found = comparison.task_pool, comparison.estimates
+    method = "dicor" if "dicor" in comparison.methods else list(comparison.methods)[-1]
+    similarity = comparison.methods[method].get_params().get("similarity") or DEFAULT_SIMILARITY[task_pool.kind]
+    records = [r for r in task_pool.members if r.name in found.scores]
     names = [r.name for r in records]
     ranks, scalings = [r.rank for r in records], [r.scaling for r in records]
     compared_by = features(
         np.stack([task_pool.logits(name) for name in names]),
         kind=task_pool.kind,
-        similarity=settings.similarity,
+        similarity=similarity,
         names=names,
+        labels=task_pool.examples().labels,
     )
-    chosen = comparison.selection.chosen
+    chosen = [names.index(name) for name in found.of[method].names]
     heat = similarity_figure(
-        pairwise(compared_by),
+        pairwise(compared_by, similarity=similarity),
         names=names,
         ranks=ranks,
         scalings=scalings,
         chosen=chosen,
         title=f"{task_pool.name}: similarity of {len(names)} members on dev",
-        label=f"{settings.similarity} similarity",
+        label=f"{similarity} similarity",
     )
     score_name = "Pearson r" if task_pool.kind == "regression" else "accuracy"
+    shown = {"best": "single best", "omni": "Omni", "dicor": "DiCor"}
     lines = rank_figure(
-        comparison.selection.scores,
+        np.array([found.scores[name] for name in names]),
         ranks=ranks,
         scalings=scalings,
         chosen=chosen,
-        systems={f"{name} ({comparison.members[name]})": score for name, score in comparison.scores.items()},
+        systems={
+            f"{shown.get(m, m)} ({len(found.of[m].names)})": found.of[m].in_sample
+            for m in dict.fromkeys(["best", "omni", method])
+        },
         title=f"{task_pool.name}: dev score by rank",
         label=f"{score_name} on dev",
     )
@@ -228,7 +236,7 @@ def rank_figure(
         Line2D([], [], marker="o", markersize=9, linestyle="", markerfacecolor="none", color=DICOR, label="in DiCor")
     )
     looks = (("#333333", ":"), ("#1d4e89", "--"), (DICOR, "-"))
-    for (name, score), (colour, dashes) in zip(systems.items(), looks, strict=True):
+    for (name, score), (colour, dashes) in zip(systems.items(), looks, strict=False):
         if np.isnan(score):
             continue
         axes.axhline(score, color=colour, linestyle=dashes, linewidth=1.5, zorder=1)

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
+import numpy as np
+
 from lora_ensemble import __version__
 from lora_ensemble.dicor.compare import Comparison
-from lora_ensemble.dicor.settings import Settings, Similarity, Strategy
+from lora_ensemble.dicor.estimate import Estimate
+from lora_ensemble.dicor.interval import LEVEL, Interval
+from lora_ensemble.dicor.settings import Strategy
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import TaskPool, check_name, logits_file
+from lora_ensemble.pool import check_name, logits_file
 from lora_ensemble.tasks import Kind
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +36,12 @@ class Chosen:
     targets: str | None
     score: float
     """On dev, recomputed from its logits."""
+    weight: float
+    """Its part in the mean, of sum 1; a vote for the majority."""
+    temperature: float | None
+    """What its logits are divided by before probabilities are taken; None: they are not."""
     mean_similarity: float | None
-    """To the members before it; None for the first."""
+    """To the members before it; None for the first, and where the method does not look at similarities."""
     similarities: list[float]
     """To each member before it."""
     dev_logits: str
@@ -49,22 +57,28 @@ class Ensemble:
     task: str
     kind: Kind
     labels: list[str]
+    method: str
+    settings: dict[str, Any]
+    """The method's parameters."""
     strategy: Strategy
-    similarity: Similarity
     size: int
-    top_k: int
     members: list[Chosen]
     """In the order of choice."""
-    score: float | None
-    """Dev score of the ensemble; like the next two in-sample, and None where undefined."""
+    estimate: dict[str, Any]
+    """Of the ensemble: see ``figures``."""
     best: dict[str, Any]
-    """The single best member: its name and dev score."""
+    """The single best member: its name and figures."""
     omni: dict[str, Any]
-    """All members considered, combined with the same strategy: their number and dev score."""
+    """All members considered: their number, how they are combined, and figures."""
+    folds: int
+    repeats: int
+    """How the estimates were made; 0 repeats: too few examples for one."""
     considered: int
-    """M: the finished members of the pool."""
+    """M: the finished members of the pool that have a score, each once."""
     left_out: dict[str, str]
-    """Name to reason of members that were not considered."""
+    """Name to reason of members that were not considered because they are not finished."""
+    notices: list[str]
+    """What else was left out."""
     examples: str
     """Fingerprint of the dev examples."""
     pool: str
@@ -75,41 +89,78 @@ class Ensemble:
         return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
 
 
-def make(task_pool: TaskPool, comparison: Comparison, settings: Settings, *, folder: Path) -> Ensemble:
-    """The record of a selection from ``task_pool``, for a file in ``folder``."""
-    selection, records = comparison.selection, task_pool.members
-    chosen = [
-        Chosen(
-            name=records[m].name,
-            rank=records[m].rank,
-            scaling=records[m].scaling,
-            targets=records[m].targets,
-            score=float(selection.scores[m]),
-            mean_similarity=mean_similarity,
-            similarities=similarities,
-            dev_logits=records[m].files[logits_file("dev")],
+def figures(one: Estimate) -> dict[str, Any]:
+    """What is known of one method's choice; a number is None where it is undefined or cannot be estimated.
+
+    ``in_sample`` score on dev; ``honest`` score and its interval from ``low`` to ``high`` at ``level``; ``optimism``;
+    ``to_best`` and ``to_omni``: the honest difference, its interval, and whether it is ``beyond_noise``.
+    """
+
+    def span(interval: Interval | None) -> dict[str, Any] | None:
+        if interval is None:
+            return None
+        return {"value": interval.value, "low": interval.low, "high": interval.high}
+
+    def difference(interval: Interval | None) -> dict[str, Any] | None:
+        found = span(interval)
+        return None if found is None or interval is None else {**found, "beyond_noise": interval.beyond_noise}
+
+    undefined = math.isnan(one.in_sample)
+    return {
+        "in_sample": None if undefined else one.in_sample,
+        "honest": span(one.honest),
+        "level": LEVEL,
+        "optimism": None if undefined else one.optimism,
+        "to_best": difference(one.against_best),
+        "to_omni": difference(one.against_omni),
+    }
+
+
+def make(comparison: Comparison, method: str, *, folder: Path) -> Ensemble:
+    """The record of what ``method`` chose, for a file in ``folder``."""
+    task_pool, found = comparison.task_pool, comparison.estimates
+    one = found.of[method]
+    size = len(one.names)
+    weights = [1 / size] * size if one.choice.weights is None else one.choice.weights.tolist()
+    temperatures = [None] * size if one.choice.temperatures is None else one.choice.temperatures.tolist()
+    chosen = []
+    for i, name in enumerate(one.names):
+        record = task_pool.record(name)
+        similarities = one.choice.similarities[i] if one.choice.similarities else []
+        chosen.append(
+            Chosen(
+                name=name,
+                rank=record.rank,
+                scaling=record.scaling,
+                targets=record.targets,
+                score=found.scores[name],
+                weight=weights[i],
+                temperature=temperatures[i],
+                mean_similarity=float(np.mean(similarities)) if similarities else None,
+                similarities=similarities,
+                dev_logits=record.files[logits_file("dev")],
+            )
         )
-        for m, mean_similarity, similarities in zip(
-            selection.chosen, selection.mean_similarity, selection.similarities, strict=True
-        )
-    ]
-    scores = {system: None if math.isnan(s) else s for system, s in comparison.scores.items()}
+    omni = found.of["omni"]
     return Ensemble(
         version=__version__,
         task=task_pool.name,
         kind=task_pool.kind,
         labels=task_pool.labels,
-        strategy=settings.strategy,
-        similarity=settings.similarity,
-        size=settings.size,
-        top_k=settings.top_k,
+        method=method,
+        settings=comparison.methods[method].get_params(),
+        strategy=one.choice.strategy,
+        size=size,
         members=chosen,
-        score=scores["DiCor"],
-        best={"name": records[comparison.best].name, "score": scores["single best"]},
-        omni={"members": len(records), "score": scores["Omni"]},
-        considered=len(records),
+        estimate=figures(one),
+        best={"name": found.of["best"].names[0], **figures(found.of["best"])},
+        omni={"members": len(omni.names), "strategy": omni.choice.strategy, **figures(omni)},
+        folds=found.folds,
+        repeats=found.repeats,
+        considered=len(omni.names),
         left_out=task_pool.left_out,
-        examples=records[0].examples["dev"],
+        notices=found.notices,
+        examples=task_pool.members[0].examples["dev"],
         pool=os.path.relpath(task_pool.pool.resolve(), folder.resolve()),
     )
 
@@ -136,7 +187,7 @@ def read(path: Path) -> Ensemble:
 
 def _check(ensemble: Ensemble) -> None:
     """``ValueError`` where a value that ``apply`` relies on cannot be right."""
-    for key, choices in (("kind", Kind), ("strategy", Strategy), ("similarity", Similarity)):
+    for key, choices in (("kind", Kind), ("strategy", Strategy)):
         if getattr(ensemble, key) not in get_args(choices):
             raise ValueError(f"{key} is {getattr(ensemble, key)!r}; expected one of {', '.join(get_args(choices))}")
     for key in ("task", "pool", "examples"):
@@ -158,6 +209,10 @@ def _check(ensemble: Ensemble) -> None:
             raise ValueError(str(e)) from e
         if not isinstance(member.score, int | float) or not isinstance(member.rank, int | None):
             raise ValueError(f"member {member.name}: score is {member.score!r}, rank is {member.rank!r}")
+        for key, value in (("weight", member.weight), ("temperature", member.temperature)):
+            right = (value is None and key == "temperature") or (isinstance(value, int | float) and value > 0)
+            if not right:
+                raise ValueError(f"member {member.name}: {key} is {value!r}; expected a number above 0")
 
 
 @contextlib.contextmanager

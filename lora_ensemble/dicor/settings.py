@@ -10,8 +10,13 @@ from lora_ensemble.errors import UserError
 if TYPE_CHECKING:
     from lora_ensemble.tasks import Kind
 
-Similarity = Literal["cosine", "pearson"]
-Strategy = Literal["mean", "majority"]
+Similarity = Literal["cosine", "pearson", "error", "kappa", "double-fault"]
+Strategy = Literal["mean", "mean-probability", "majority", "weighted"]
+MethodName = Literal[
+    "best", "omni", "dicor", "dicor-auto", "greedy", "greedy-score", "greedy-bagged", "weighted", "exhaustive"
+]
+Criterion = Literal["score", "loss"]
+"""What a search makes best: the task's score, or the softer log-loss (classifiers) or squared error (regression)."""
 
 # Tolkunov's three tasks: SST (11 members), Quora (4) and STS (10). A user's own task has those of its kind.
 DEFAULT_SIZE: dict[Kind, int] = {"multiclass": 11, "binary": 4, "regression": 10}
@@ -20,6 +25,23 @@ DEFAULT_SIMILARITY: dict[Kind, Similarity] = {"multiclass": "cosine", "binary": 
 DEFAULT_STRATEGY: dict[Kind, Strategy] = {"multiclass": "majority", "binary": "majority", "regression": "mean"}
 # He keeps "the most accurate" and does not say how many; this number is ours.
 DEFAULT_TOP_K = 30
+# As far as `--size auto` looks; beyond it another member changes a mean by little.
+MOST_AUTO = 25
+# What a search makes best unless told otherwise. Accuracy moves in steps of 1/N and ties everywhere, so that a search
+# by it fits the noise of the few examples at the border; r is smooth already.
+SMOOTH: dict[Kind, Criterion] = {"multiclass": "loss", "binary": "loss", "regression": "score"}
+
+
+# What `dicor select` takes unless told otherwise (the figures: benchmarks/README.md). The paper's rule is `dicor`.
+DEFAULT_METHOD: dict[Kind, MethodName] = {"multiclass": "weighted", "binary": "weighted", "regression": "weighted"}
+# How Omni, to which all methods are compared, combines all members. Voting is the paper's for classifiers; the mean is
+# the harder one to beat.
+OMNI_STRATEGY: dict[Kind, Strategy] = {"multiclass": "mean", "binary": "mean", "regression": "mean"}
+# `dicor-auto`: as much for the score as for being different.
+DEFAULT_TRADE_OFF = 0.5
+# `exhaustive` tries all ensembles of the best so many.
+EXHAUSTIVE_TOP_K = 8
+GREEDY_TOP_K, GREEDY_STEPS, GREEDY_BAGS = 50, 25, 10
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,202 @@
+"""The honest estimate: how good is what a method chooses, on examples that it was not chosen on?
+
+Axes: M members, N examples of the dev split, C outputs of a head, R repeats of K folds, k candidates.
+
+The dev set is cut into K folds; a method chooses on all but one, and what it chose decides on that one. After K turns
+every example was decided by an ensemble that had not seen it; this is repeated with R other cuts. The choice of each
+member's epoch was made on the same labels, so it is made again on each choosing part.
+
+An ensemble chosen on (K - 1) / K of the dev set is, if anything, a little worse than one chosen on all of it, so the
+estimate is a little pessimistic. It is not corrected: the correction would be smaller than its own error (README of
+benchmarks, ``honest.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lora_ensemble.dicor.choice import Choice, decide
+from lora_ensemble.dicor.fold_scores import FoldScores, fold_scores, standardised
+from lora_ensemble.dicor.interval import Interval, of_differences, of_score
+from lora_ensemble.dicor.members import Dev, defined, leaders, ranked, view_of
+from lora_ensemble.dicor.methods import Best, Method, Omni
+from lora_ensemble.dicor.splits import FOLDS, REPEATS, canonical, stratified_folds
+from lora_ensemble.dicor.view import View, losses
+from lora_ensemble.tasks import score_decisions
+
+MOST_DECISIONS = 20_000
+"""Repeats are for small dev sets: so many that N times R stays below this, at most REPEATS and at least one."""
+FEWEST = 10
+"""Examples below which there is no estimate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What is known of one method."""
+
+    choice: Choice
+    names: list[str]
+    """The chosen members on the whole dev set, in the order of choice."""
+    in_sample: float
+    """Score on the dev set that they were chosen on; NaN where r is undefined."""
+    honest: Interval | None
+    """On examples that they were not chosen on; None where there are too few, or r is undefined."""
+    against_best: Interval | None
+    """The honest score less that of the single best member, chosen anew in each split as well."""
+    against_omni: Interval | None
+    """The same, less that of all members."""
+    held_out: np.ndarray | None
+    """(R, N): the decisions that the estimate is of, examples in the order of ``splits.canonical``."""
+
+    @property
+    def optimism(self) -> float | None:
+        """By how much the in-sample score is above the honest one."""
+        return None if self.honest is None else self.in_sample - self.honest.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimates:
+    """All methods on one dev set."""
+
+    of: dict[str, Estimate]
+    """By name of the method; ``best`` and ``omni`` are always there."""
+    view: View
+    """The best candidates on the whole dev set: indices of a ``Choice`` refer to it."""
+    scores: dict[str, float]
+    """Every member's score on the whole dev set, by name."""
+    notices: list[str]
+    """What was left out, in words."""
+    folds: int
+    repeats: int
+    """0 where there are too few examples for an estimate."""
+
+
+def estimate(
+    dev: Dev,
+    methods: Mapping[str, Method],
+    *,
+    omni: Omni | None = None,
+    folds: int = FOLDS,
+    repeats: int | None = None,
+) -> Estimates:
+    """Choose with each method on the whole dev set, and say how good that is on other examples.
+
+    ``best`` and ``omni`` (all members, by the mean unless told otherwise) are added. ``repeats`` None: 1 to
+    ``REPEATS``, the more the smaller the dev set. Every split sees the same parts for all methods, so that differences
+    are paired. Raises ``UserError`` where no member has a score, and as the methods do.
+    """
+    omni = omni or Omni()
+    n = len(dev.labels)
+    folds = max(min(folds, n // 2), 1)
+    if repeats is None:
+        repeats = int(np.clip(MOST_DECISIONS // n, 1, REPEATS))
+    if n < FEWEST:
+        repeats = 0
+    fold = stratified_folds(dev.ids, dev.labels, dev.kind, folds=folds, repeats=repeats)
+    found = fold_scores(dev, fold, folds, omni=omni.strategy)
+    dev, good = defined(dev, found.scores[-1])
+    found = replace(found, scores=found.scores[:, good], epochs=found.epochs[:, good])
+    order = canonical(dev.ids)
+    labels = dev.labels[order]
+
+    methods = {"best": Best(), **{name: method for name, method in methods.items() if name not in ("best", "omni")}}
+    limit = max(method.candidates(len(dev)) for method in methods.values())
+    view, _ = view_of(dev, found.scores[-1], limit=limit)
+    choices = {name: method.choose(view) for name, method in methods.items()}
+    in_sample = {name: score_decisions(_decided(view, c, view.logits), labels, dev.kind) for name, c in choices.items()}
+    choices["omni"] = Choice(members=[], strategy=omni.strategy)
+    in_sample["omni"] = score_decisions(found.omni[-1][order], labels, dev.kind)
+    names = {name: [view.names[i] for i in c.members] for name, c in choices.items()} | {"omni": list(dev.names)}
+
+    held: dict[str, np.ndarray | None] = dict.fromkeys(choices)
+    if repeats:
+        held.update(_held_out(dev, methods, found, fold[:, order], folds, limit, order))
+        held["omni"] = found.omni[:-1, order]
+
+    pairs = [(a, b) for a in held for b in ("best", "omni") if a != b]
+    known = {name: decided for name, decided in held.items() if decided is not None}
+    differences = of_differences(known, pairs, labels, dev.kind) if known else {}
+
+    of = {}
+    for name in ["best", "omni", *(x for x in methods if x != "best")]:
+        decided = held[name]
+        of[name] = Estimate(
+            choice=choices[name],
+            names=names[name],
+            in_sample=in_sample[name],
+            honest=None if decided is None else of_score(decided, labels, dev.kind),
+            against_best=differences.get((name, "best")),
+            against_omni=differences.get((name, "omni")),
+            held_out=decided,
+        )
+    each = dict(zip(dev.names, found.scores[-1].tolist(), strict=True)) | dict(
+        zip(view.names, view.scores.tolist(), strict=True)
+    )
+    return Estimates(of=of, view=view, scores=each, notices=dev.notices, folds=folds, repeats=repeats)
+
+
+def _decided(view: View, choice: Choice, logits: np.ndarray) -> np.ndarray:
+    """What a choice from ``view`` decides (N,) on these logits (k, N, C) of the view's members."""
+    m = choice.members
+    return decide(
+        logits[m],
+        choice,
+        kind=view.kind,
+        ranks=[view.ranks[i] for i in m],
+        scores=view.scores[m],
+        names=[view.names[i] for i in m],
+    )
+
+
+def _held_out(
+    dev: Dev,
+    methods: Mapping[str, Method],
+    found: FoldScores,
+    fold: np.ndarray,
+    folds: int,
+    limit: int,
+    order: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Decisions (R, N) of each method on the examples that each split holds out; ``fold`` (R, N) in ``order``."""
+    labels = dev.labels[order]
+    dtype = np.float64 if dev.kind == "regression" else np.int64
+    held = {name: np.zeros(fold.shape, dtype) for name in methods}
+    opened: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def open_(m: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (N, C) of a member at an epoch, and their losses (N,); kept, for other splits want them too."""
+        if (m, epoch) not in opened:
+            kept = dev.epochs_of(m)
+            logits = np.asarray(dev.of_member(m) if kept is None else kept[epoch])[order].astype(np.float32)
+            opened[m, epoch] = logits, losses(logits, labels, dev.kind)
+        return opened[m, epoch]
+
+    for s in range(len(found.scores) - 1):
+        out = fold[s // folds] == s % folds
+        rows, outside = np.flatnonzero(~out), np.flatnonzero(out)
+        within = leaders(found.scores[s], limit)
+        if not within:  # no member has an r on this part; what is held out stays 0
+            continue
+        each = [open_(m, int(found.epochs[s, m])) for m in within]
+        loss = np.array([one[rows].mean() for _, one in each])
+        scores = found.scores[s][within]
+        top = ranked(scores, loss, [dev.names[m] for m in within])[:limit]
+        view = View(
+            np.stack([each[i][0][rows] for i in top]),
+            labels[rows],
+            kind=dev.kind,
+            names=[dev.names[within[i]] for i in top],
+            ranks=[dev.ranks[within[i]] for i in top],
+            scores=scores[top],
+        )
+        logits = np.stack([each[i][0][outside] for i in top])
+        for name, method in methods.items():
+            choice = method.choose(view)
+            decided = _decided(view, choice, logits)
+            if dev.kind == "regression":
+                decided = standardised(decided, _decided(view, choice, view.logits))
+            held[name][s // folds, outside] = decided
+    return held

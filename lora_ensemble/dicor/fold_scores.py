@@ -1,0 +1,157 @@
+"""Every member's score on each choosing part of the dev set, in one pass over the logits.
+
+Axes: M members, N examples, C outputs of a head, E epochs, R repeats of K folds, S = R * K splits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_ensemble.dicor.combine import majority, voices
+from lora_ensemble.dicor.members import Dev
+from lora_ensemble.dicor.settings import Strategy
+from lora_ensemble.tasks import decisions
+
+BLOCK = 32
+"""Members whose right and wrong answers are counted by one matrix product."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldScores:
+    """What one pass over all members finds."""
+
+    scores: np.ndarray
+    """(S + 1, M): each member's score on what is left of dev when a split's fold is held out, and, in the last row, on
+    the whole of dev; NaN where undefined."""
+    epochs: np.ndarray
+    """(S, M): the epoch that is best there, the first of equals; -1 where the epochs were not kept."""
+    omni: np.ndarray
+    """(R + 1, N): what all members that have a score on the whole of dev decide together on each example, each
+    member at the epoch chosen without it, and, in the last row, at its best epoch; see ``standardised``."""
+
+
+def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy) -> FoldScores:
+    """Members of ``dev`` on the parts that ``fold`` (R, N), see ``splits.stratified_folds``, leaves to choose by.
+
+    Sums over folds are all that is kept of a member: a split's score is that of the whole less its fold, so that each
+    member is read once, however many splits there are. ``omni``: how all members are combined.
+    """
+    repeats, n = fold.shape
+    s, m = repeats * folds, len(dev)
+    # (N, S + 1): a column for each split's fold; the last is empty, which leaves the whole.
+    inside = np.zeros((n, s + 1), np.float32 if dev.kind != "regression" else np.float64)
+    for r in range(repeats):
+        inside[np.arange(n), r * folds + fold[r]] = 1
+    scores, epochs = np.full((s + 1, m), np.nan), np.full((s, m), -1)
+    together = _Omni(dev, omni, s)
+
+    for start in range(0, m, BLOCK):
+        block = range(start, min(start + BLOCK, m))
+        logits = np.stack([dev.of_member(i) for i in block])
+        scores[:, start : block.stop] = _scores(logits, dev, inside).T
+        for i in block:
+            each = dev.epochs_of(i)
+            if each is not None and s:
+                of_epochs = np.nan_to_num(_scores(np.asarray(each), dev, inside[:, :s]), nan=-np.inf)  # (E, S)
+                epochs[:, i] = np.argmax(of_epochs, axis=0)
+                best = of_epochs.max(axis=0)
+                scores[:s, i] = np.where(np.isinf(best), np.nan, best)
+            if not np.isnan(scores[s, i]):
+                together.add(i, logits[i - start], each, epochs[:, i])
+    good = np.flatnonzero(~np.isnan(scores[s]))
+    return FoldScores(scores=scores, epochs=epochs, omni=together.decided(good, scores, fold, folds))
+
+
+def _scores(logits: np.ndarray, dev: Dev, inside: np.ndarray) -> np.ndarray:
+    """Scores (B, S) of logits (B, N, C) on all examples but those inside each split's fold (N, S)."""
+    size = inside.sum(axis=0)
+    left = len(inside) - size
+    decided = decisions(logits, dev.kind)
+    if dev.kind != "regression":
+        right = (decided == dev.labels).astype(inside.dtype)  # counts below 2^24 are exact in float32
+        return np.asarray((right.sum(axis=1, keepdims=True) - right @ inside).astype(np.float64) / left)
+    # Less the overall mean, so that little is lost where sums are subtracted from sums.
+    x, y = decided - decided.mean(axis=1, keepdims=True), dev.labels - dev.labels.mean()
+
+    def rest(values: np.ndarray) -> np.ndarray:
+        return np.asarray(values.sum(axis=-1, keepdims=True) - values @ inside)
+
+    sx, sy = rest(x), rest(y[None])
+    xy = rest(x * y) - sx * sy / left
+    xx, yy = rest(x * x) - sx * sx / left, rest(y[None] ** 2) - sy * sy / left
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = xy / np.sqrt(xx * yy)
+    # What is left of a constant after rounding is no variance.
+    constant = (xx <= 1e-12 * rest(x * x)) | (xx <= 0) | (yy <= 1e-12 * rest(y[None] ** 2)) | (yy <= 0)
+    return np.where(constant, np.nan, r)
+
+
+class _Omni:
+    """All members' decisions, from sums that are kept while each member is read once."""
+
+    def __init__(self, dev: Dev, strategy: Strategy, splits: int) -> None:
+        self.dev, self.strategy, self.splits = dev, strategy, splits
+        n, outputs = np.asarray(dev.of_member(0)).shape
+        # The last row is at the best epochs. Where no epochs were kept, it is all rows.
+        rows = splits + 1 if any(dev.epochs_of(m) is not None for m in range(len(dev))) else 1
+        by_votes = strategy == "majority"
+        self.classes = 2 if dev.kind == "binary" else outputs
+        self.total = np.zeros((0 if by_votes else rows, n, outputs))
+        self.votes = np.zeros((rows if by_votes else 0, len(dev), n), np.min_scalar_type(self.classes))
+
+    def add(self, m: int, logits: np.ndarray, each: np.ndarray | None, epochs: np.ndarray) -> None:
+        """A member's logits (N, C), those of every epoch (E, N, C), and its epoch for each split (S,)."""
+        rows = max(len(self.total), len(self.votes))
+        for row in range(rows):
+            said = logits if each is None or row == rows - 1 else each[epochs[row]]
+            if self.strategy == "majority":
+                self.votes[row, m] = decisions(said, self.dev.kind)
+            else:
+                self.total[row] += voices(said, self.dev.kind) if self.strategy == "mean-probability" else said
+
+    def decided(self, members: np.ndarray, scores: np.ndarray, fold: np.ndarray, folds: int) -> np.ndarray:
+        """(R + 1, N) of those members that were added; ``scores`` (S + 1, M) break the paper's ties."""
+        decided = np.empty((len(fold) + 1, fold.shape[1]), np.float64 if self.dev.kind == "regression" else np.int64)
+        for s, of_split in enumerate(np.nan_to_num(scores, nan=-np.inf)):
+            out = fold[s // folds] == s % folds if s < self.splits else np.ones(fold.shape[1], bool)
+            row = decided[s // folds if s < self.splits else -1]
+            if self.strategy == "majority":
+                votes = self.votes[s if len(self.votes) > 1 else 0]
+                row[out] = self._majority(votes, members, np.flatnonzero(out), of_split)
+                continue
+            mean = self.total[s if len(self.total) > 1 else 0] / max(len(members), 1)
+            said = decisions(mean, self.dev.kind)
+            row[out] = standardised(said[out], said[~out]) if s < self.splits else said[out]
+        return decided
+
+    def _majority(
+        self, votes: np.ndarray, members: np.ndarray, columns: np.ndarray, scores: np.ndarray, most: int = 4_000_000
+    ) -> np.ndarray:
+        """The paper's majority of some columns of decisions (M, N), so many at a time that ``most`` are looked at."""
+        block = max(most // len(members), 1)
+        parts = [
+            majority(
+                votes[np.ix_(members, columns[start : start + block])].astype(np.int64),
+                num_classes=self.classes,
+                ranks=[self.dev.ranks[m] for m in members],
+                scores=scores[members],
+                names=[self.dev.names[m] for m in members],
+            )
+            for start in range(0, len(columns), block)
+        ]
+        return np.concatenate(parts)
+
+
+def standardised(decided: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Values (N,) less the mean of ``by``, over its standard deviation; class numbers as they are.
+
+    r does not look at an ensemble's scale. But the parts of dev are decided by different ensembles, and r over all
+    parts would take a difference of their scales for an error. ``by``: what the same ensemble says on the part it was
+    chosen on.
+    """
+    if not np.issubdtype(decided.dtype, np.floating):
+        return decided
+    spread = by.std()
+    return (decided - by.mean()) / (spread if spread > 0 else 1.0)

@@ -1,0 +1,121 @@
+"""From what the user asked for to a method with every parameter decided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lora_ensemble.dicor import settings as s
+from lora_ensemble.dicor.greedy import Greedy
+from lora_ensemble.dicor.methods import Best, Dicor, Exhaustive, Method, Omni, Weighted
+from lora_ensemble.dicor.settings import MethodName, Similarity, Strategy
+from lora_ensemble.errors import UserError
+from lora_ensemble.tasks import Kind
+
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
+
+# Which options each method listens to.
+LISTENS: dict[MethodName, tuple[str, ...]] = {
+    "best": (),
+    "omni": ("strategy",),
+    "dicor": ("size", "top_k", "similarity", "strategy", "temperature"),
+    "dicor-auto": ("size", "top_k", "similarity", "strategy", "trade_off", "temperature"),
+    "greedy": ("size", "top_k"),
+    "greedy-score": ("size", "top_k"),
+    "greedy-bagged": ("size", "top_k"),
+    "weighted": ("top_k", "temperature"),
+    "exhaustive": ("size", "top_k", "strategy"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asked for; None: nothing."""
+
+    size: int | Literal["auto"] | None = None
+    top_k: int | None = None
+    similarity: Similarity | None = None
+    strategy: Strategy | None = None
+    trade_off: float | None = None
+    temperature: bool | None = None
+
+
+def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> tuple[Method, list[str]]:
+    """The method of that name for a pool of M ``members``, and notices for the user.
+
+    Options that it does not listen to are not looked at here; see ``check``. Raises ``UserError`` as ``settle`` does.
+    """
+    o = options
+    top_k = None if o.top_k is None else min(o.top_k, members)
+    most = None if o.size == "auto" else o.size
+    if name == "best":
+        return Best(), []
+    if name == "omni":
+        return Omni(strategy=_omni_strategy(kind, o.strategy)), []
+    if name == "dicor":
+        found, notices = s.settle(kind, members, size=most, top_k=o.top_k, similarity=o.similarity, strategy=o.strategy)
+        size: int | Literal["auto"] = "auto" if o.size == "auto" else found.size
+        temperature = bool(o.temperature)
+        paper = Dicor(
+            size=size,
+            top_k=found.top_k,
+            similarity=found.similarity,
+            strategy=found.strategy,
+            temperature=temperature,
+        )
+        return paper, [] if o.size == "auto" else notices
+    if o.strategy == "majority" and kind == "regression":
+        raise UserError("--strategy majority: a regression has values, not classes to vote for; use --strategy mean")
+    if name == "dicor-auto":
+        return Dicor(
+            size=o.size or "auto",
+            top_k=top_k or s.DEFAULT_TOP_K,
+            similarity=o.similarity or "error",
+            strategy=o.strategy or "mean-probability",
+            trade_off=s.DEFAULT_TRADE_OFF if o.trade_off is None else o.trade_off,
+            temperature=bool(o.temperature),
+        ), []
+    if name == "weighted":
+        return Weighted(top_k=top_k or s.DEFAULT_TOP_K, temperature=bool(o.temperature)), []
+    if name == "exhaustive":
+        return Exhaustive(size=most, top_k=top_k or s.EXHAUSTIVE_TOP_K, strategy=o.strategy or "mean-probability"), []
+    return Greedy(
+        steps=most or s.GREEDY_STEPS,
+        top_k=top_k or s.GREEDY_TOP_K,
+        criterion="score" if name == "greedy-score" else None,
+        sorted_start=name == "greedy-bagged",
+        bags=s.GREEDY_BAGS if name == "greedy-bagged" else 1,
+        example_share=0.8 if name == "greedy-bagged" else 1.0,
+    ), []
+
+
+def _omni_strategy(kind: Kind, asked: Strategy | None) -> Strategy:
+    if asked == "majority" and kind == "regression":
+        raise UserError("--strategy majority: a regression has values, not classes to vote for; use --strategy mean")
+    return asked if asked and asked != "weighted" else s.OMNI_STRATEGY[kind]
+
+
+def check(options: Options, members: int) -> None:
+    """``UserError`` where a number makes no sense, whatever the method."""
+    if isinstance(options.size, int):
+        if options.size < 1:
+            raise UserError(f"--size {options.size}: an ensemble needs at least one member")
+        if options.size > members:
+            raise UserError(f"--size {options.size}: the pool has {members} finished members; give at most {members}")
+    if options.top_k is not None:
+        least = options.size if isinstance(options.size, int) else 1
+        if options.top_k < least:
+            what = f"--size {least}" if least > 1 else "1"
+            raise UserError(f"--top-k {options.top_k} is below {what}: there must be at least as many candidates")
+    if options.trade_off is not None and not 0 <= options.trade_off <= 1:
+        raise UserError(f"--trade-off {options.trade_off}: expected 0 (score alone) to 1 (similarity alone)")
+
+
+def refuse_unheard(options: Options, methods: Sequence[MethodName]) -> None:
+    """``UserError`` for an option that none of the methods listens to."""
+    for name in ("size", "top_k", "similarity", "strategy", "trade_off", "temperature"):
+        if getattr(options, name) not in (None, False) and not any(name in LISTENS[m] for m in methods):
+            heard = ", ".join(m for m in METHODS if name in LISTENS[m])
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} has no meaning for --method {methods[0]}; it is for {heard}")
