@@ -27,7 +27,7 @@ def dicor(*args: object) -> str:
     return f"from lora_ensemble.dicor.cli import main\nassert main({[str(a) for a in args]!r}) == 0"
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["select", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["select", "--help"], ["import", "--help"]])
 def test_dicors_help_needs_nothing_at_all(args):
     assert loaded(dicor(*args), (*HEAVY, "numpy", "scipy", "matplotlib", "safetensors")) == []
 
@@ -40,6 +40,10 @@ def test_dicor_needs_no_torch(tmp_path):
     assert loaded(dicor("compare", "--pool", tmp_path / "pool"), names) == ["numpy"]
     apply = dicor("apply", "--ensemble", tmp_path / "dicor.json", "--output", tmp_path / "predictions.csv")
     assert loaded(apply, names) == ["numpy"]
+    (tmp_path / "boosted.csv").write_text("id,logit\n" + "".join(f"d{i},{i - 2}\n" for i in range(5)))
+    (tmp_path / "labels.csv").write_text("id,label\n" + "".join(f"d{i},{i % 2}\n" for i in range(5)))
+    where = ("--pool", tmp_path / "pool", "--task", "new", "--task-kind", "binary", "--labels", tmp_path / "labels.csv")
+    assert loaded(dicor("import", tmp_path / "boosted.csv", *where), (*names, "pyarrow")) == ["numpy"]
 
 
 def test_the_plots_need_no_torch(tmp_path):
