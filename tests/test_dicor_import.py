@@ -182,6 +182,32 @@ def test_a_table_in_long_format_is_several_members(home: Path, importing: Import
     np.testing.assert_array_equal(logits(home, "binary", "y"), logits(home, "binary", "b"))
 
 
+def test_a_table_in_wide_format_is_several_members(home: Path, importing: Importer, fails: Callable[..., str]) -> None:
+    wide = table(home / "wide.csv", ["id", "xgb", "rf", "age"], [(IDS[i], P[i], P[i] / 2, 40) for i in SHUFFLED])
+    importing("binary", wide, "--member-columns", "xgb", "rf", "--from", "probabilities")
+    np.testing.assert_allclose(logits(home, "binary", "xgb"), logit(P)[:, None], atol=1e-6)
+    np.testing.assert_allclose(logits(home, "binary", "rf"), logit(P / 2)[:, None], atol=1e-6)
+    assert read_record(home / "pool", "binary", "rf").settings["imported"]["dev"]["model"] == "rf"
+    fails("binary", wide, "--member-columns", "svm", says=["wide.csv: no column 'svm'; columns found: 'id', 'xgb'"])
+    fails("binary", wide, "--member-columns", "rf", "--columns", "rf", says=["give one of them"])
+    fails(
+        "binary", wide, says=["columns xgb, rf, age may be outputs", "or, where each is another model, with --member"]
+    )
+    long = table(home / "long.csv", ["model", "id", "p"], [("a", i, 0.5) for i in IDS])
+    fails("binary", long, "--member-columns", "p", says=["long.csv: model 'a': the rows name models already"])
+
+
+@pytest.mark.parametrize("labels", ["binary.csv", "whole.parquet"])
+def test_whole_numbers_that_became_floats_are_ids_still(home: Path, importing: Importer, labels: str) -> None:
+    table(home / "binary.csv", ["id", "label"], list(enumerate(LABELS)))
+    table(home / "whole.parquet", ["id", "label"], [(float(k), v) for k, v in enumerate(LABELS)])
+    table(home / "f.parquet", ["id", "p"], [(float(k), p) for k, p in enumerate(P)])
+    importing("binary", home / "f.parquet", "--labels", home / labels)
+    opened = TaskPool(home / "pool", "binary")
+    assert opened.examples().ids.tolist() == ["0", "1", "2", "3", "4"]
+    np.testing.assert_allclose(opened.logits("f"), logit(P)[:, None], atol=1e-6)
+
+
 def test_lists_in_json_and_parquet(home: Path, importing: Importer) -> None:
     raw = np.log(P3) * 2
     for name in ("l.jsonl", "l.parquet"):

@@ -45,6 +45,7 @@ def add_parser(commands: _SubParsersAction[_Parser]) -> None:
         help="what the numbers are; auto (the default) asks where it could be mistaken; decisions: class labels only",
     )
     add("--columns", nargs="+", default=[], metavar="COLUMN", help="of the outputs, in the order of the labels")
+    add("--member-columns", nargs="+", default=[], metavar="COLUMN", help="each is a member: a table in wide format")
     add("--label-names", nargs="+", default=[], metavar="LABEL", help="in the order of the outputs; positive last")
     add("--id", metavar="COLUMN", help="of the ids (default: id, ids, or a nameless first column)")
     add("--label", metavar="COLUMN", help="of the true labels in the labels file (default: label, or the preset's)")
@@ -68,6 +69,7 @@ def run(options: argparse.Namespace) -> None:
             names=options.name,
             form=options.form,
             columns=options.columns,
+            member_columns=options.member_columns,
             id_column=options.id,
             label_column=options.label,
             model_column=options.model_column,

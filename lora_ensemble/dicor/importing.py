@@ -16,7 +16,7 @@ import numpy as np
 from lora_ensemble import __version__
 from lora_ensemble.dicor import truth
 from lora_ensemble.dicor.outputs import Form, Outputs, to_logits
-from lora_ensemble.dicor.sources import Source, read_sources
+from lora_ensemble.dicor.sources import Source, by_column, read_sources
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import (
     MemberRecord,
@@ -51,6 +51,9 @@ class Request:
     """Names of the members, in the order of files and models; empty: those of the models, or of the files."""
     form: Form = "auto"
     columns: Sequence[str] = ()
+    """The outputs, in the order of the labels; empty: found by their names."""
+    member_columns: Sequence[str] = ()
+    """Columns of tables that are a model each, instead of a file; they name the members."""
     id_column: str | None = None
     label_column: str | None = None
     model_column: str | None = None
@@ -91,12 +94,16 @@ def import_predictions(request: Request) -> tuple[list[Imported], list[str]]:
 
     Importing the same again changes nothing. ``UserError`` where files, labels, pool and request do not fit together.
     """
-    _check_task(request.task)
+    Task(name=request.task, kind="regression", text=["text"])  # its name is a folder's name
+    if request.columns and request.member_columns:
+        raise UserError("--columns are one model's, --member-columns a model each; give one of them")
     sources = [
         source
         for path in request.files
         for source in read_sources(path, id_column=request.id_column, model_column=request.model_column)
     ]
+    if request.member_columns:
+        sources = [one for source in sources for one in by_column(source, request.member_columns)]
     names = _names(sources, request)
     records = read_records(request.pool, request.task)
     there = {record.name: record for record in records}
@@ -128,7 +135,7 @@ def import_predictions(request: Request) -> tuple[list[Imported], list[str]]:
             found.kind,
             found.labels,
             request.form,
-            request.columns,
+            request.columns or ([source.name] if request.member_columns else []),
             label_column=request.label_column or preset,
         )
         rows = truth.rows_of_examples(source, found, request.split, by_row=request.by_row, notices=notices)
@@ -157,10 +164,6 @@ def import_predictions(request: Request) -> tuple[list[Imported], list[str]]:
             )
         )
     return done, list(dict.fromkeys(notices))
-
-
-def _check_task(task: str) -> None:
-    Task(name=task, kind="regression", text=["text"])  # its name is a folder's name
 
 
 def _names(sources: Sequence[Source], request: Request) -> list[str]:

@@ -56,7 +56,8 @@ def pick(
         what = f"columns {', '.join(found[:5])} may be outputs" if found else "no column of outputs"
         expected = f"one for each label ({', '.join(labels)})" if kind == "multiclass" else "one of predictions"
         raise UserError(
-            f"{source.path}: {what}; expected {expected}; say which with --columns; columns found: {source.found}"
+            f"{source.path}: {what}; expected {expected}; say which with --columns, or, where each is another model, "
+            f"with --member-columns; columns found: {source.found}"
         )
     if kind == "binary" and found[0] in (labels[0], f"p_{labels[0]}", f"prob_{labels[0]}", f"proba_{labels[0]}"):
         raise UserError(

@@ -7,7 +7,7 @@ JSON lines, Parquet: see tables.py). What the columns mean is decided in outputs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,16 @@ def read_sources(path: Path, *, id_column: str | None = None, model_column: str 
     if model_column is not None:
         raise UserError(f"{path}: no column {model_column!r}; columns found: {source.found}")
     return [source]
+
+
+def by_column(source: Source, columns: Sequence[str]) -> list[Source]:
+    """A table in wide format, cut: one source for each of these columns, called after it."""
+    missing = [name for name in columns if name not in source.columns]
+    if missing:
+        raise UserError(f"{source.path}: no column {missing[0]!r}; columns found: {source.found}")
+    if source.name:
+        raise UserError(f"{source.where}: the rows name models already; give --member-columns or --model-column")
+    return [replace(source, name=name, columns={name: source.columns[name]}) for name in columns]
 
 
 def read_labels(path: Path, *, id_column: str | None, label_column: str) -> Source:
@@ -232,6 +242,8 @@ def _table_ids(table: Table, wanted: str | None) -> tuple[list[str] | None, dict
         return None, columns
     ids = []
     for row, cell in enumerate(cells):
+        if isinstance(cell, float) and cell.is_integer():
+            cell = int(cell)  # whole numbers that pandas made floats of
         ids.append(str(cell).strip() if cell is not None else "")
         if not ids[-1] or isinstance(cell, (list, dict)):
             raise UserError(f"{table.at(row)}: the id in column {name!r} is {cell!r}; each row needs its own")
