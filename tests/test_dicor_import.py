@@ -528,6 +528,46 @@ def test_columns_by_number_and_by_choice(home: Path, importing: Importer) -> Non
     np.testing.assert_allclose(logits(home, "multiclass", "n"), -P3[:, [2, 0, 1]], rtol=1e-6)
 
 
+def test_the_columns_go_to_the_labels_that_they_are_called_after(
+    home: Path, importing: Importer, fails: Callable[..., str]
+) -> None:
+    names = ["pos", "neg", "neu"]  # neither sorted nor as the columns are
+    table(home / "m.csv", ["id", *NAMES], [(i, *P3[k]) for k, i in enumerate(IDS)])
+    importing("multiclass", home / "m.csv", "--label-names", *names)
+    assert TaskPool(home / "pool", "multiclass").labels == names
+    np.testing.assert_allclose(logits(home, "multiclass", "m"), np.log(P3[:, [2, 0, 1]]), rtol=1e-6)
+    two = table(home / "two.csv", ["id", "model_0", "model_1"], [(i, -p, p) for i, p in zip(IDS, P, strict=True)])
+    fails("binary", two, says=["two.csv: columns model_0, model_1 may be outputs; expected one of predictions"])
+
+
+def test_the_true_labels_beside_the_predictions_are_no_predictions(home: Path, importing: Importer) -> None:
+    rows = list(zip(IDS, VALUES, P, strict=True))
+    importing("regression", table(home / "m.csv", ["id", "label", "xgb"], rows))
+    np.testing.assert_allclose(logits(home, "regression", "m"), P[:, None], rtol=1e-6)
+    table(home / "regression.csv", ["id", "stars"], list(zip(IDS, VALUES, strict=True)))
+    table(home / "n.csv", ["id", "stars", "xgb"], rows)
+    importing("regression", home / "n.csv", "--label", "stars")
+    np.testing.assert_array_equal(logits(home, "regression", "n"), logits(home, "regression", "m"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused(home: Path, fails: Callable[..., str]) -> None:
+    os.mkfifo(home / "pipe")
+    fails("binary", home / "pipe", says=["pipe: a pipe or a device; save it to a file first"])
+
+
+def test_whoever_needs_test_predictions_says_who_has_none(
+    home: Path, importing: Importer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    importing("binary", table(home / "m.csv", ["id", "p"], list(zip(IDS, P, strict=True))))
+    output = home / "dicor.json"
+    assert run("select", "--pool", home / "pool", "--task", "binary", "--output", output) == 0
+    assert run("apply", "--ensemble", output, "--output", home / "out.csv") == 2
+    err = capsys.readouterr().err
+    assert "pool/binary/m: no logits for the test split" in err
+    assert "or dicor import --split test for one that was imported" in err
+
+
 def test_constant_values_are_told(home: Path, importing: Importer) -> None:
     out, err = importing("regression", table(home / "c.csv", ["id", "v"], [(i, 2) for i in IDS]))
     assert "Pearson r undefined" in out

@@ -121,6 +121,8 @@ def read_labels(path: Path, *, id_column: str | None, label_column: str) -> Sour
 
 def _start(path: Path) -> bytes:
     """The first bytes of a file; ``UserError`` where there are none, or where they are those of a pickle."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: a pipe or a device; save it to a file first, which is read more than once")
     try:
         with open(path, "rb") as f:
             start = f.read(8)

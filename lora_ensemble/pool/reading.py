@@ -165,7 +165,8 @@ class TaskPool:
         if missing:
             raise UserError(
                 f"{self._folder(self.record(missing[0]))}: no logits for the {self.split} split"
-                f" ({len(missing)} of {len(self.members)} members lack them); run lora-ensemble predict first"
+                f" ({len(missing)} of {len(self.members)} members lack them); run lora-ensemble predict first, or "
+                f"dicor import --split {self.split} for one that was imported"
             )
         return self._examples
 
