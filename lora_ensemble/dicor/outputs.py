@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from lora_ensemble.dicor.layout import called, check_width, count, pick, read, shown
-from lora_ensemble.dicor.sources import ARRAY, Source
+from lora_ensemble.dicor.sources import Source
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Kind, class_reader
 
@@ -66,7 +66,7 @@ def to_logits(
     check_width(source, values.shape[1], picked, kind, labels)
     if kind == "regression":
         return Outputs(_float32(source, values, picked), "logits", notices)
-    if picked == [ARRAY] and kind == "multiclass":
+    if values.shape[1] > len(picked):  # columns without names
         notices.append(f"{source.where}: its columns are taken in the order of the labels: {', '.join(labels)}")
     if form == "auto":
         form = _guess(source, values, picked)

@@ -160,7 +160,8 @@ def _is_empty(cell: Any) -> bool:
 def _distinct(source: Source, cells: Sequence[Any], kind: Kind, column: str) -> list[str]:
     """Class labels found in a file: numbers by value, words by the alphabet, as scikit-learn orders them."""
     found = list(dict.fromkeys(str(c).strip() for c in cells))
-    numbers = {number(text): text for text in reversed(found)}
+    # Words are no numbers: each is its own key.
+    numbers = {text if (n := number(text)) != n else n: text for text in reversed(found)}
     if kind == "binary":
         if set(numbers) <= {0.0, 1.0} or {text.lower() for text in found} <= {"false", "true"}:
             return ["0", "1"]
@@ -171,13 +172,14 @@ def _distinct(source: Source, cells: Sequence[Any], kind: Kind, column: str) -> 
                 f"expected two for a binary task; say --task-kind multiclass, or name two: {example}"
             )
         raise UserError(f"{source.path}: labels {found[0]!r} and {found[1]!r}: which is positive? say {example}")
-    if len(found) < 2:
+    if len(numbers) < 2:
         raise UserError(
             f"{source.path}: column {column!r} has one label only ({', '.join(found)}); name all with --label-names"
         )
-    if all(math.isfinite(n) for n in numbers):
-        whole = all(n.is_integer() for n in numbers)
-        return [str(int(n)) if whole else numbers[n] for n in sorted(numbers)]
+    values = [n for n in numbers if isinstance(n, float) and math.isfinite(n)]
+    if len(values) == len(numbers):
+        whole = all(n.is_integer() for n in values)
+        return [str(int(n)) if whole else numbers[n] for n in sorted(values)]
     return sorted(found)
 
 
