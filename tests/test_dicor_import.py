@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pool_factory import make_pool, random_labels
+from pool_factory import add_member, make_pool, random_labels
 from scipy.special import expit, log_softmax, logit, softmax
 
 from lora_ensemble.dicor import import_command
@@ -485,6 +485,21 @@ def test_the_order_and_the_ids_are_the_pools(home: Path, importing: Importer) ->
     assert len(list((home / "pool" / "binary" / "examples").iterdir())) == 1
 
 
+def test_unfinished_members_do_not_say_what_the_task_is_unless_they_are_alone(home: Path, importing: Importer) -> None:
+    ids, truth = {"dev": IDS[::-1]}, {"dev": np.array(LABELS[::-1])}
+    unfinished = {"finished": False, "labels": ["0", "1"]}
+    add_member(home / "pool", "binary", "binary", "a", {"dev": np.ones((5, 1))}, ids, truth, **unfinished)
+    path = table(home / "m.csv", ["id", "p"], list(zip(IDS, P, strict=True)))
+    importing("binary", path)
+    assert TaskPool(home / "pool", "binary").examples().ids.tolist() == IDS[::-1]
+    left = {"finished": False, "labels": ["1", "0"]}
+    add_member(
+        home / "pool", "binary", "binary", "a", {"dev": np.ones((4, 1))}, {"dev": IDS[1:]}, {"dev": None}, **left
+    )
+    importing("binary", path, "--name", "n")
+    np.testing.assert_array_equal(logits(home, "binary", "n"), logits(home, "binary", "m"))
+
+
 def test_labels_out_of_arrays_and_out_of_the_pool_itself(home: Path, importing: Importer) -> None:
     np.save(home / "y.npy", np.array(LABELS))
     np.save(home / "p.npy", P)
@@ -765,7 +780,9 @@ def test_what_the_command_lacks_or_has_twice(
     fails("binary", path, "--model-column", "q", says=["m.csv: no column 'q'; columns found: 'id', 'p'"])
     fails("regression", path, "--from", "probabilities", says=["a regression has values"])
     fails("regression", path, "--label-names", "a", "b", says=["--label-names has no meaning for regression"])
-    fails("binary", path, "--label-names", "a", "a", says=["--label-names a a: expected two names or more"])
+    fails("binary", path, "--label-names", "a", "a", says=["--label-names a a: expected two different names"])
+    fails("binary", path, "--label-names", "a", "b", "c", says=["--label-names a b c: expected two different names"])
+    fails("multiclass", path, "--label-names", "a", says=["--label-names a: expected two names or more, all different"])
     fails("binary", path, "--task", "../x", says=["task '../x': a task's name is a folder's name"])
     assert run("import", path, "--pool", home / "pool", "--task", "t", "--labels", home / "binary.csv") == 2
     assert "pool/t: a new task; say --task-kind multiclass, binary or regression" in capsys.readouterr().err

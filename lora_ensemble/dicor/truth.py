@@ -30,7 +30,7 @@ class Truth:
     labels: list[str]
     """Label values in the order of the outputs; empty for regression."""
     examples: Examples
-    by_row: list[str]
+    row_ids: list[str]
     """The ids (N,) in the order of the rows of predictions that have none: that of the labels file if there is one."""
     source: str
     """What that order is called in a notice."""
@@ -55,11 +55,14 @@ def find(
     ``by_row``: a table of labels without ids numbers its rows from 0, as tasks without an id column do (an array
     always does). ``UserError`` where nothing says it, or where what says it disagrees.
     """
+    members = [m for m in members if m.finished] or members  # others are not selected, and may be left over
     kind = _kind(pool / task, task, members, kind)
     if label_names and kind == "regression":
         raise UserError("--label-names has no meaning for regression: its labels are numbers")
-    if len(set(label_names)) != len(label_names) or (label_names and len(label_names) < 2):
-        raise UserError(f"--label-names {' '.join(label_names)}: expected two names or more, all different")
+    few = len(label_names) != 2 if kind == "binary" else len(label_names) < 2
+    if label_names and (few or len(set(label_names)) < len(label_names)):
+        expected = "two different names" if kind == "binary" else "two names or more, all different"
+        raise UserError(f"--label-names {' '.join(label_names)}: expected {expected}")
     known = _known_labels(pool / task, task, members, label_names)
     in_pool = _in_pool(pool, task, split, members)
     if file is None:
@@ -115,9 +118,8 @@ def _known_labels(
 
 
 def _in_pool(pool: Path, task: str, split: str, members: Sequence[MemberRecord]) -> Examples | None:
-    """The split's examples that finished members (or, where none is, unfinished ones) were made on."""
-    prints = {m.examples[split]: m.name for m in reversed(members) if split in m.examples and m.finished}
-    prints = prints or {m.examples[split]: m.name for m in reversed(members) if split in m.examples}
+    """The split's examples that the members were made on."""
+    prints = {m.examples[split]: m.name for m in reversed(members) if split in m.examples}
     if len(prints) > 1:
         raise UserError(
             f"{pool / task}: members {' and '.join(list(prints.values())[:2])} are of different {split} examples; "
@@ -252,7 +254,7 @@ def _agree(
 def rows_of_examples(source: Source, found: Truth, split: str, *, by_row: bool, notices: list[str]) -> np.ndarray:
     """(N,) for each example, in the pool's order, the row of the source that is of it, by id.
 
-    A source without ids must have as many rows, in the order of ``found.by_row`` (which a notice says); a table only
+    A source without ids must have as many rows, in the order of ``found.row_ids`` (which a notice says); a table only
     where ``by_row`` says so. ``UserError`` for ids that are missing, too many, there twice or of something else.
     """
     wanted = found.examples.ids.tolist()
@@ -268,7 +270,7 @@ def rows_of_examples(source: Source, found: Truth, split: str, *, by_row: bool, 
                 f"{split} example in the order of the labels"
             )
         notices.append(f"{source.where}: no ids; its rows are taken in the order of {found.source}")
-        ids = found.by_row
+        ids = found.row_ids
     else:
         ids = source.ids
         _check_ids(source, ids)
