@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.tables import Table, read_hub, read_table
-from lora_ensemble.tasks import SPLITS, Task
+from lora_ensemble.tasks import SPLITS, Task, class_reader, number
 
 _HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 _LONGEST_ID = 1000  # ids are an array of fixed width: one endless id would cost its length for every row
@@ -191,7 +191,11 @@ def _read_labels(
             )
         return None
     regression = task.kind == "regression"
-    read = _value_reader(task.label_range) if regression else _class_reader(task)
+    read = (
+        _value_reader(task.label_range)
+        if regression
+        else class_reader(task.labels, truth=task.kind == "binary" and not task.label_names)
+    )
     known: dict[Any, float | None] = {}  # a split has few different labels, and a dict is faster than float()
     out = np.empty(len(rows), np.float64 if regression else np.int64)
     for i, row in enumerate(rows):
@@ -213,34 +217,11 @@ def _expected(task: Task) -> str:
     return "a number from {} to {}".format(*task.label_range) if task.label_range else "a finite number"
 
 
-def _number(text: str) -> float:
-    """NaN where ``text`` is no number."""
-    try:
-        return math.nan if "_" in text else float(text)  # Python alone reads 1_0 as 10
-    except ValueError:
-        return math.nan
-
-
 def _value_reader(label_range: Sequence[float]) -> Callable[[Any], float | None]:
     low, high = label_range or (-math.inf, math.inf)
 
     def read(cell: Any) -> float | None:
-        value = math.nan if isinstance(cell, bool) else _number(str(cell))
+        value = math.nan if isinstance(cell, bool) else number(str(cell))
         return value if math.isfinite(value) and low <= value <= high else None
-
-    return read
-
-
-def _class_reader(task: Task) -> Callable[[Any], float | None]:
-    names = {name: i for i, name in enumerate(task.labels)}
-    # NaN, which stands for "no number", is no key that could be found. Of "1" and "1.0", the first counts.
-    numbers = {_number(name): i for i, name in reversed(list(enumerate(task.labels)))}
-    numbers = {number: i for number, i in numbers.items() if number == number}
-    truth = {"false": 0, "true": 1} if task.kind == "binary" and not task.label_names else {}
-
-    def read(cell: Any) -> float | None:
-        text = str(cell).strip()
-        found = names.get(text, numbers.get(_number(text)))
-        return truth.get(text.lower()) if found is None else found
 
     return read

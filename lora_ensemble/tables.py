@@ -54,8 +54,8 @@ def _places(numbers: Sequence[int], unit: str, count: int) -> str:
     return f"{unit}{'s' * (count > 1)} {', '.join(map(str, numbers[:3]))}{', ...' * (count > 3)}"
 
 
-def read_table(path: Path, wanted: Sequence[str]) -> Table:
-    """The ``wanted`` columns of a file; those it lacks are left out (``Table.found`` says what is there).
+def read_table(path: Path, wanted: Sequence[str] | None) -> Table:
+    """The ``wanted`` columns of a file (None: all); those it lacks are left out (``Table.found`` says what is there).
 
     ``UserError`` where the file cannot be read, is damaged, is not UTF-8 or has a wanted column twice.
     """
@@ -90,7 +90,7 @@ def _split_lines(text: str) -> list[str]:
     return (text if "\n" in text else text.replace("\r", "\n")).split("\n")
 
 
-def _read_delimited(path: Path, text: str, wanted: Sequence[str]) -> Table:
+def _read_delimited(path: Path, text: str, wanted: Sequence[str] | None) -> Table:
     lines = _split_lines(text)
     first = next((i for i, line in enumerate(lines) if line.strip()), None)
     if first is None:
@@ -141,8 +141,11 @@ def _rows(count: int) -> str:
     return f"{count} row{'s' * (count != 1)}"
 
 
-def _positions(path: Path, found: list[str], wanted: Sequence[str]) -> dict[str, int]:
-    twice = [name for name in wanted if found.count(name) > 1]
+def _positions(path: Path, found: list[str], wanted: Sequence[str] | None) -> dict[str, int]:
+    if wanted is None:
+        wanted = list(dict.fromkeys(found))
+    # Of columns without a name, the first counts.
+    twice = [name for name in wanted if name and found.count(name) > 1]
     if twice:
         raise UserError(f"{path}: column {twice[0]!r} is there {found.count(twice[0])} times; name each column once")
     return {name: found.index(name) for name in wanted if name in found}
@@ -207,7 +210,7 @@ def _unquoted(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if _QUOTED_CELL.fullmatch(cell) else cell
 
 
-def _read_json_lines(path: Path, text: str, wanted: Sequence[str]) -> Table:
+def _read_json_lines(path: Path, text: str, wanted: Sequence[str] | None) -> Table:
     starts, records, found = [], [], dict[str, None]()
     for number, line in enumerate(_split_lines(text), 1):
         if not line.strip():
@@ -223,14 +226,22 @@ def _read_json_lines(path: Path, text: str, wanted: Sequence[str]) -> Table:
         starts.append(number)
         records.append(record)
         found.update(dict.fromkeys(record))
-    columns = {name: [record.get(name) for record in records] for name in wanted if name in found}
+    columns = {
+        name: [record.get(name) for record in records]
+        for name in (found if wanted is None else wanted)
+        if name in found
+    }
     return Table(path.name, str(path), list(found), columns, starts)
 
 
-def _read_parquet(path: Path, raw: bytes, wanted: Sequence[str]) -> Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _read_parquet(path: Path, raw: bytes, wanted: Sequence[str] | None) -> Table:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise UserError(
+            f"{path}: a Parquet file needs the package pyarrow: pip install pyarrow; or save it as CSV"
+        ) from e
     try:
         with pq.ParquetFile(pa.BufferReader(raw)) as file:
             found = file.schema_arrow.names

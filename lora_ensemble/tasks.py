@@ -6,8 +6,10 @@ Only numpy is imported here: both stages, training and dicor, stand on this modu
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -128,6 +130,33 @@ PRESETS = {
     ),
 }
 """The three tasks of both reports."""
+
+
+def number(text: str) -> float:
+    """The number that a cell's text is; NaN where it is none."""
+    try:
+        return math.nan if "_" in text else float(text)  # Python alone reads 1_0 as 10
+    except ValueError:
+        return math.nan
+
+
+def class_reader(labels: Sequence[str], *, truth: bool) -> Callable[[Any], int | None]:
+    """A function from a cell to the number of its class, None where it is none of ``labels``.
+
+    Numbers match whatever way they are written (1 is 1.0). ``truth``: of two labels, "false" is 0 and "true" is 1 too.
+    """
+    names = {name: i for i, name in enumerate(labels)}
+    # NaN, which stands for "no number", is no key that could be found. Of "1" and "1.0", the first counts.
+    numbers = {number(name): i for i, name in reversed(list(enumerate(labels)))}
+    numbers = {value: i for value, i in numbers.items() if value == value}
+    words = {"false": 0, "true": 1} if truth else {}
+
+    def read(cell: Any) -> int | None:
+        text = str(cell).strip()
+        found = names.get(text, numbers.get(number(text)))
+        return words.get(text.lower()) if found is None else found
+
+    return read
 
 
 def decisions(logits: np.ndarray, kind: Kind) -> np.ndarray:

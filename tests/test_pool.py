@@ -37,6 +37,7 @@ from lora_ensemble.pool import (
     read_examples,
     read_record,
     read_tensors,
+    swap,
     task_names,
     write_examples,
     write_member,
@@ -580,7 +581,7 @@ def test_a_pool_that_cannot_be_written_is_read_as_it_is(pool, monkeypatch, error
     def locked(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(pool_module, "_locked", locked)
+    monkeypatch.setattr(swap, "_locked", locked)
     opened = TaskPool(pool, "quora")
     np.testing.assert_array_equal(opened.logits("m0"), LOGITS)
     assert read_record(pool, "quora", "m0") == opened.record("m0")

@@ -46,7 +46,8 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
     if missing:
         raise UserError(
             f"{member_folder(pool, ensemble.task, missing[0])}: no logits for the {split} split ({len(missing)} of "
-            f"{len(records)} members of the ensemble lack them); run lora-ensemble predict first"
+            f"{len(records)} members of the ensemble lack them); run lora-ensemble predict first, or dicor import "
+            f"--split {split} for one that was imported"
         )
     print_ = records[0].examples[split]
     for r in records:

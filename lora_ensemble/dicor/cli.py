@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, get_args
 
 from lora_ensemble import __version__
+from lora_ensemble.dicor import import_command
 from lora_ensemble.dicor.settings import MethodName, Similarity, Strategy
 from lora_ensemble.errors import UserError
 
@@ -36,6 +37,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"dicor {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    import_command.add_parser(commands)
 
     settings = _Parser(add_help=False)
     settings.add_argument("--pool", type=Path, required=True, metavar="DIR", help="the folder that training wrote")
@@ -227,7 +229,9 @@ def main(args: list[str] | None = None) -> int:
     """Run ``dicor`` with ``args`` (None: those of the process); returns the exit code, 2 for a user's mistake."""
     try:
         options = _parser().parse_args(args)
-        {"select": _select, "compare": _compare, "apply": _apply}[options.command](options)
+        {"import": import_command.run, "select": _select, "compare": _compare, "apply": _apply}[options.command](
+            options
+        )
         sys.stdout.flush()
     except SystemExit as e:  # --help and --version
         return int(e.code or 0)

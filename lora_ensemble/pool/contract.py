@@ -1,0 +1,240 @@
+"""What lies in the pool: the names of its files, a member's record, a split's examples, and what is right in them.
+
+Every file name of the pool lives here, and a file that is there is judged here; who writes and who waits for whom is in
+``swap.py``. Axes: N examples of a split, C outputs of a head, E epochs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import typing
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lora_ensemble.errors import UserError
+from lora_ensemble.tasks import Kind
+
+SCHEMA = 1
+RECORD = "member.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
+FULL_CONFIG = "config.json"
+FULL = "model.safetensors"
+EPOCHS = "dev.epochs.npy"
+EXAMPLES = "examples"
+NEW, OLD, LOCK = ".new.", ".old.", ".lock"
+
+
+def logits_file(split: str) -> str:
+    """File name of a split's logits (N, C) float32 inside a member's folder."""
+    return f"{split}.logits.npy"
+
+
+@dataclass(kw_only=True)
+class MemberRecord:
+    """What ``member.json`` says. Unknown things are None: a member made elsewhere may have no rank."""
+
+    name: str
+    task: str
+    kind: Kind
+    labels: list[str] = field(default_factory=list)
+    """Label values in the order of the outputs; empty for regression."""
+    finished: bool = False
+    """Whole is not finished: a member is written at every improvement, and selected only once finished."""
+    diverged: bool = False
+    """True when training gave NaN or infinity; the member is then never finished."""
+    score: float | None = None
+    """The task's score on dev at the best epoch."""
+    best_epoch: int | None = None
+    """Counted from 1."""
+    epochs_done: int | None = None
+    epoch_scores: list[float | None] = field(default_factory=list)
+    """The dev score of every epoch; None where it is undefined."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Split name to fingerprint of the examples its logits belong to."""
+    train_fingerprint: str | None = None
+    """Fingerprint of the training examples (ids, texts and labels)."""
+    base_model: str | None = None
+    """Hub id or the path as the user gave it; never a path inside site-packages."""
+    revision: str | None = None
+    finetune: str | None = None
+    rank: int | None = None
+    scaling: float | None = None
+    targets: str | None = None
+    lr: float | None = None
+    seed: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Whatever else decides the result of training: epochs, batch size, schedule, precision, ..."""
+    run: str | None = None
+    """The run that made it; it ties the folders of one member in several tasks."""
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    """File name to "sha256:<hex>" of every other file in the folder; a file not listed does not count."""
+
+    def to_json(self) -> str:
+        """JSON text, keys in the order of the fields."""
+        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> MemberRecord:
+        """Read ``member.json``; ``UserError`` where it is missing, not JSON, of another schema or lacks a key."""
+        if not path.is_file():
+            raise UserError(
+                f"{path.parent}: half-written member: {RECORD} is missing; delete the folder, or copy it again whole"
+            )
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            schema = raw.pop("schema")
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
+            raise UserError(f"{path}: not a member record ({type(e).__name__}: {e}); expected JSON and a schema") from e
+        if schema != SCHEMA:
+            raise UserError(f"{path}: schema {schema!r}; this version reads schema {SCHEMA}")
+        try:
+            record = cls(**raw)
+        except TypeError as e:
+            raise UserError(f"{path}: {str(e).removeprefix('MemberRecord.__init__() ')}") from e
+        for key, hint in _record_types().items():
+            if not _fits(getattr(record, key), hint):
+                expected = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
+                raise UserError(f"{path}: {key} is {getattr(record, key)!r}; expected {expected}")
+        if any("/" in name or "\\" in name for name in record.files):
+            raise UserError(f"{path}: files holds a path; expected names of files in the same folder")
+        if record.name != path.parent.name.removeprefix(NEW).removeprefix(OLD):
+            raise UserError(f"{path}: name is {record.name!r}, but the folder is {path.parent.name!r}")
+        if record.task != path.parent.parent.name:
+            raise UserError(f"{path}: task is {record.task!r}, but the folder is {path.parent.parent.name!r}")
+        return record
+
+
+@cache
+def _record_types() -> dict[str, Any]:
+    """What type each key of a record has; worked out once, not for each of thousands of members."""
+    return typing.get_type_hints(MemberRecord)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of a JSON file is what a field's type says; a whole number is a float too."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in args
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, args[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, args[1]) for v in value.values())
+    if args:
+        return any(_fits(value, a) for a in args)
+    if hint is float:
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    return hint is Any or type(value) is hint
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a split: ids (N,) unicode, labels (N,) int64 or float64, or None where unknown."""
+
+    ids: np.ndarray
+    labels: np.ndarray | None
+
+
+def fingerprint(ids: np.ndarray, labels: np.ndarray | None) -> str:
+    """16 hex digits over ids and labels in their order."""
+    digest = hashlib.sha256("\0".join(ids.tolist()).encode())
+    if labels is not None:
+        digest.update(b"\1")
+        digest.update(np.ascontiguousarray(labels, _label_type(labels)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _label_type(labels: np.ndarray) -> str:
+    return "<f8" if np.issubdtype(labels.dtype, np.floating) else "<i8"
+
+
+def write_examples(pool: Path, task: str, split: str, ids: ArrayLike, labels: ArrayLike | None) -> str:
+    """Write a split's examples once; returns their fingerprint.
+
+    ``ids`` (N,), ``labels`` (N,) numbers (classes count from 0) or None. ``UserError`` where ids are not unique, a
+    label is no finite number, or the lengths differ.
+    """
+    where = f"{task} {split} examples"
+    arrays = {"ids": np.asarray(ids, dtype=np.str_)}
+    _check_ids(arrays["ids"], where)
+    if labels is not None:
+        arrays["labels"] = np.asarray(labels)
+        _check_labels(arrays["labels"], arrays["ids"], where)
+        arrays["labels"] = arrays["labels"].astype(_label_type(arrays["labels"]))
+    print_ = fingerprint(arrays["ids"], arrays.get("labels"))
+    path = Path(pool) / task / EXAMPLES / f"{split}-{print_}.npz"
+    if path.exists():
+        return print_
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.parent / f".{path.name}.{os.getpid()}"
+    with open(beside, "wb") as f:
+        np.savez_compressed(f, allow_pickle=False, **arrays)
+    os.replace(beside, path)
+    return print_
+
+
+def _check_ids(ids: np.ndarray, where: str) -> None:
+    if ids.ndim != 1:
+        raise UserError(f"{where}: ids of shape {ids.shape}; expected (N,)")
+    if len(set(ids.tolist())) < len(ids):
+        first: dict[str, int] = {}
+        i = next(i for i, x in enumerate(ids.tolist()) if first.setdefault(x, i) != i)
+        raise UserError(f"{where}: id {str(ids[i])!r} is there twice, in rows {first[ids[i]]} and {i}")
+
+
+def _check_labels(labels: np.ndarray, ids: np.ndarray, where: str) -> None:
+    if labels.shape != ids.shape:
+        raise UserError(f"{where}: {len(ids)} ids, but labels of shape {labels.shape}; expected one for each")
+    if labels.dtype.kind not in "biuf":
+        raise UserError(f"{where}: labels are {labels.dtype}; expected numbers (classes count from 0)")
+    if not np.isfinite(labels).all():
+        row = int(np.flatnonzero(~np.isfinite(labels))[0])
+        raise UserError(f"{where}: the label is {labels[row]} in row {row}; expected a finite number")
+
+
+def read_examples(pool: Path, task: str, split: str, print_: str) -> Examples:
+    """Read a split's examples; ``UserError`` where they are missing or are not those of the fingerprint."""
+    path = Path(pool) / task / EXAMPLES / f"{split}-{print_}.npz"
+    if not path.is_file():
+        raise UserError(f"{path}: missing, though members of this pool refer to it; copy it back, or train again")
+    try:
+        with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
+            ids, labels = data["ids"], data.get("labels")
+        found = fingerprint(ids, labels)
+    except Exception as e:  # a damaged zip raises many kinds of exception
+        raise UserError(f"{path}: cannot be read ({type(e).__name__}: {e}); copy it again") from e
+    if found != print_:
+        raise UserError(f"{path}: its content is not what its name says (tampered with, or damaged); copy it again")
+    return Examples(ids, labels)
+
+
+def member_folder(pool: Path, task: str, name: str) -> Path:
+    """Where a member lives."""
+    return Path(pool) / task / name
+
+
+def check_name(name: str) -> None:
+    """``UserError`` unless ``name`` can be the name of a member's folder."""
+    good = name and name[0] not in "._" and name != EXAMPLES and all(c.isalnum() or c in "-_.+" for c in name)
+    # File systems end at 255 bytes.
+    if not good or len(name.encode()) > 150:
+        raise UserError(
+            f"member name {name!r}: expected up to 150 bytes of letters, digits, '-', '_', '.' or '+', not starting "
+            f"with '.' or '_', and not {EXAMPLES!r}"
+        )
+
+
+def checksum(path: Path) -> str:
+    """ "sha256:<hex>" of a file."""
+    with open(path, "rb") as f:
+        return "sha256:" + hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,211 @@
+"""Reading the pool: one member's record, arrays and weights, or all members of a task that can be selected.
+
+What is read is compared with its checksum, and what would make a selection meaningless is refused. Axes: N examples of
+a split, C outputs of a head, E epochs.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lora_ensemble.errors import UserError
+from lora_ensemble.pool.contract import (
+    EXAMPLES,
+    RECORD,
+    Examples,
+    MemberRecord,
+    checksum,
+    logits_file,
+    member_folder,
+    read_examples,
+)
+from lora_ensemble.pool.swap import no_swap
+from lora_ensemble.tasks import Kind
+
+
+def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
+    """A member's record, or None where there is no such member."""
+    home = Path(pool) / task
+    with no_swap(home):
+        return MemberRecord.read(home / name / RECORD) if (home / name).is_dir() else None
+
+
+def read_records(pool: Path, task: str) -> list[MemberRecord]:
+    """The records of all members of a task, by name, finished or not; none where there is no such task."""
+    home = Path(pool) / task
+    if not home.is_dir():
+        return []
+    with no_swap(home):
+        folders = sorted(p for p in home.iterdir() if p.is_dir() and p.name[0] != "." and p.name != EXAMPLES)
+        return [MemberRecord.read(folder / RECORD) for folder in folders]
+
+
+def _checked_file(pool: Path, record: MemberRecord, name: str) -> Path:
+    """Path of one of a member's files, its checksum compared; call it while reading.
+
+    ``UserError`` where it is missing or another.
+    """
+    folder = member_folder(pool, record.task, record.name)
+    if name not in record.files:
+        raise UserError(f"{folder}: this member has no {name}")
+    found = checksum(folder / name) if (folder / name).is_file() else None
+    if found == record.files[name]:
+        return folder / name
+    if (folder / RECORD).is_file() and MemberRecord.read(folder / RECORD).files.get(name) != record.files[name]:
+        raise UserError(f"{folder}: this member was replaced while it was being read; run the command again")
+    if found is None:
+        raise UserError(f"{folder}: half-written member: {name} is missing; delete the folder, or copy it again whole")
+    raise UserError(
+        f"{folder / name}: tampered with, or damaged: found {found[:19]}..., {RECORD} says "
+        f"{record.files[name][:19]}...; copy the member again, or train it again"
+    )
+
+
+def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
+    """One of a member's .npy files, memory-mapped, checksum compared, finite (``UserError`` otherwise)."""
+    with no_swap(Path(pool) / record.task):
+        path = _checked_file(pool, record, name)
+        try:
+            array = _mapped(path)
+        except Exception as e:  # a damaged header raises several kinds of exception
+            raise UserError(f"{path}: not an array file ({e})") from e
+    if not np.issubdtype(array.dtype, np.floating) or array.ndim < 2:
+        raise UserError(f"{path}: {array.dtype} of shape {array.shape}; expected floats of shape (..., N, C)")
+    if not np.isfinite(array).all():
+        row = int(np.argwhere(~np.isfinite(array))[0][-2])
+        raise UserError(
+            f"{path}: logits are NaN or infinite, first in row {row}; delete this member's folder to go on without it"
+        )
+    return array
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """An array file, memory-mapped and read-only. Nothing is ever unpickled, unlike by np.load.
+
+    As ``np.lib.format.open_memmap``, which opens a file twice and follows each folder of its path: twice the time.
+    """
+    with open(path, "rb") as f:
+        version = np.lib.format.read_magic(f)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(f)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        return np.memmap(f, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+
+
+def read_tensors(pool: Path, record: MemberRecord, name: str) -> dict[str, np.ndarray]:
+    """One of a member's .safetensors files, checksum compared."""
+    from safetensors.numpy import load_file
+
+    with no_swap(Path(pool) / record.task):
+        return load_file(_checked_file(pool, record, name))
+
+
+class TaskPool:
+    """The members of one task that can be selected, and what was left out.
+
+    Everything that would make a selection meaningless is refused when it is opened: members of other examples,
+    another order of labels or another schema (``UserError`` naming both folders and the first difference).
+    """
+
+    def __init__(self, pool: str | Path, task: str, *, split: str = "dev") -> None:
+        self.pool, self.name, self.split = Path(pool), task, split
+        home = self.pool / task
+        if not home.is_dir():
+            found = ", ".join(task_names(self.pool)) or "none"
+            raise UserError(f"{self.pool}: no task {task!r} in this pool; tasks found: {found}")
+        self.members: list[MemberRecord] = []
+        """Finished members, by name."""
+        self.left_out: dict[str, str] = {}
+        """Name to reason of members that were not finished."""
+        for record in read_records(self.pool, task):
+            if record.finished:
+                self.members.append(record)
+            else:
+                self.left_out[record.name] = "diverged" if record.diverged else "not finished"
+        if not self.members:
+            more = f" ({len(self.left_out)} not finished)" if self.left_out else ""
+            raise UserError(f"{home}: no finished member{more}; train some with lora-ensemble fit --pool.dir {pool}")
+        self._by_name = {record.name: record for record in self.members}
+        self._agree()
+        self.kind: Kind = self.members[0].kind
+        self.labels = self.members[0].labels
+
+    def _folder(self, record: MemberRecord) -> Path:
+        return member_folder(self.pool, self.name, record.name)
+
+    def _agree(self) -> None:
+        # The split is compared with the first that has it.
+        first = next((r for r in self.members if self.split in r.examples), self.members[0])
+        for other in self.members:
+            both = f"{self._folder(first)} and {self._folder(other)} do not belong together"
+            for key in ("task", "kind", "labels"):
+                a, b = getattr(first, key), getattr(other, key)
+                if a != b:
+                    raise UserError(f"{both}: {key} is {a!r} in one and {b!r} in the other")
+            a, b = first.examples.get(self.split), other.examples.get(self.split)
+            if a != b and a is not None and b is not None:
+                raise UserError(f"{both}: {self._first_difference(a, b)}; they must be of the same data")
+
+    def _first_difference(self, a: str, b: str) -> str:
+        one, two = (read_examples(self.pool, self.name, self.split, x) for x in (a, b))
+        if len(one.ids) != len(two.ids):
+            return f"{len(one.ids)} {self.split} examples against {len(two.ids)}"
+        differ = np.flatnonzero(one.ids != two.ids)
+        if len(differ):
+            i = differ[0]
+            return f"{self.split} ids differ, first in row {i}: {str(one.ids[i])!r} against {str(two.ids[i])!r}"
+        if one.labels is None or two.labels is None:
+            return f"one has labels for {self.split}, the other has none"
+        if one.labels.dtype != two.labels.dtype:
+            return f"{self.split} labels are {one.labels.dtype} in one and {two.labels.dtype} in the other"
+        i = np.flatnonzero(one.labels != two.labels)[0]
+        both = f"{one.labels[i]} against {two.labels[i]}"
+        return f"{self.split} labels differ, first in row {i} ({str(one.ids[i])!r}): {both}"
+
+    def record(self, name: str) -> MemberRecord:
+        """The finished member of that name; ``UserError`` where there is none."""
+        if name in self._by_name:
+            return self._by_name[name]
+        why = self.left_out.get(name, "not there")
+        raise UserError(f"{self.pool / self.name}: member {name!r} is {why}; finished members: {len(self.members)}")
+
+    def examples(self) -> Examples:
+        """Ids and labels of the split; ``UserError`` where a member has no logits for it."""
+        missing = [r.name for r in self.members if self.split not in r.examples]
+        if missing:
+            raise UserError(
+                f"{self._folder(self.record(missing[0]))}: no logits for the {self.split} split"
+                f" ({len(missing)} of {len(self.members)} members lack them); run lora-ensemble predict first, or "
+                f"dicor import --split {self.split} for one that was imported"
+            )
+        return self._examples
+
+    @cached_property
+    def _examples(self) -> Examples:
+        print_ = next(r.examples[self.split] for r in self.members if self.split in r.examples)
+        return read_examples(self.pool, self.name, self.split, print_)
+
+    def logits(self, name: str) -> np.ndarray:
+        """(N, C) float32 logits of a member on the split, memory-mapped, checked."""
+        record = self.record(name)
+        array = read_array(self.pool, record, logits_file(self.split))
+        n = len(self._examples.ids)
+        c = len(self.labels) if self.kind == "multiclass" else 1
+        if array.shape != (n, c):
+            raise UserError(
+                f"{self._folder(record) / logits_file(self.split)}: shape {array.shape}; expected ({n}, {c}): "
+                "the rows of the examples file by the outputs of the task"
+            )
+        return array
+
+
+def task_names(pool: str | Path) -> list[str]:
+    """Tasks that have a folder in the pool."""
+    pool = Path(pool)
+    if not pool.is_dir():
+        raise UserError(f"{pool}: no such folder; give the folder that training wrote with --pool.dir")
+    return sorted(p.name for p in pool.iterdir() if (p / EXAMPLES).is_dir())
