@@ -82,7 +82,7 @@ def test_the_single_bests_estimate_read_aloud(kind):
         all_epochs |= {best}
         said = decisions(each[best], kind)
         if kind == "regression":  # r does not look at the scale, which is another in each half
-            said = (said - said[choose].mean()) / said[choose].std()
+            said = (said - said[rest].mean()) / said[rest].std()
         held[rest] = said[rest]
     one = found.of["best"]
     assert one.at_part == pytest.approx(score_of(held, labels, kind), abs=1e-12)

@@ -210,9 +210,5 @@ def _held_out(
         )
         logits = np.stack([each[i][0][outside] for i in top])
         for name, method in methods.items():
-            choice = method.choose(view)
-            decided = _decided(view, choice, logits)
-            if dev.kind == "regression":
-                decided = standardised(decided, _decided(view, choice, view.logits))
-            held[name][s // folds, outside] = decided
+            held[name][s // folds, outside] = standardised(_decided(view, method.choose(view), logits))
     return held
