@@ -86,7 +86,7 @@ def ranked(logits, labels, kind):
     kind=st.sampled_from(KINDS),
     criterion=st.sampled_from(["score", "loss"]),
     seed=st.integers(0, 10**6),
-    n=st.sampled_from([20, 90]),
+    n=st.sampled_from([8, 20, 90]),
 )
 def test_greedy_is_autogluons(kind, criterion, seed, n):
     """Few examples make many ties."""
