@@ -109,7 +109,7 @@ def estimate(
 
     methods = {"best": Best(), **{name: method for name, method in methods.items() if name not in ("best", "omni")}}
     limit = max(method.candidates(len(dev)) for method in methods.values())
-    view, _ = view_of(dev, found.scores[-1], limit=limit)
+    view, _ = view_of(dev, found.scores[-1], limit=limit, order=order)
     choices = {name: method.choose(view) for name, method in methods.items()}
     in_sample = {name: score_decisions(_decided(view, c, view.logits), labels, dev.kind) for name, c in choices.items()}
     choices["omni"] = Choice(members=[], strategy=omni.strategy)

@@ -14,6 +14,8 @@ from lora_ensemble.dicor.members import Dev
 from lora_ensemble.dicor.settings import Strategy
 from lora_ensemble.tasks import decisions
 
+MANY = 10_000
+"""Examples from which on they are counted."""
 BLOCK = 32
 """Members whose right and wrong answers are counted by one matrix product."""
 
@@ -66,12 +68,11 @@ def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy) -> Fo
 
 def _scores(logits: np.ndarray, dev: Dev, inside: np.ndarray) -> np.ndarray:
     """Scores (B, S) of logits (B, N, C) on all examples but those inside each split's fold (N, S)."""
-    size = inside.sum(axis=0)
-    left = len(inside) - size
-    decided = decisions(logits, dev.kind)
+    left = len(inside) - inside.sum(axis=0)
+    # For a binary kind as decisions() does it, but without making numbers of it first.
+    decided = logits[..., 0] > 0 if dev.kind == "binary" else decisions(logits, dev.kind)
     if dev.kind != "regression":
-        right = (decided == dev.labels).astype(inside.dtype)  # counts below 2^24 are exact in float32
-        return np.asarray((right.sum(axis=1, keepdims=True) - right @ inside).astype(np.float64) / left)
+        return _counts(decided == dev.labels, inside) / left
     # Less the overall mean, so that little is lost where sums are subtracted from sums.
     x, y = decided - decided.mean(axis=1, keepdims=True), dev.labels - dev.labels.mean()
 
@@ -86,6 +87,16 @@ def _scores(logits: np.ndarray, dev: Dev, inside: np.ndarray) -> np.ndarray:
     # What is left of a constant after rounding is no variance.
     constant = (xx <= 1e-12 * rest(x * x)) | (xx <= 0) | (yy <= 1e-12 * rest(y[None] ** 2)) | (yy <= 0)
     return np.where(constant, np.nan, r)
+
+
+def _counts(right: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """How many of what is right (B, N) lie outside each fold (N, S): (B, S)."""
+    if len(inside) < MANY:
+        numbers = right.astype(inside.dtype)  # counts below 2^24 are exact in float32
+        return np.asarray(numbers.sum(axis=1, keepdims=True) - numbers @ inside).astype(np.float64)
+    # Few folds of many examples: bytes are counted several times faster than numbers are multiplied.
+    outside = np.ascontiguousarray(inside.T == 0)
+    return np.array([[np.count_nonzero(one & mask) for mask in outside] for one in right], np.float64)
 
 
 class _Omni:
