@@ -9,9 +9,10 @@ chosen is that on all ``--truth`` examples there are, of which dev sets are samp
 the choosing part's size, (K - 1) / K of the dev set, which is what the estimate is of. Printed for each method:
 
     in-sample     the mean score on the dev set that was chosen on, less the true score: the optimism
-    estimate      the mean honest estimate, less the true score of what is chosen at the choosing part's size
-    pessimism     the mean honest estimate, less the true score of what was chosen on the whole dev set
-    share         pessimism as a share of the optimism
+    held out      the mean score on what was held out, less the true score of what is chosen at that part's size
+    uncorrected   the mean score on what was held out, less the true score of what was chosen on the whole dev set
+    honest        the mean honest estimate, which is corrected, less the same
+    share         that bias as a share of the optimism
     cover         how often the interval holds the true score of what was chosen; and so for the differences
 """
 
@@ -140,12 +141,14 @@ def simulate(world: World, *, sets: int, truth: int, repeats: int | None, seed: 
             row["optimism"].append(one.in_sample - true[name])
             row["true"].append(true[name])
             smaller = chosen.of[name]
-            at_part = (
-                known.of_all(part_epochs) if name == "omni" else known.of(smaller.choice, smaller.names, part_epochs)
-            )
-            row["at part"].append(at_part)
-            row["estimate"].append(one.honest.value)
+            if name == "omni":
+                row["at part"].append(known.of_all(part_epochs))
+            else:
+                row["at part"].append(known.of(smaller.choice, smaller.names, part_epochs))
+            assert one.at_part is not None
+            row["estimate"].append(one.at_part)
             row["pessimism"].append(one.honest.value - true[name])
+            row["uncorrected"].append(one.at_part - true[name])
             row["width"].append(one.honest.high - one.honest.low)
             row["cover"].append(one.honest.low <= true[name] <= one.honest.high)
             for other, interval in (("best", one.against_best), ("omni", one.against_omni)):
@@ -165,16 +168,17 @@ def simulate(world: World, *, sets: int, truth: int, repeats: int | None, seed: 
 def table(figures: dict[str, dict[str, float]]) -> str:
     """Markdown."""
     lines = [
-        "| method | true score | optimism in-sample | estimate - true at the part's size | estimate - true | share "
-        "| cover | cover: to best | cover: to Omni |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | true score | in-sample - true | held out - true at the part's size | held out - true "
+        "| honest - true | share | cover | cover: to best | cover: to Omni |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in figures.items():
         share = f"{row['pessimism'] / row['optimism']:+.2f}" if row["optimism"] > 4 * row["optimism error"] else "-"
         covers = [f"{row[key]:.1%}" if key in row else "-" for key in ("cover", "cover best", "cover omni")]
         lines.append(
             f"| {name} | {row['true']:.4f} | {row['optimism']:+.4f} | {row['bias']:+.4f} ± {row['bias error']:.4f} "
-            f"| {row['pessimism']:+.4f} ± {row['pessimism error']:.4f} | {share} | {' | '.join(covers)} |"
+            f"| {row['uncorrected']:+.4f} | {row['pessimism']:+.4f} ± {row['pessimism error']:.4f} | {share} "
+            f"| {' | '.join(covers)} |"
         )
     return "\n".join(lines)
 

@@ -1052,3 +1052,14 @@ def test_the_pages_foreign_member_can_be_selected(pool, monkeypatch):
     opened = TaskPool("checkpoints/pool", task)
     assert len(opened.members) == 1
     assert opened.logits(opened.members[0].name).shape[0] == len(opened.examples().ids)
+
+
+def test_what_a_kill_leaves_is_mended_though_the_folder_was_looked_at_before(pool):
+    """A reader that found nothing to mend does not look again until something was renamed in the folder."""
+    home = pool / "quora"
+    os.utime(home, (1e9, 1e9))
+    TaskPool(pool, "quora").logits("m1")
+    os.rename(home / "m1", home / ".old.m1")  # the kill came between the two renames
+    os.utime(home, (1.1e9, 1.1e9))
+    assert "m1" in [r.name for r in TaskPool(pool, "quora").members]
+    assert not (home / ".old.m1").exists()

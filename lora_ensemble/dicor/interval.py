@@ -26,6 +26,11 @@ class Interval:
     low: float
     high: float
 
+    def moved(self, by: float, least: float, most: float) -> Interval:
+        """The same, so much higher, within what a score can be."""
+        value, low, high = (min(max(x + by, least), most) for x in (self.value, self.low, self.high))
+        return Interval(value=value, low=low, high=high)
+
     @property
     def beyond_noise(self) -> bool:
         """Whether 0 lies outside: for a difference, whether there is one."""

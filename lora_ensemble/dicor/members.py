@@ -185,15 +185,16 @@ def defined(dev: Dev, scores: np.ndarray) -> tuple[Dev, list[int]]:
     return dev.only(good, [f"{what}; left out{others}"]), good
 
 
-def view_of(dev: Dev, scores: np.ndarray, *, limit: int) -> tuple[View, list[int]]:
+def view_of(dev: Dev, scores: np.ndarray, *, limit: int, order: np.ndarray | None = None) -> tuple[View, list[int]]:
     """The best ``limit`` members on all examples, as a method sees them, and their indices into ``dev``.
 
-    ``scores`` (M,): of the members of ``dev``, none undefined. Examples are in the order of ``splits.canonical``.
+    ``scores`` (M,): of the members of ``dev``, none undefined. Examples are put in ``order`` (None: that of
+    ``splits.canonical``).
     """
     # The softer loss matters only where scores tie with the last one that is let in, or above it.
     within = leaders(scores, limit)
     limit = min(limit, len(dev))
-    order = canonical(dev.ids)
+    order = canonical(dev.ids) if order is None else order
     labels = dev.labels[order]
     loss = np.array([losses(np.asarray(dev.of_member(m)), dev.labels, dev.kind).mean() for m in within])
     top = [within[i] for i in ranked(scores[within], loss, [dev.names[m] for m in within])][:limit]

@@ -92,7 +92,8 @@ class Ensemble:
 def figures(one: Estimate) -> dict[str, Any]:
     """What is known of one method's choice; a number is None where it is undefined or cannot be estimated.
 
-    ``in_sample`` score on dev; ``honest`` score and its interval from ``low`` to ``high`` at ``level``; ``optimism``;
+    ``in_sample`` score on dev; ``honest`` score and its interval from ``low`` to ``high`` at ``level``; ``at_part``:
+    the score on what was held out, before it is corrected for choosing on a part; ``optimism``;
     ``to_best`` and ``to_omni``: the honest difference, its interval, and whether it is ``beyond_noise``.
     """
 
@@ -110,6 +111,7 @@ def figures(one: Estimate) -> dict[str, Any]:
         "in_sample": None if undefined else one.in_sample,
         "honest": span(one.honest),
         "level": LEVEL,
+        "at_part": one.at_part,
         "optimism": None if undefined else one.optimism,
         "to_best": difference(one.against_best),
         "to_omni": difference(one.against_omni),

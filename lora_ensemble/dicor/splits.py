@@ -22,7 +22,8 @@ REPEATS = 10
 
 def hashes(ids: Sequence[str] | np.ndarray) -> np.ndarray:
     """A number (N,) uint64 for each id, from its text alone."""
-    digests = b"".join(hashlib.blake2b(str(i).encode(), digest_size=8).digest() for i in ids)
+    texts = ids.tolist() if isinstance(ids, np.ndarray) else ids
+    digests = b"".join(hashlib.blake2b(str(i).encode(), digest_size=8).digest() for i in texts)
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 

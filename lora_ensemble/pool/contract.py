@@ -121,9 +121,14 @@ def _record_types() -> dict[str, Any]:
     return typing.get_type_hints(MemberRecord)
 
 
+@cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(hint), typing.get_args(hint)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value out of a JSON file is what a field's type says; a whole number is a float too."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin, args = _parts(hint)
     if origin is typing.Literal:
         return value in args
     if origin is list:
