@@ -100,7 +100,21 @@ def test_the_whole_path(program: Program, capsys: pytest.CaptureFixture[str]) ->
     assert pool.TaskPool(program.pool, "sst", split="test").logits("head-lr1e-2-s11711").shape == (20, 5)
     record_file, predictions = program.folder / "dicor.json", program.folder / "p.csv"
     assert (
-        dicor(["select", "--pool", str(program.pool), "--task", "sst", "--size", "3", "--output", str(record_file)])
+        dicor(
+            [
+                "select",
+                "--pool",
+                str(program.pool),
+                "--task",
+                "sst",
+                "--method",
+                "dicor",
+                "--size",
+                "3",
+                "--output",
+                str(record_file),
+            ]
+        )
         == 0
     )
     assert dicor(["compare", "--pool", str(program.pool), "--task", "sst"]) == 0
