@@ -83,8 +83,10 @@ def split_checkpoint(checkpoint: Mapping[str, Any], bank: Bank, names: Sequence[
         for o in checkpoint["optimizer_states"]
     ]
     new["bank"] = {**checkpoint["bank"], "members": [described[order[i]] for i in rows]}
-    # A ModelCheckpoint's files are of the whole bank.
-    kept = {k: s for k, s in checkpoint["callbacks"].items() if not k.startswith("ModelCheckpoint")}
+    # A checkpoint callback's files are of the whole bank.
+    kept = {
+        k: s for k, s in checkpoint["callbacks"].items() if not k.startswith(("ModelCheckpoint", "TimedCheckpoint"))
+    }
     new["callbacks"] = {k: _writer_rows(s, rows) if k == "PoolWriter" else s for k, s in kept.items()}
     return new
 
