@@ -15,7 +15,7 @@ from lora_ensemble.dicor.settings import Strategy
 from lora_ensemble.dicor.view import View
 from lora_ensemble.dicor.weights import convex_weights, temperatures
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import Kind
+from lora_ensemble.tasks import Kind, decisions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def probabilities(logits: np.ndarray, choice: Choice, *, kind: Kind) -> np.ndarr
         raise UserError("predict_proba: a regression has values, not probabilities; use predict")
     classes = 2 if kind == "binary" else logits.shape[-1]
     if choice.strategy == "majority":
-        decided = logits.argmax(-1) if kind == "multiclass" else (logits[..., 0] > 0).astype(int)
+        decided = decisions(logits, kind)
         return np.stack([(decided == c).mean(axis=0) for c in range(classes)], axis=1)
     if choice.strategy == "mean":
         voice = voices(logits.mean(axis=0, dtype=np.float64), kind)

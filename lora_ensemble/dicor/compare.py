@@ -43,7 +43,7 @@ def compare(task_pool: TaskPool, names: Sequence[MethodName], options: Options) 
     Raises ``UserError``, naming the task, where an option does not fit the pool, and as ``estimate`` does.
     """
     try:
-        check(options, len(task_pool.members))
+        check(options, task_pool.kind, len(task_pool.members))
         dev = dev_of(task_pool)
         methods: dict[str, Method] = {}
         notices = list(dev.notices)

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_ensemble.dicor.choice import Choice, combined
 from lora_ensemble.dicor.methods import Method
-from lora_ensemble.dicor.settings import SMOOTH, Criterion
+from lora_ensemble.dicor.settings import GREEDY_STEPS, GREEDY_TOP_K, SMOOTH, Criterion
 from lora_ensemble.dicor.view import Sums, View
 from lora_ensemble.errors import UserError
 
@@ -32,8 +32,8 @@ class Greedy(Method):
     candidates and ``example_share`` of the examples, drawn with ``seed``; their weights are averaged.
     """
 
-    steps: int = 25
-    top_k: int = 50
+    steps: int = GREEDY_STEPS
+    top_k: int = GREEDY_TOP_K
     criterion: Criterion | None = None
     sorted_start: bool = False
     bags: int = 1

@@ -189,8 +189,10 @@ def view_of(dev: Dev, scores: np.ndarray, *, limit: int, order: np.ndarray | Non
     """The best ``limit`` members on all examples, as a method sees them, and their indices into ``dev``.
 
     ``scores`` (M,): of the members of ``dev``, none undefined. Examples are put in ``order`` (None: that of
-    ``splits.canonical``).
+    ``splits.canonical``). ``UserError`` for a ``limit`` below 1.
     """
+    if limit < 1:
+        raise UserError(f"top_k {limit}: there must be at least one candidate")
     # The softer loss matters only where scores tie with the last one that is let in, or above it.
     within = leaders(scores, limit)
     limit = min(limit, len(dev))

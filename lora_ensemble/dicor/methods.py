@@ -18,7 +18,15 @@ import numpy as np
 from lora_ensemble.dicor.choice import Choice, combined, decide, probabilities
 from lora_ensemble.dicor.members import Dev, defined, view_of
 from lora_ensemble.dicor.select import pick
-from lora_ensemble.dicor.settings import DEFAULT_TOP_K, MOST_AUTO, SMOOTH, Criterion, Similarity, Strategy
+from lora_ensemble.dicor.settings import (
+    DEFAULT_TOP_K,
+    EXHAUSTIVE_TOP_K,
+    MOST_AUTO,
+    SMOOTH,
+    Criterion,
+    Similarity,
+    Strategy,
+)
 from lora_ensemble.dicor.similarity import features
 from lora_ensemble.dicor.view import View
 from lora_ensemble.errors import UserError
@@ -129,7 +137,7 @@ class Omni(Method):
 
 @dataclass(kw_only=True)
 class Dicor(Method):
-    """Members that are good and unlike each other (Tolkunov, section 4.3; ``select.dicor`` says the rule).
+    """Members that are good and unlike each other (Tolkunov, section 4.3; ``select.pick`` says the rule).
 
     With ``trade_off`` 1 and a number for ``size`` it is the paper's. ``size="auto"`` goes on to ``MOST_AUTO`` members
     and then keeps the first so many of them whose mean is best, by the measure that ``SMOOTH``
@@ -147,13 +155,13 @@ class Dicor(Method):
         return min(self.top_k, members)
 
     def choose(self, view: View) -> Choice:
-        k = self.candidates(len(view))
+        if self.size != "auto" and self.size < 1:
+            raise UserError(f"size {self.size}: an ensemble needs at least one member")
         if not 0 <= self.trade_off <= 1:
-            raise UserError(f"--trade-off {self.trade_off}: expected 0 (score alone) to 1 (similarity alone)")
+            raise UserError(f"trade_off {self.trade_off}: expected 0 (score alone) to 1 (similarity alone)")
+        k = self.candidates(len(view))
         size = min(MOST_AUTO if self.size == "auto" else self.size, k)
-        compared = features(
-            view.logits[:k], kind=view.kind, similarity=self.similarity, names=view.names, labels=view.labels
-        )
+        compared = features(view.logits[:k], kind=view.kind, similarity=self.similarity, labels=view.labels)
         picked, similarities = pick(
             compared, size=size, similarity=self.similarity, scores=view.scores[:k], trade_off=self.trade_off
         )
@@ -199,7 +207,7 @@ class Exhaustive(Method):
     """
 
     size: int | None = None
-    top_k: int = 8
+    top_k: int = EXHAUSTIVE_TOP_K
     criterion: Criterion | None = None
     strategy: Strategy = "mean-probability"
 

@@ -44,7 +44,7 @@ class Options:
 def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> tuple[Method, list[str]]:
     """The method of that name for a pool of M ``members``, and notices for the user.
 
-    Options that it does not listen to are not looked at here; see ``check``. Raises ``UserError`` as ``settle`` does.
+    Options that it does not listen to are not looked at here; that they make sense, ``check`` has seen.
     """
     o = options
     top_k = None if o.top_k is None else min(o.top_k, members)
@@ -52,21 +52,9 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
     if name == "best":
         return Best(), []
     if name == "omni":
-        return Omni(strategy=_omni_strategy(kind, o.strategy)), []
+        return Omni(strategy=o.strategy if o.strategy not in (None, "weighted") else s.OMNI_STRATEGY[kind]), []
     if name == "dicor":
-        found, notices = s.settle(kind, members, size=most, top_k=o.top_k, similarity=o.similarity, strategy=o.strategy)
-        size: int | Literal["auto"] = "auto" if o.size == "auto" else found.size
-        temperature = bool(o.temperature)
-        paper = Dicor(
-            size=size,
-            top_k=found.top_k,
-            similarity=found.similarity,
-            strategy=found.strategy,
-            temperature=temperature,
-        )
-        return paper, [] if o.size == "auto" else notices
-    if o.strategy == "majority" and kind == "regression":
-        raise UserError("--strategy majority: a regression has values, not classes to vote for; use --strategy mean")
+        return _paper(kind, members, o)
     if name == "dicor-auto":
         return Dicor(
             size=o.size or "auto",
@@ -90,14 +78,31 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
     ), []
 
 
-def _omni_strategy(kind: Kind, asked: Strategy | None) -> Strategy:
-    if asked == "majority" and kind == "regression":
+def _paper(kind: Kind, members: int, o: Options) -> tuple[Dicor, list[str]]:
+    """The paper's rule. A default gives way to what is there, and a notice says so."""
+    notices = []
+    if o.top_k is not None and o.top_k > members:
+        notices.append(f"--top-k {o.top_k}: the pool has {members} finished members, all of them are candidates")
+    size = o.size
+    if size is None:
+        size = min(s.DEFAULT_SIZE[kind], members, o.top_k or members)
+        if size < s.DEFAULT_SIZE[kind]:
+            limit = f"--top-k is {o.top_k}" if size == o.top_k else f"the pool has {members} finished members"
+            notices.append(f"size is {size} instead of the default {s.DEFAULT_SIZE[kind]}: {limit}")
+    top_k = o.top_k or max(s.DEFAULT_TOP_K, 0 if size == "auto" else size)
+    return Dicor(
+        size=size,
+        top_k=min(top_k, members),
+        similarity=o.similarity or s.DEFAULT_SIMILARITY[kind],
+        strategy=o.strategy or s.DEFAULT_STRATEGY[kind],
+        temperature=bool(o.temperature),
+    ), notices
+
+
+def check(options: Options, kind: Kind, members: int) -> None:
+    """``UserError`` where an option makes no sense for this task and this pool, whatever the method."""
+    if options.strategy == "majority" and kind == "regression":
         raise UserError("--strategy majority: a regression has values, not classes to vote for; use --strategy mean")
-    return asked if asked and asked != "weighted" else s.OMNI_STRATEGY[kind]
-
-
-def check(options: Options, members: int) -> None:
-    """``UserError`` where a number makes no sense, whatever the method."""
     if isinstance(options.size, int):
         if options.size < 1:
             raise UserError(f"--size {options.size}: an ensemble needs at least one member")
@@ -108,8 +113,6 @@ def check(options: Options, members: int) -> None:
         if options.top_k < least:
             what = f"--size {least}" if least > 1 else "1"
             raise UserError(f"--top-k {options.top_k} is below {what}: there must be at least as many candidates")
-    if options.trade_off is not None and not 0 <= options.trade_off <= 1:
-        raise UserError(f"--trade-off {options.trade_off}: expected 0 (score alone) to 1 (similarity alone)")
 
 
 def refuse_unheard(options: Options, methods: Sequence[MethodName]) -> None:

@@ -62,7 +62,6 @@ def save(comparison: Comparison, folder: Path) -> list[Path]:
         np.stack([task_pool.logits(name) for name in names]),
         kind=task_pool.kind,
         similarity=similarity,
-        names=names,
         labels=task_pool.examples().labels,
     )
     chosen = [names.index(name) for name in found.of[method].names]

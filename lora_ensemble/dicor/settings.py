@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
-
-from lora_ensemble.errors import UserError
 
 if TYPE_CHECKING:
     from lora_ensemble.tasks import Kind
@@ -42,57 +39,3 @@ DEFAULT_TRADE_OFF = 0.5
 # `exhaustive` tries all ensembles of the best so many.
 EXHAUSTIVE_TOP_K = 8
 GREEDY_TOP_K, GREEDY_STEPS, GREEDY_BAGS = 50, 25, 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How an ensemble is chosen and combined; every field is decided."""
-
-    size: int
-    """Members in the ensemble."""
-    top_k: int
-    """Candidates: the members with the best dev scores; size <= top_k <= M."""
-    similarity: Similarity
-    strategy: Strategy
-
-
-def settle(
-    kind: Kind,
-    members: int,
-    *,
-    size: int | None = None,
-    top_k: int | None = None,
-    similarity: Similarity | None = None,
-    strategy: Strategy | None = None,
-) -> tuple[Settings, list[str]]:
-    """Fill in the defaults for a task's kind and a pool of ``members``; also returns notices for the user.
-
-    A default gives way to what is there; what was asked for does not: ``UserError`` where the size exceeds the pool
-    or the candidates, where it is below one, and for a majority of regression values.
-    """
-    notices = []
-    if size is not None and size < 1:
-        raise UserError(f"--size {size}: an ensemble needs at least one member")
-    if size is not None and size > members:
-        raise UserError(f"--size {size}: the pool has {members} finished members; give at most {members}")
-    if top_k is not None and top_k < (size or 1):
-        least = f"--size {size}" if size else "1"
-        raise UserError(f"--top-k {top_k} is below {least}: there must be at least as many candidates as members")
-    if top_k is not None and top_k > members:
-        notices.append(f"--top-k {top_k}: the pool has {members} finished members, all of them are candidates")
-    if size is None:
-        size = min(DEFAULT_SIZE[kind], members, top_k or members)
-        if size < DEFAULT_SIZE[kind]:
-            limit = f"--top-k is {top_k}" if size == top_k else f"the pool has {members} finished members"
-            notices.append(f"size is {size} instead of the default {DEFAULT_SIZE[kind]}: {limit}")
-    if top_k is None:
-        top_k = max(DEFAULT_TOP_K, size)
-    strategy = strategy or DEFAULT_STRATEGY[kind]
-    if strategy == "majority" and kind == "regression":
-        raise UserError("--strategy majority: a regression has values, not classes to vote for; use --strategy mean")
-    return Settings(
-        size=size,
-        top_k=min(top_k, members),
-        similarity=similarity or DEFAULT_SIMILARITY[kind],
-        strategy=strategy,
-    ), notices

@@ -8,8 +8,6 @@ most alike there is: a member that says the same of every example is never chose
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from lora_ensemble.dicor.settings import Similarity
@@ -24,7 +22,6 @@ def features(
     *,
     kind: Kind,
     similarity: Similarity,
-    names: Sequence[str],
     labels: np.ndarray | None = None,
 ) -> np.ndarray:
     """What members are compared by: logits (M, N, C) to (M, F), the input of ``similarity_to``.
