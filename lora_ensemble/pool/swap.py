@@ -10,16 +10,17 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool.contract import LOCK, NEW, OLD, RECORD, MemberRecord, check_name, checksum
+from lora_ensemble.pool.contract import LOCK, NEW, OLD, RECORD, SWEEP, MemberRecord, check_name, checksum
 
 
 def write_member(
@@ -82,6 +83,36 @@ def no_swap(home: Path) -> Iterator[None]:
             except OSError:
                 stack.enter_context(_locked(home, "r"))
             _mend_once(home)
+        yield
+
+
+@contextlib.contextmanager
+def sole_sweep(pool: Path, tasks: Sequence[str]) -> Iterator[None]:
+    """One sweep at a time trains members for a task's folder. The lock goes with the process, however that ends.
+
+    ``UserError``, naming the process that has it, where another sweep is at work. Where there are no such locks
+    (Windows), nothing is locked.
+    """
+    with contextlib.ExitStack() as stack:
+        for task in sorted(tasks):
+            home = Path(pool) / task
+            home.mkdir(parents=True, exist_ok=True)
+            f = stack.enter_context(open(home / SWEEP, "a+", encoding="utf-8"))
+            try:
+                import fcntl
+
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:
+                continue
+            except BlockingIOError:
+                f.seek(0)
+                who = f.read().strip() or "another process"
+                raise UserError(
+                    f"{home}: a sweep is at work here ({who}); wait until it has ended, or choose another --pool.dir"
+                ) from None
+            f.truncate(0)
+            f.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            f.flush()
         yield
 
 
