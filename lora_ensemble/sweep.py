@@ -101,8 +101,8 @@ class Sweep(BankRun):
                     self._forget(bank)
                 banks.append(bank)
                 continue
-            # A member that diverged is never finished, and would diverge again.
-            lost = [row[0] for row in bank.finished.rows if row[1] != "diverged" and row[0] not in finished]
+            # One that diverged or whose score was never defined is not in the pool, and would not be another time.
+            lost = [row[0] for row in bank.finished.rows if isinstance(row[1], int) and row[0] not in finished]
             again += lost
             if stay := [name for name in bank.members if name not in lost]:
                 banks.append(bank if not lost else PlannedBank(members=stay, finished=bank.finished))
@@ -179,16 +179,13 @@ class Sweep(BankRun):
     def _report(self, plan: Plan, seconds: float) -> None:
         """A table of all members, from the pool, and what was saved."""
         tasks = self.module.tasks
+        said = {row[0]: row[1] for bank in plan.banks if bank.finished for row in bank.finished.rows}
         rows: list[list[Any]] = []
         for member in self.module.members:
             records = [pool.read_record(self._pool, t.name, member.name) for t in tasks]
-            first = records[0]
-            if first is None:
-                state: Any = "diverged"
-            elif member.name in plan.left:
+            state = said.get(member.name, "-" if records[0] is None else records[0].best_epoch)
+            if member.name in plan.left:
                 state = f"left after {plan.left[member.name]}"
-            else:
-                state = "diverged" if first.diverged else first.best_epoch or "-"
             scores = [math.nan if r is None or r.score is None else r.score for r in records]
             rows.append([member.name, state, *scores])
         header = ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in tasks)]

@@ -167,9 +167,12 @@ def test_another_member_of_that_name(
     assert contents(program.pool) == before
 
 
-def test_a_member_that_diverged_is_not_tried_again(program: Program, steps: list[list[str]]) -> None:
+def test_a_member_that_diverged_is_not_tried_again(
+    program: Program, steps: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     members = "[{rank: 2, lr: 3e-3}, {rank: 2, lr: 1e30}]"
     assert program("sweep", members=members) == 0
+    assert "r2-c1-qv-lr1e30-s11711  diverged    nan" in capsys.readouterr().out
     steps.clear()
     assert program("sweep", members=members) == 0
     assert steps == []
