@@ -30,6 +30,7 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.halving import EarlyExit
 from lora_ensemble.module import BankModule, check_precision
 from lora_ensemble.pool_writer import PoolWriter
+from lora_ensemble.ray_sweep import Cluster, RayOptions, planned
 from lora_ensemble.restart import TimedCheckpoint
 from lora_ensemble.sweep import Sweep
 
@@ -74,11 +75,22 @@ class _SaveConfig(SaveConfigCallback):
 class SweepTrainer(pl.Trainer):
     """A Trainer, so that LightningCLI knows the arguments of ``sweep``."""
 
-    def sweep(self, model: BankModule, datamodule: BankData, early_exit: EarlyExit | None = None) -> None:
+    def sweep(
+        self,
+        model: BankModule,
+        datamodule: BankData,
+        early_exit: EarlyExit | None = None,
+        plan_only: bool = False,
+        bank: int | None = None,
+        ray: RayOptions | None = None,
+    ) -> None:
         """Train what the pool has not finished, and go on where a run of these settings stopped.
 
         Args:
             early_exit: Lets members that cannot catch up leave their bank.
+            plan_only: Write the plan of banks, say how many there are, and stop.
+            bank: Train this bank of the plan alone, counted from 1: for an array of jobs. Then sweep once more.
+            ray: Train the banks as tasks of a Ray cluster.
         """
         raise NotImplementedError("CLI.sweep does it, with a Trainer for each bank")
 
@@ -117,6 +129,7 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check what would fail only after the model was loaded."""
         super().parse_arguments(parser, args)
+        self._arguments = list(sys.argv[1:] if args is None else args)
         config = self.config[self.config.subcommand]
         check_precision(config.trainer.precision)
         check_bank_size(config.bank_size)
@@ -193,9 +206,22 @@ class CLI(LightningCLI):
         """Train all members, in as many banks as it takes."""
         self._run(BankRun, model, datamodule).fit(ckpt_path, weights_only)
 
-    def sweep(self, model: BankModule, datamodule: BankData, early_exit: EarlyExit | None = None) -> None:
+    def sweep(
+        self,
+        model: BankModule,
+        datamodule: BankData,
+        early_exit: EarlyExit | None = None,
+        plan_only: bool = False,
+        bank: int | None = None,
+        ray: RayOptions | None = None,
+    ) -> None:
         """Train what the pool has not finished, and go on where it stopped."""
-        self._run(Sweep, model, datamodule).sweep(early_exit)
+        train = None
+        if plan_only:
+            train = planned
+        elif ray is not None:
+            train = Cluster(ray, self._arguments).train
+        self._run(Sweep, model, datamodule).sweep(early_exit, bank=bank, train=train)
 
     def _run(self, kind: type[Run], model: BankModule, datamodule: BankData) -> Run:
         config, trainer = self.config[self.subcommand], self.trainer

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,11 +17,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from lora_ensemble import pool
 from lora_ensemble.banks import BankRun, banks_of, writer_of
 from lora_ensemble.curves import log_member_table
+from lora_ensemble.errors import UserError
 from lora_ensemble.halving import EarlyExit, Gate
 from lora_ensemble.module import BankModule
-from lora_ensemble.plan import Plan, PlannedBank, read_plan
+from lora_ensemble.plan import Plan, PlannedBank, read_plan, write_plan
 from lora_ensemble.pool_writer import overall, print_summary
 from lora_ensemble.progress import SweepProgress, duration
+
+Train = Callable[[Plan, list[int], Callable[[PlannedBank], Path]], None]
+"""From a plan, the numbers of the banks to train and a bank's folder to nothing: when it returns, they are trained."""
+_WAIT = 60.0
+"""Seconds to wait for a process that is about to die with its node."""
 
 
 class Sweep(BankRun):
@@ -32,17 +39,68 @@ class Sweep(BankRun):
 
     _early_exit: EarlyExit | None = None
     _gate: Gate | None = None
+    _own: Path | None = None
+    """Where the plan of one bank alone is."""
+    _everyone: Plan | None = None
+    """The whole plan, where one bank of it is trained."""
 
-    def sweep(self, early_exit: EarlyExit | None = None) -> None:
+    def sweep(
+        self, early_exit: EarlyExit | None = None, *, bank: int | None = None, train: Train | None = None
+    ) -> None:
         """Train what is not finished. The first process holds the pool's lock.
 
-        ``UserError`` where another sweep is at work on the pool, and as ``BankRun.fit``.
+        ``bank``: train this bank of the plan alone, counted from 1; the plan is there, and somebody else holds the
+        lock. ``train``: is given the plan, has such processes train its banks, here or elsewhere, and returns.
+        ``UserError`` where another sweep is at work on the pool or the bank, and as ``BankRun.fit``.
         """
         self._early_exit, started = early_exit, time.monotonic()
+        if bank is not None:
+            self._one(bank)
+            return
         tasks = [t.name for t in self.module.tasks]
         with pool.sole_sweep(self._pool, tasks) if rank_zero_only.rank == 0 else contextlib.nullcontext():
-            plan = self._through(self._plan(resumed=True), "last", True)
+            plan = self._plan(resumed=True)
+            if train is not None:
+                train(plan, [n for n, b in enumerate(plan.banks, 1) if not self._is_done(plan, b)], self._folder)
+                plan = self._with_their_own(plan)
+                self._write(plan)
+                if any(not self._is_done(plan, b) for b in plan.banks):
+                    return
+            plan = self._through(plan, "last", True)
         self._report(plan, time.monotonic() - started)
+
+    def _one(self, number: int) -> None:
+        """Train one bank of the plan, which is not written; what became of the bank goes into a plan of its own."""
+        plan = read_plan(self.run_dir, [m.name for m in self.module.members])
+        if plan is None:
+            raise UserError(f"--bank {number}: there is no plan in {self.run_dir} yet; run it with --plan_only true")
+        if not 1 <= number <= len(plan.banks):
+            raise UserError(f"--bank {number}: the plan has {len(plan.banks)} banks")
+        bank = plan.banks[number - 1]
+        self._everyone, self._own = plan, self._folder(bank)
+        own = read_plan(self._own, bank.members) or Plan(banks=[bank])
+        own = self._through(own, "last", True)
+        self._report(own, 0.0, of=bank.members)
+
+    def _with_their_own(self, plan: Plan) -> Plan:
+        """The plan, with what became of banks that were trained by processes of their own."""
+        for bank in plan.banks:
+            own = read_plan(self._folder(bank), bank.members) if not self._is_done(plan, bank) else None
+            if own is not None:
+                plan = replace(
+                    plan.replaced(bank, own.banks), splits=[*plan.splits, *own.splits], left={**plan.left, **own.left}
+                )
+        return plan
+
+    def _write(self, plan: Plan) -> None:
+        if self.keep and rank_zero_only.rank == 0:
+            write_plan(self._own or self.run_dir, plan)
+
+    def _train(self, plan: Plan, bank: PlannedBank, ckpt_path: str | None, weights_only: bool | None) -> Plan:
+        if rank_zero_only.rank != 0 or not self.keep:
+            return super()._train(plan, bank, ckpt_path, weights_only)
+        with pool.sole_process(self._folder(bank), "trains this bank", wait=_WAIT):
+            return super()._train(plan, bank, ckpt_path, weights_only)
 
     # The plan
 
@@ -62,7 +120,7 @@ class Sweep(BankRun):
             if todo:
                 plan = self._with_banks(plan, todo)
         else:
-            plan = self._checked(saved, finished, set(there))
+            plan = self._checked(self._with_their_own(saved), finished, set(there))
         if finished:
             _say(f"{len(finished)} of {len(names)} members are finished in {self._pool} and not trained again")
         if plan.banks:
@@ -150,7 +208,7 @@ class Sweep(BankRun):
     def _scores_at(self, plan: Plan, bank: PlannedBank, rung: int) -> list[float]:
         """Scores that the members which are not in ``bank`` had after so many dev evaluations."""
         scores = []
-        for name in plan.members:
+        for name in (self._everyone or plan).members:
             if name in bank.members:
                 continue
             records = [pool.read_record(self._pool, t.name, name) for t in self.module.tasks]
@@ -176,12 +234,12 @@ class Sweep(BankRun):
 
     # What was done
 
-    def _report(self, plan: Plan, seconds: float) -> None:
-        """A table of all members, from the pool, and what was saved."""
+    def _report(self, plan: Plan, seconds: float, of: Sequence[str] | None = None) -> None:
+        """A table of all members, or of some, from the pool, and what was saved."""
         tasks = self.module.tasks
         said = {row[0]: row[1] for bank in plan.banks if bank.finished for row in bank.finished.rows}
         rows: list[list[Any]] = []
-        for member in self.module.members:
+        for member in [m for m in self.module.members if of is None or m.name in of]:
             records = [pool.read_record(self._pool, t.name, member.name) for t in tasks]
             state = said.get(member.name, "-" if records[0] is None else records[0].best_epoch)
             if member.name in plan.left:

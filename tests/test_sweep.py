@@ -182,11 +182,58 @@ def test_two_sweeps_at_once(program: Program, capsys: pytest.CaptureFixture[str]
     with pool.sole_sweep(program.pool, ["sst"]):
         assert program("sweep", members=TWO) == 2
         err = capsys.readouterr().err
-        assert f"pool/sst: a sweep is at work here (process {os.getpid()} on " in err
+        assert f"pool/sst: process {os.getpid()} on " in err
+        assert "sweeps here; wait until it has ended" in err
         assert "choose another --pool.dir" in err
         assert not (program.pool / "sst" / "r2-c1-qv-lr3e-3-s11711").exists()
         assert program("sweep", members=TWO, tasks="[sts]") == 0  # another task's folder
     assert program("sweep", members=TWO) == 0
+
+
+# Banks that are trained by processes of their own
+
+
+def test_an_array_of_jobs(program: Program, steps: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan, then a job for each bank in any order, then a sweep that finds them all: the same pool."""
+    assert program("sweep", "--bank_size=2", members=THREE) == 0
+    undisturbed, program.pool = contents(program.pool), program.folder / "jobs"
+    shutil.rmtree(program.folder / "runs")
+    assert program("sweep", "--bank_size=2", "--plan_only=true", members=THREE) == 0
+    assert "2 banks, to be trained: 1, 2" in capsys.readouterr().out
+    assert not list((program.pool / "sst").glob("r*"))
+    steps.clear()
+    for bank in ("2", "1", "2"):
+        assert program("sweep", "--bank_size=2", f"--bank={bank}", members=THREE) == 0
+    assert [len(s) for s in steps] == [1] * 16 + [2] * 16
+    assert contents(program.pool) == undisturbed
+    assert program("sweep", "--bank_size=2", members=THREE) == 0
+    assert len(steps) == 32
+    assert contents(program.pool) == undisturbed
+
+
+def test_members_leave_a_bank_that_is_a_job(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    how = ("--early_exit.rungs=[1]", "--early_exit.reserve=0", "--bank_size=2")
+    assert program("sweep", *how, "--plan_only=true", members=THREE) == 0
+    for bank in ("1", "2"):
+        assert program("sweep", *how, f"--bank={bank}", members=THREE) == 0
+    capsys.readouterr()
+    assert program("sweep", *how, members=THREE) == 0
+    assert "1 of 3 members left; 17% of the member epochs saved" in capsys.readouterr().out  # 1 of 6
+    assert len(pool.TaskPool(program.pool, "sst").members) == 2
+
+
+def test_jobs_that_make_no_sense(
+    program: Program, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert program("sweep", "--bank=1", members=TWO) == 2
+    assert "there is no plan" in capsys.readouterr().err
+    assert program("sweep", "--plan_only=true", members=TWO) == 0
+    assert program("sweep", "--bank=2", members=TWO) == 2
+    assert "--bank 2: the plan has 1 banks" in capsys.readouterr().err
+    monkeypatch.setattr("lora_ensemble.sweep._WAIT", 0.0)
+    with pool.sole_process(program.run_dir() / "checkpoint", "trains this bank"):
+        assert program("sweep", "--bank=1", members=TWO) == 2
+    assert f"process {os.getpid()} on " in capsys.readouterr().err
 
 
 # Early exit

@@ -28,7 +28,7 @@ from lora_ensemble.pool.contract import (
     write_examples,
 )
 from lora_ensemble.pool.reading import TaskPool, read_array, read_record, read_records, read_tensors, task_names
-from lora_ensemble.pool.swap import sole_sweep, write_member
+from lora_ensemble.pool.swap import sole_process, sole_sweep, write_member
 
 __all__ = [
     "ADAPTER",
@@ -52,6 +52,7 @@ __all__ = [
     "read_record",
     "read_records",
     "read_tensors",
+    "sole_process",
     "sole_sweep",
     "task_names",
     "write_examples",

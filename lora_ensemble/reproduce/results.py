@@ -302,8 +302,8 @@ def _trends(comparison: Comparison) -> list[str]:
     cells = []
     for values in (scores, similarity):
         for setting in ([r.rank for r in members], [r.scaling for r in members]):
-            if len(set(setting)) < 2:
-                cells.append("-")
+            if len(set(setting)) < 2 or np.ptp(values) == 0:
+                cells.append("-")  # undefined
                 continue
             found = spearmanr(values, setting)
             cells.append(f"{found.statistic:+.2f} (p {found.pvalue:.2g})")
