@@ -41,7 +41,7 @@ def test_a_node_dies(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Pat
     """Three banks on two nodes; the sweep ends complete, with the pool of one that ran without Ray."""
     pytest.importorskip("ray", reason="the extra [ray] is not installed")
     program = Program(tmp_path, tiny("bert"), demo_root)
-    how = ("--bank_size=4", "--trainer.logger=false", "--trainer.max_epochs=60", "--data.steps_per_epoch=8")
+    how = ("--bank_size=4", "--trainer.logger=false", "--trainer.max_epochs=16")
     assert program("sweep", *how, members=TWELVE) == 0
     undisturbed, program.pool = contents(program.pool), tmp_path / "ray"
     shutil.rmtree(tmp_path / "runs")
