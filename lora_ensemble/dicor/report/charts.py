@@ -262,7 +262,7 @@ def reliability(facts: Facts) -> Drawing:
         "calibration",
         f"Reliability of the {held} probabilities",
         f"For each tenth of the {what}: its mean, to the right, and the {true}, upwards. Well calibrated is the "
-        "diagonal; below it is overconfident. Larger marks have more predictions.",
+        "diagonal. Larger marks have more predictions.",
         WIDTH,
         HEIGHT + 20,
         ["method", "bin", "predictions", f"mean {what}", true],

@@ -17,7 +17,7 @@ from lora_ensemble.pool import MemberRecord
 
 MOST_LABELS = 48  # more members than this cannot be labelled by name and still be read
 MOST_IN_TABLE = 40  # more columns than this are no table to read
-SIDE, TREE, BAR, TOP = 500.0, 74.0, 38.0, 74.0
+TREE, BAR, TOP = 74.0, 38.0, 74.0
 
 
 def cluster_order(similarities: np.ndarray) -> tuple[list[int], Any]:
@@ -42,7 +42,8 @@ def heat_map(facts: Facts) -> Drawing:
     order, tree = cluster_order(facts.similarities)
     members = [facts.shown[i] for i in order]
     values = facts.similarities[np.ix_(order, order)]
-    s, row = len(members), SIDE / len(members)
+    s, side = len(members), _side(len(members))
+    row = side / s
     labelled = s <= MOST_LABELS
     names = [shortened(r.name, 34) for r in members] if labelled else []
     size = min(11.0, 0.86 * row) if labelled else 0.0
@@ -55,24 +56,24 @@ def heat_map(facts: Facts) -> Drawing:
         f"A square for each pair of {s} members, the darker (in a dark dress the lighter) the more alike, from "
         f"{number(low)} to {number(high)}. Members are ordered by clustering; bars beside them show rank, scaling and "
         f"who is in {facts.method}.",
-        left + SIDE + room,
-        TOP + SIDE + 26,
+        left + side + room,
+        TOP + side + 26,
     )
     _branches(d, tree, s)
     _bars(d, facts, members, row)
-    d.add(Cells(left, TOP, SIDE, SIDE, _levels(values, low, high)))
-    _scale(d, facts, left, low, high)
+    d.add(Cells(left, TOP, side, side, _levels(values, low, high)))
+    _scale(d, facts, left + side, low, high)
     for i, name in enumerate(names):
-        d.add(Text((left + SIDE + 6, TOP + (i + 0.5) * row + size * 0.36), name, "ink", size=size))
+        d.add(Text((left + side + 6, TOP + (i + 0.5) * row + size * 0.36), name, "ink", size=size))
     near = values - 2 * np.eye(s)
     most = np.argmax(near, axis=1)
     mean = facts.mean_similarity[order]
     for i, r in enumerate(members):  # a row's numbers where the pointer is
         told = f"{r.name}: rank {_known(r.rank)}, scaling {_known(r.scaling)}, mean similarity {number(mean[i])}, "
         told += f"most like {members[most[i]].name} ({number(near[i, most[i]])})"
-        d.add(Box(TREE, TOP + i * row, left + SIDE - TREE, row, "", told))
+        d.add(Box(TREE, TOP + i * row, left + side - TREE, row, "", told))
     if not labelled:
-        d.add(Text((left + SIDE / 2, TOP + SIDE + 19), f"{s} members, in the order of the clustering", anchor="middle"))
+        d.add(Text((left + side / 2, TOP + side + 19), f"{s} members, in the order of the clustering", anchor="middle"))
     d.header = ["member", "rank r", "scaling c", f"in {facts.method}", "mean similarity", "most like", "its similarity"]
     whole = s <= MOST_IN_TABLE
     d.header += [str(i + 1) for i in range(s)] if whole else []
@@ -82,6 +83,11 @@ def heat_map(facts: Facts) -> Drawing:
         own += [members[most[i]].name, number(near[i, most[i]])]
         d.rows.append(own + ([f"{v:.3f}" for v in values[i]] if whole else []))
     return d
+
+
+def _side(s: int) -> float:
+    """Of the square of S members: a few need less room."""
+    return float(np.clip(28 * s, 220, 500))
 
 
 def _known(value: float | None) -> str:
@@ -110,7 +116,7 @@ def _branches(d: Drawing, tree: Any, s: int) -> None:
     for across, down in zip(drawn["dcoord"], drawn["icoord"], strict=True):
         # scipy's leaves are at 5, 15, 25, ...
         points = [
-            (TREE - 4 - max(x - near, 0) / far * (TREE - 8), TOP + y / 10 * SIDE / s)
+            (TREE - 4 - max(x - near, 0) / far * (TREE - 8), TOP + y / 10 * _side(s) / s)
             for x, y in zip(across, down, strict=True)
         ]
         d.add(Line(points, "soft", 0.8))
@@ -138,9 +144,9 @@ def _bars(d: Drawing, facts: Facts, members: list[MemberRecord], row: float) -> 
     d.add(Text((x + 2, TOP - 9), "chosen", "accent", size=11, bold=True))
 
 
-def _scale(d: Drawing, facts: Facts, left: float, low: float, high: float) -> None:
+def _scale(d: Drawing, facts: Facts, right: float, low: float, high: float) -> None:
     """The colours and what they stand for, above the squares."""
-    wide, x = 16.0, left + SIDE - 16.0 * LEVELS
+    wide, x = 16.0, right - 16.0 * LEVELS
     d.add(Text((x, 20), f"{facts.similarity} similarity", "ink"))
     for i in range(LEVELS):
         d.add(Box(x + i * wide, 28, wide, 12, f"h{i}"))

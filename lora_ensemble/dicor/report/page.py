@@ -76,7 +76,7 @@ def _head(facts: Facts) -> str:
         ("Members", f"{m}; not finished: {reasons or 'none'}"),
         ("Examples", f"{len(facts.comparison.dev.labels)} of dev"),
         ("Estimate", how if found.repeats else "none: there are too few dev examples"),
-        ("Method", f"{facts.method}{settings}; decides by {words.DECIDES[one.choice.strategy]}"),
+        ("Method", f"{facts.method}{settings}; decides by {words.decides(one.choice.strategy, task_pool.kind)}"),
     ]
     notices = "".join(f"<li>{escape(text)}</li>" for text in facts.comparison.notices)
     return (

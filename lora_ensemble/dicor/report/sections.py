@@ -102,7 +102,7 @@ def calibration(facts: Facts, plots: dict[str, Drawing], absent: dict[str, str])
     return (
         paragraph(held)
         + '<div class="figures">\n'
-        + figure(plots["calibration"], words.RELIABILITY)
+        + figure(plots["calibration"], words.RELIABILITY[facts.comparison.kind])
         + "<div>\n"
         + table(
             ["method", "ECE", "Brier score", "log-loss"],

@@ -6,13 +6,17 @@ N in the formulas is the number of members, as in the reports.
 from __future__ import annotations
 
 from lora_ensemble.dicor.settings import Strategy
+from lora_ensemble.tasks import Kind
 
-DECIDES: dict[Strategy, str] = {
-    "mean": "the mean of its members' logits",
-    "mean-probability": "the mean of its members' probabilities",
-    "weighted": "a weighted mean of its members' probabilities",
-    "majority": "the majority of its members' decisions",
-}
+
+def decides(strategy: Strategy, kind: Kind) -> str:
+    """How an ensemble decides, in words."""
+    if strategy == "majority":
+        return "the majority of its members' decisions"
+    of = "values" if kind == "regression" else "logits" if strategy == "mean" else "probabilities"
+    return f"{'a weighted' if strategy == 'weighted' else 'the'} mean of its members' {of}"
+
+
 MEMBERS_TABLE = (
     "The weight is a member's part in the mean, or of the votes; all weights add up to 1. The temperature is what its "
     "logits are divided by first, where that was asked for. A dash is what is not known, or not used."
@@ -31,12 +35,15 @@ BY_SIZE = (
     "chosen and estimated anew, by the same folds as the table; the larger mark is the size in use. Reading the best "
     "n off this curve is itself a choice on dev, and flatters a little."
 )
-RELIABILITY = "On the diagonal, what is said comes true; below it, a method is too sure of itself."
+RELIABILITY = {
+    "binary": "On the diagonal, what is said comes true.",
+    "multiclass": "On the diagonal, what is said comes true; below it, a method is too sure of itself.",
+}
 _ECE = (
     "Expected calibration error: ten bins of equal width, from 0 to 1, of {}; the distance between its mean and the "
     "share that came true, averaged over the bins by their share of the predictions. 0 is best."
 )
-_LOG_LOSS = ("Log-loss", "The mean of -log p(label), in nats; a probability counts as 1e-15 at least. 0 is best.")
+_LOG_LOSS = ("Log-loss", "The mean of -log p(label), in nats; a probability counts as 10⁻¹⁵ at least. 0 is best.")
 CALIBRATION = {
     "binary": [
         ("ECE", _ECE.format("the probability of class 1")),
