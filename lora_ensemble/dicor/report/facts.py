@@ -5,14 +5,15 @@ Axes: M members, N examples of dev, C outputs of a head, S members that are show
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lora_ensemble.dicor.compare import Comparison
 from lora_ensemble.dicor.estimate import Estimate
-from lora_ensemble.dicor.members import ranked
+from lora_ensemble.dicor.members import Dev, ranked
 from lora_ensemble.dicor.report.by_size import Curve, curves
 from lora_ensemble.dicor.report.calibration import Calibration, calibration
 from lora_ensemble.dicor.report.theory import Theory, theory
@@ -83,7 +84,7 @@ def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None
     asked = [comparison.methods[m].get_params().get("similarity") for m in (method, "dicor") if m in comparison.methods]
     similarity = next((s for s in asked if s), DEFAULT_SIMILARITY[task_pool.kind])
     compared_by = features(
-        np.stack([task_pool.logits(r.name) for r in shown]),
+        np.stack([_logits(dev, r.name) for r in shown]),
         kind=task_pool.kind,
         similarity=similarity,
         labels=dev.labels,
@@ -110,14 +111,15 @@ def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None
     )
 
 
+def _logits(dev: Dev, name: str) -> np.ndarray:
+    """(N, C) of a member, whose file was checked when it was compared."""
+    return np.asarray(dev.of_member(bisect_left(dev.names, name)))  # they are sorted
+
+
 def _theory(comparison: Comparison, names: Sequence[str]) -> Theory:
     task_pool, dev = comparison.task_pool, comparison.dev
-
-    def logits() -> Iterator[np.ndarray]:
-        return (np.asarray(task_pool.logits(name)) for name in names)
-
     return theory(
-        logits(),
+        (_logits(dev, name) for name in names),
         dev.labels,
         task_pool.kind,
         outputs=len(task_pool.labels),

@@ -32,6 +32,8 @@ def definitions(pairs: Sequence[tuple[str, str]], *, look: str = "") -> str:
     )
 
 
+MOST_ON_A_LINE = 40
+"""Characters of a row's heading above which it is broken."""
 Cell = str | tuple[str, str]
 """A text, or one with a smaller one below it."""
 
@@ -45,9 +47,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str
     body = []
     for i, (first, *others) in enumerate(rows):
         own = i in marked
+        look = "long" if len(first) > MOST_ON_A_LINE else ""
         badge = ' <span class="badge">chosen</span>' if own else ""
         cells = "".join(f"<td>{_cell(cell)}</td>" for cell in others)
-        body.append(f'<tr{_class("own" if own else "")}><th scope="row">{_cell(first)}{badge}</th>{cells}</tr>\n')
+        body.append(
+            f'<tr{_class("own" if own else "")}><th scope="row"{_class(look)}>{_cell(first)}{badge}</th>{cells}</tr>\n'
+        )
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">\n<table>\n'
         f"<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(body)}</tbody>\n"

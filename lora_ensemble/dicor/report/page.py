@@ -95,7 +95,9 @@ def _figures(facts: Facts) -> list[tuple[str, str, str]]:
     found += [(f"in-sample {facts.score_name}", number(one.in_sample), "on the dev set chosen on, which flatters")]
     for other, d in (("the single best", one.against_best), ("Omni", one.against_omni)):
         if d is not None:
-            found.append((f"gain over {other}", number(d.value, sign=True), f"{_interval(d, sign=True)}, {_noise(d)}"))
+            found.append(
+                (f"difference to {other}", number(d.value, sign=True), f"{_interval(d, sign=True)}, {_noise(d)}")
+            )
     return found
 
 
