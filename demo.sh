@@ -14,11 +14,12 @@ echo; echo "== ensembles"
 dicor compare --pool "$out/pool" --size 4 --plots "$out/plots"
 for task in sst quora sts; do
   dicor select --pool "$out/pool" --task "$task" --method dicor --size 4 --output "$out/$task.json"
+  dicor report --pool "$out/pool" --task "$task" --size 4 --output "$out/$task.html"
 done
 cat <<EOF
 
 What next:
-  look at   $out/plots/  (similarity between members, score against rank)
+  look at   $out/sst.html, quora.html, sts.html  (a page about each ensemble), $out/plots/  (its plots as files)
   select    dicor select --pool $out/pool --task sst --output $out/dicor.json
   predict   lora-ensemble predict --config configs/sst.yaml --config configs/demo.yaml --data.root $out/data --pool.dir $out/pool
   apply     dicor apply --ensemble $out/sst.json --split test --output $out/predictions.csv

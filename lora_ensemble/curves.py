@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import netrc
 import os
-import socket
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble.module import BankModule
+from lora_ensemble.online import START_WITHIN_S, project, reachable
 from lora_ensemble.pool_writer import PoolWriter
-
-_ANSWER_WITHIN_S = 2.0
-_START_WITHIN_S = 20
 
 
 def default_loggers(run_dir: Path, *, experiment: str, resumed: bool) -> list[Logger]:
@@ -32,8 +27,7 @@ def default_loggers(run_dir: Path, *, experiment: str, resumed: bool) -> list[Lo
 
 
 def _wandb_logger(run_dir: Path, *, experiment: str, resumed: bool) -> Logger | None:
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode == "disabled":
+    if os.environ.get("WANDB_MODE") == "disabled":
         return None
     try:
         import wandb
@@ -41,15 +35,15 @@ def _wandb_logger(run_dir: Path, *, experiment: str, resumed: bool) -> Logger | 
     except ImportError:
         _say("curves: wandb is not installed; metrics go to the CSV file alone")
         return None
-    online = mode != "offline" and _logged_in() and _answers()
+    online = reachable()
     # A resumed run goes on with its curves; a fresh one has an id of its own.
     id_file = run_dir / "wandb-id"
     run_id = id_file.read_text().strip() if resumed and id_file.is_file() else ""
     if not run_id:
         run_id = f"{run_dir.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    settings = wandb.Settings(init_timeout=_START_WITHIN_S, silent=True, console="off")
+    settings = wandb.Settings(init_timeout=START_WITHIN_S, silent=True, console="off")
     common: dict[str, Any] = {
-        "project": os.environ.get("WANDB_PROJECT", "lora-ensemble"),
+        "project": project(),
         "group": experiment,
         "name": run_dir.name,
         "id": run_id,
@@ -80,31 +74,6 @@ def _without_warning(logger: Any) -> Any:
 def _remember(id_file: Path, run_id: str) -> None:
     id_file.parent.mkdir(parents=True, exist_ok=True)
     id_file.write_text(run_id + "\n")
-
-
-def _logged_in() -> bool:
-    """Whether there is a key, in the environment or in the netrc file that ``wandb login`` writes; asks nobody."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        path = os.environ.get("NETRC") or Path.home() / ".netrc"
-        return netrc.netrc(str(path)).authenticators(_host()[0]) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _host() -> tuple[str, int]:
-    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    return url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
-
-
-def _answers() -> bool:
-    """Whether the server takes a connection soon (W&B itself would wait 105 s without a network)."""
-    try:
-        socket.create_connection(_host(), timeout=_ANSWER_WITHIN_S).close()
-    except OSError:
-        return False
-    return True
 
 
 class MemberTable(pl.Callback):

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.special
 from conftest import REPOSITORY
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -255,3 +256,47 @@ def test_the_estimate_is_honest_where_the_truth_is_known(world):
         assert abs(row["pessimism"]) < row["optimism"] / 4 + 3 * row["pessimism error"]
         assert row["optimism"] > row["pessimism"] + 4 * row["pessimism error"]
         assert 0.78 <= row["cover"] <= 0.99  # 0.90, with three standard errors of 60 draws
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+@pytest.mark.parametrize("strategy", ["mean", "mean-probability", "majority"])
+def test_the_probabilities_that_are_kept_are_those_behind_what_was_decided(kind, strategy):
+    labels = random_labels(kind, 60)
+    logits = random_logits(kind, labels, 5, noise=2)
+    each = [np.stack([one * 0.3, one]) for one in logits]  # two epochs that decide the same: the first is chosen
+    dev = Dev.of(logits, labels, kind=kind, epochs=each)
+    found = estimate(dev, {"weighted": Weighted(top_k=3)}, omni=Omni(strategy=strategy), probabilities=True)
+    for name, one in found.of.items():
+        p = one.probabilities
+        assert p.shape == (*one.held_out.shape, 5 if kind == "multiclass" else 2)
+        np.testing.assert_allclose(p.sum(axis=-1), 1)
+        if name != "omni" or strategy != "majority":  # a tie of votes is broken by rank
+            assert (p.argmax(axis=-1) == one.held_out).all()
+    order = canonical(dev.ids)
+    first = found.of["omni"].probabilities[0]
+    softmax, sigmoid = scipy.special.softmax, scipy.special.expit
+    said = logits[:, order] * 0.3
+    if strategy == "majority":
+        decided = said.argmax(axis=-1) if kind == "multiclass" else (said[..., 0] > 0).astype(int)
+        expected = np.stack([(decided == c).mean(axis=0) for c in range(p.shape[-1])], axis=-1)
+    elif kind == "multiclass":
+        both = softmax(said.mean(axis=0), axis=-1), softmax(said, axis=-1).mean(axis=0)
+        expected = both[strategy != "mean"]
+    else:
+        one = (sigmoid(said.mean(axis=0)), sigmoid(said).mean(axis=0))[strategy != "mean"]
+        expected = np.hstack([1 - one, one])
+    np.testing.assert_allclose(first, expected, rtol=1e-6)
+    assert estimate(dev, {}).of["omni"].probabilities is None
+
+
+def test_with_too_few_examples_the_probabilities_are_those_of_the_whole_dev_set():
+    labels = np.array([0, 1, 1, 0, 1])
+    logits = random_logits("binary", labels, 3)
+    found = estimate(Dev.of(logits, labels, kind="binary", ids=[*"abcde"]), {}, probabilities=True)
+    best = int(np.argmax([((one[:, 0] > 0) == labels).mean() for one in logits]))
+    assert len({((one[:, 0] > 0) == labels).mean() for one in logits}) > 1
+    p = found.of["best"].probabilities
+    assert p.shape == (1, 5, 2)
+    order = canonical([*"abcde"])
+    np.testing.assert_allclose(p[0, :, 1], scipy.special.expit(logits[best][order, 0]), rtol=1e-6)
+    assert found.of["omni"].probabilities.shape == (1, 5, 2)

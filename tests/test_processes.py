@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pool_factory import add_member, random_labels, random_logits
 from test_cli import Program, different_files
 
 from lora_ensemble import pool
@@ -320,3 +321,32 @@ def test_the_installed_command_and_dash_m() -> None:
     for start in ([str(script)], [sys.executable, "-m", "lora_ensemble"]):
         result = subprocess.run([*start, "--version"], capture_output=True, text=True, check=True)
         assert result.stdout.startswith("lora-ensemble 0.")
+
+
+def test_a_report_in_weights_and_biases(tmp_path: Path) -> None:
+    """An offline run read back: in the group of the members' run, with the table of methods, the plots and the page."""
+    labels = random_labels("binary", 60)
+    for m, logits in enumerate(random_logits("binary", labels, 3, noise=3)):
+        ids = {"dev": [f"e{i}" for i in range(60)]}
+        add_member(
+            tmp_path / "pool", "mine", "binary", f"m{m}", {"dev": logits}, ids, {"dev": labels}, run="my-group-0123abcd"
+        )
+    where = ["--pool", str(tmp_path / "pool"), "--task", "mine", "--output", str(tmp_path / "report.html")]
+    result = subprocess.run(
+        [sys.executable, "-m", "lora_ensemble.dicor", "report", *where, "--wandb"],
+        env=environment(WANDB_MODE="offline", HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"wandb sync {tmp_path}/wandb/offline-run-" in result.stdout
+    (run,) = [e["run"] for e in entries(tmp_path) if e["type"] == "run"]
+    assert (run["run_group"], run["job_type"]) == ("my-group", "report")
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/methods_*.json")
+    rows = {row[0]: row for row in json.loads(table.read_text())["data"]}
+    best = max(((logits > 0)[:, 0] == labels).mean() for logits in random_logits("binary", labels, 3, noise=3))
+    assert rows["best"][1:3] == [1, pytest.approx(best)]
+    plots = tmp_path.glob("wandb/offline-run-*/files/media/html/plots/*.html")
+    assert sorted(p.name.split("_")[0] for p in plots) == ["calibration", "diversity", "methods", "similarity", "size"]
+    (page,) = tmp_path.glob("wandb/offline-run-*/files/media/html/report_*.html")
+    assert page.read_text() == (tmp_path / "report.html").read_text()

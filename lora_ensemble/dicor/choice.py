@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lora_ensemble.dicor.combine import combine, voices
+from lora_ensemble.dicor.combine import combine, of_voices, shares, voices
 from lora_ensemble.dicor.settings import Strategy
 from lora_ensemble.dicor.view import View
 from lora_ensemble.dicor.weights import convex_weights, temperatures
@@ -66,13 +66,12 @@ def probabilities(logits: np.ndarray, choice: Choice, *, kind: Kind) -> np.ndarr
         raise UserError("predict_proba: a regression has values, not probabilities; use predict")
     classes = 2 if kind == "binary" else logits.shape[-1]
     if choice.strategy == "majority":
-        decided = decisions(logits, kind)
-        return np.stack([(decided == c).mean(axis=0) for c in range(classes)], axis=1)
+        return shares(decisions(logits, kind), classes)
     if choice.strategy == "mean":
         voice = voices(logits.mean(axis=0, dtype=np.float64), kind)
     else:
         voice = np.average(voices(logits, kind, choice.temperatures), axis=0, weights=choice.weights)
-    return np.hstack([0.5 - voice, 0.5 + voice]) if kind == "binary" else voice
+    return of_voices(voice, kind)
 
 
 def combined(

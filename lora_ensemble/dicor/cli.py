@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, get_args
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor import import_command
+from lora_ensemble.dicor import import_command, report_command
 from lora_ensemble.dicor.settings import MethodName, Similarity, Strategy
 from lora_ensemble.errors import UserError
 
@@ -91,7 +91,9 @@ def _parser() -> _Parser:
         default="dev",
         help="test: also score what was chosen on dev on the labelled test split; do it once",
     )
-    compare.add_argument("--plots", type=Path, metavar="DIR", help="save a heat map and a score-by-rank plot per task")
+    compare.add_argument("--plots", type=Path, metavar="DIR", help="save the plots of dicor report as PNG and SVG")
+
+    report_command.add_parser(commands, settings)
 
     apply = commands.add_parser(
         "apply",
@@ -125,10 +127,12 @@ def _options(given: argparse.Namespace) -> Options:
     )
 
 
-def _compared(task_pool: TaskPool, methods: Sequence[MethodName], options: Options) -> Comparison:
+def _compared(
+    task_pool: TaskPool, methods: Sequence[MethodName], options: Options, *, probabilities: bool = False
+) -> Comparison:
     from lora_ensemble.dicor.compare import compare
 
-    comparison = compare(task_pool, methods, options)
+    comparison = compare(task_pool, methods, options, probabilities=probabilities)
     for notice in comparison.notices:
         print(f"dicor: notice: task {task_pool.name}: {notice}", file=sys.stderr)
     return comparison
@@ -180,6 +184,8 @@ def _compare(given: argparse.Namespace) -> None:
 
     if given.plots:
         from lora_ensemble.dicor import plots
+        from lora_ensemble.dicor.report.charts import drawings
+        from lora_ensemble.dicor.report.facts import gather
 
         plots.check_folder(given.plots)
     tasks = [given.task] if given.task else task_names(given.pool)
@@ -190,14 +196,15 @@ def _compare(given: argparse.Namespace) -> None:
     comparisons = {}
     for task in tasks:
         task_pool = TaskPool(given.pool, task)
-        comparison = comparisons[task] = _compared(task_pool, methods, options)
+        comparison = comparisons[task] = _compared(task_pool, methods, options, probabilities=bool(given.plots))
         found = comparison.estimates
         test = test_scores(comparison) if given.split == "test" else None
         print(f"{_head(task_pool)}\n\n{table(found, _score_name(task_pool), test)}\n")
-        method = DEFAULT_METHOD[task_pool.kind]
-        print(verdict(*((method, found.of[method]) if method in found.of else list(found.of.items())[-1])))
+        default = DEFAULT_METHOD[task_pool.kind]
+        method = default if default in found.of else list(found.of)[-1]
+        print(verdict(method, found.of[method]))
         if given.plots:
-            for path in plots.save(comparison, given.plots):
+            for path in plots.save(drawings(gather(comparison, method)).values(), task, given.plots):
                 print(f"saved {path}")
         print()
     if scores := overall(comparisons):
@@ -205,6 +212,10 @@ def _compare(given: argparse.Namespace) -> None:
         rows = (f"{method:<17} {number(one):>9} {number(other):>9}" for method, (one, other) in scores.items())
         print("\n".join(rows), end="\n\n")
     print(about(found))
+
+
+def _report(given: argparse.Namespace) -> None:
+    report_command.run(given, _options(given))
 
 
 def _apply(options: argparse.Namespace) -> None:
@@ -229,9 +240,10 @@ def main(args: list[str] | None = None) -> int:
     """Run ``dicor`` with ``args`` (None: those of the process); returns the exit code, 2 for a user's mistake."""
     try:
         options = _parser().parse_args(args)
-        {"import": import_command.run, "select": _select, "compare": _compare, "apply": _apply}[options.command](
-            options
-        )
+        run = {
+            "import": import_command.run, "select": _select, "compare": _compare, "report": _report, "apply": _apply,
+        }  # fmt: skip
+        run[options.command](options)
         sys.stdout.flush()
     except SystemExit as e:  # --help and --version
         return int(e.code or 0)

@@ -47,6 +47,16 @@ def voices(logits: np.ndarray, kind: Kind, temperatures: np.ndarray | None = Non
     return np.asarray(e / e.sum(axis=-1, keepdims=True))
 
 
+def of_voices(voice: np.ndarray, kind: Kind) -> np.ndarray:
+    """Probabilities (N, classes) from a mean of ``voices`` (N, C) of a classifier."""
+    return np.hstack([0.5 - voice, 0.5 + voice]) if kind == "binary" else voice
+
+
+def shares(decided: np.ndarray, num_classes: int) -> np.ndarray:
+    """The share of the votes that each class has: class numbers (M, N) to (N, num_classes)."""
+    return np.stack([(decided == c).mean(axis=0) for c in range(num_classes)], axis=1)
+
+
 def majority(
     decided: np.ndarray,
     *,

@@ -13,6 +13,7 @@ import numpy as np
 from lora_ensemble.dicor.choice import decide
 from lora_ensemble.dicor.estimate import Estimate, Estimates, estimate
 from lora_ensemble.dicor.from_pool import dev_of
+from lora_ensemble.dicor.members import Dev
 from lora_ensemble.dicor.methods import Method, Omni
 from lora_ensemble.dicor.options import Options, check, method_of
 from lora_ensemble.dicor.settings import MethodName
@@ -29,6 +30,8 @@ class Comparison:
     methods: dict[str, Method]
     """Every parameter decided."""
     estimates: Estimates
+    dev: Dev
+    """What was compared on."""
     notices: list[str]
     """For the user."""
 
@@ -37,9 +40,12 @@ class Comparison:
         return self.task_pool.kind
 
 
-def compare(task_pool: TaskPool, names: Sequence[MethodName], options: Options) -> Comparison:
+def compare(
+    task_pool: TaskPool, names: Sequence[MethodName], options: Options, *, probabilities: bool = False
+) -> Comparison:
     """Choose by these methods, and by ``best`` and ``omni``, from a pool's dev logits, and estimate how good each is.
 
+    ``probabilities``: keep those of what is held out, see ``estimate``.
     Raises ``UserError``, naming the task, where an option does not fit the pool, and as ``estimate`` does.
     """
     try:
@@ -53,11 +59,11 @@ def compare(task_pool: TaskPool, names: Sequence[MethodName], options: Options) 
             notices += more
         omni = methods["omni"]
         assert isinstance(omni, Omni)
-        found = estimate(dev, methods, omni=omni)
+        found = estimate(dev, methods, omni=omni, probabilities=probabilities)
     except UserError as e:
         raise e if str(e).startswith(str(task_pool.pool)) else UserError(f"task {task_pool.name}: {e}") from e
     notices += [n for n in found.notices if n not in notices]
-    return Comparison(task_pool=task_pool, methods=methods, estimates=found, notices=notices)
+    return Comparison(task_pool=task_pool, methods=methods, estimates=found, dev=dev, notices=notices)
 
 
 def test_scores(comparison: Comparison) -> dict[str, float]:

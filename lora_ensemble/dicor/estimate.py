@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_ensemble.dicor.choice import Choice, decide
+from lora_ensemble.dicor.choice import probabilities as choice_probabilities
 from lora_ensemble.dicor.fold_scores import FoldScores, fold_scores, standardised
 from lora_ensemble.dicor.interval import Interval, of_differences, of_score
 from lora_ensemble.dicor.members import Dev, defined, leaders, ranked, view_of
@@ -55,6 +56,9 @@ class Estimate:
     """The same, less that of all members."""
     held_out: np.ndarray | None
     """(R, N): the decisions that the estimate is of, examples in the order of ``splits.canonical``."""
+    probabilities: np.ndarray | None
+    """(R, N, classes), in the same order: those behind ``held_out``, if they were asked for; with 0 repeats (1, N,
+    classes), of what was chosen on the very same examples."""
 
     @property
     def optimism(self) -> float | None:
@@ -86,12 +90,14 @@ def estimate(
     omni: Omni | None = None,
     folds: int = FOLDS,
     repeats: int | None = None,
+    probabilities: bool = False,
 ) -> Estimates:
     """Choose with each method on the whole dev set, and say how good that is on other examples.
 
     ``best`` and ``omni`` (all members, by the mean unless told otherwise) are added. ``repeats`` None: 1 to
     ``REPEATS``, the more the smaller the dev set. Every split sees the same parts for all methods, so that differences
-    are paired. Raises ``UserError`` where no member has a score, and as the methods do.
+    are paired. ``probabilities``: keep each method's, for what is held out (classifiers only; R N classes numbers a
+    method). Raises ``UserError`` where no member has a score, and as the methods do.
     """
     omni = omni or Omni()
     n = len(dev.labels)
@@ -101,7 +107,8 @@ def estimate(
     if n < FEWEST:
         repeats = 0
     fold = stratified_folds(dev.ids, dev.labels, dev.kind, folds=folds, repeats=repeats)
-    found = fold_scores(dev, fold, folds, omni=omni.strategy)
+    probabilities = probabilities and dev.kind != "regression"
+    found = fold_scores(dev, fold, folds, omni=omni.strategy, probabilities=probabilities)
     dev, good = defined(dev, found.scores[-1])
     found = replace(found, scores=found.scores[:, good], epochs=found.epochs[:, good])
     order = canonical(dev.ids)
@@ -117,9 +124,16 @@ def estimate(
     names = {name: [view.names[i] for i in c.members] for name, c in choices.items()} | {"omni": list(dev.names)}
 
     held: dict[str, np.ndarray | None] = dict.fromkeys(choices)
+    likely: dict[str, np.ndarray | None] = dict.fromkeys(choices)
     if repeats:
-        held.update(_held_out(dev, methods, found, fold[:, order], folds, limit, order))
+        decided_there, likely_there = _held_out(dev, methods, found, fold[:, order], folds, limit, order, probabilities)
+        held.update(decided_there)
+        likely.update(likely_there)
         held["omni"] = found.omni[:-1, order]
+    elif probabilities:
+        likely.update({name: _likely(view, choices[name], view.logits)[None] for name in methods})
+    if found.omni_probabilities is not None:
+        likely["omni"] = found.omni_probabilities[: repeats or None, order]
 
     pairs = [(a, b) for a in held for b in ("best", "omni") if a != b]
     known = {name: decided for name, decided in held.items() if decided is not None}
@@ -147,6 +161,7 @@ def estimate(
             against_best=against(name, "best"),
             against_omni=against(name, "omni"),
             held_out=held[name],
+            probabilities=likely[name],
         )
     each = dict(zip(dev.names, found.scores[-1].tolist(), strict=True)) | dict(
         zip(view.names, view.scores.tolist(), strict=True)
@@ -175,11 +190,17 @@ def _held_out(
     folds: int,
     limit: int,
     order: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """Decisions (R, N) of each method on the examples that each split holds out; ``fold`` (R, N) in ``order``."""
+    probabilities: bool,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Decisions (R, N) of each method on the examples that each split holds out; ``fold`` (R, N) in ``order``.
+
+    And its probabilities (R, N, classes) of them, or none.
+    """
     labels = dev.labels[order]
     dtype = np.float64 if dev.kind == "regression" else np.int64
     held = {name: np.zeros(fold.shape, dtype) for name in methods}
+    classes = 2 if dev.kind == "binary" else np.asarray(dev.of_member(0)).shape[-1]
+    likely = {name: np.zeros((*fold.shape, classes)) for name in methods} if probabilities else {}
     opened: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def open_(m: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,5 +231,13 @@ def _held_out(
         )
         logits = np.stack([each[i][0][outside] for i in top])
         for name, method in methods.items():
-            held[name][s // folds, outside] = standardised(_decided(view, method.choose(view), logits))
-    return held
+            choice = method.choose(view)
+            held[name][s // folds, outside] = standardised(_decided(view, choice, logits))
+            if probabilities:
+                likely[name][s // folds, outside] = _likely(view, choice, logits)
+    return held, likely
+
+
+def _likely(view: View, choice: Choice, logits: np.ndarray) -> np.ndarray:
+    """The probabilities (N, classes) that a choice from ``view`` gives, as ``_decided``."""
+    return choice_probabilities(logits[choice.members], choice, kind=view.kind)

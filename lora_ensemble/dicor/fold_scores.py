@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.combine import majority, voices
+from lora_ensemble.dicor.combine import majority, of_voices, shares, voices
 from lora_ensemble.dicor.members import Dev
 from lora_ensemble.dicor.settings import Strategy
 from lora_ensemble.tasks import decisions
@@ -32,13 +32,16 @@ class FoldScores:
     omni: np.ndarray
     """(R + 1, N): what all members that have a score on the whole of dev decide together on each example, each
     member at the epoch chosen without it, and, in the last row, at its best epoch; see ``standardised``."""
+    omni_probabilities: np.ndarray | None
+    """(R + 1, N, classes): the probabilities that they give, if they were asked for."""
 
 
-def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy) -> FoldScores:
+def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy, probabilities: bool = False) -> FoldScores:
     """Members of ``dev`` on the parts that ``fold`` (R, N), see ``splits.stratified_folds``, leaves to choose by.
 
     Sums over folds are all that is kept of a member: a split's score is that of the whole less its fold, so that each
-    member is read once, however many splits there are. ``omni``: how all members are combined.
+    member is read once, however many splits there are. ``omni``: how all members are combined. ``probabilities``: keep
+    those that they give, too (classifiers).
     """
     repeats, n = fold.shape
     s, m = repeats * folds, len(dev)
@@ -63,7 +66,12 @@ def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy) -> Fo
             if not np.isnan(scores[s, i]):
                 together.add(i, logits[i - start], each, epochs[:, i])
     good = np.flatnonzero(~np.isnan(scores[s]))
-    return FoldScores(scores=scores, epochs=epochs, omni=together.decided(good, scores, fold, folds))
+    return FoldScores(
+        scores=scores,
+        epochs=epochs,
+        omni=together.decided(good, scores, fold, folds),
+        omni_probabilities=together.probabilities(good, fold, folds) if probabilities else None,
+    )
 
 
 def _scores(logits: np.ndarray, dev: Dev, inside: np.ndarray) -> np.ndarray:
@@ -136,6 +144,20 @@ class _Omni:
             said = decisions(mean, self.dev.kind)
             row[out] = standardised(said[out]) if s < self.splits else said[out]
         return decided
+
+    def probabilities(self, members: np.ndarray, fold: np.ndarray, folds: int) -> np.ndarray:
+        """(R + 1, N, classes) of those members that were added, as ``choice.probabilities``."""
+        found = np.empty((len(fold) + 1, fold.shape[1], self.classes))
+        for s in range(self.splits + 1):
+            out = fold[s // folds] == s % folds if s < self.splits else np.ones(fold.shape[1], bool)
+            row = found[s // folds if s < self.splits else -1]
+            if self.strategy == "majority":
+                row[out] = shares(self.votes[s if len(self.votes) > 1 else 0][members][:, out], self.classes)
+                continue
+            mean = self.total[s if len(self.total) > 1 else 0][out] / max(len(members), 1)
+            voice = mean if self.strategy == "mean-probability" else voices(mean, self.dev.kind)
+            row[out] = of_voices(voice, self.dev.kind)
+        return found
 
     def _majority(
         self, votes: np.ndarray, members: np.ndarray, columns: np.ndarray, scores: np.ndarray, most: int = 4_000_000

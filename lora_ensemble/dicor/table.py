@@ -10,6 +10,10 @@ from lora_ensemble.dicor.interval import LEVEL, Interval
 IN_SAMPLE = "In-sample: the score on the very dev set that was chosen on, which flatters what was chosen."
 
 
+YARDSTICKS = ("best", "omni")
+"""Methods that are always compared, and not chosen among."""
+
+
 def number(value: float | None, *, sign: bool = False) -> str:
     """Four decimals; "undefined" for NaN, "-" for None."""
     if value is None:
@@ -28,7 +32,14 @@ def about(estimates: Estimates) -> str:
         f"example was held out {times}, with its {LEVEL:.0%} interval.\n"
         f"Chosen on all of dev, an ensemble has seen more: 1/{4 * (estimates.folds - 1)} of the optimism is added.\n"
         f"Within noise: the {LEVEL:.0%} interval of the difference (paired bootstrap over examples) holds 0."
+        + (f"\n{_highest(len(estimates.of))}" if len(estimates.of) > len(YARDSTICKS) + 1 else "")
     )
+
+
+def _highest(methods: int) -> str:
+    """What taking the best of several honest estimates does to it."""
+    count = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}.get(methods, str(methods))
+    return f"The highest of {count} honest estimates is itself flattered a little: it was taken for being the highest."
 
 
 def _ordinal(folds: int) -> str:

@@ -1,0 +1,124 @@
+"""What Tolkunov's two formulas expect of an ensemble, beside what it does.
+
+Axes: M members, N examples, k members of an ensemble.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_ensemble.dicor.combine import majority
+from lora_ensemble.dicor.similarity import features
+from lora_ensemble.tasks import Kind, decisions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theory:
+    """One ensemble on the dev set that it was chosen on. Classifiers and regressions fill in what is theirs."""
+
+    size: int
+    """k."""
+    level: float
+    """regression: sigma^2, the mean over members of the variance of value - label. Classifiers: p, the mean of their
+    shares of wrong decisions."""
+    rho: float
+    """The mean over pairs of members of the correlation of their errors (``similarity.features``, error), where it is
+    defined; NaN for a single member."""
+    expected: float
+    """By the report: the variance of the ensemble's error (equation 2), or the probability that a majority is wrong.
+    NaN where the formula gives no number."""
+    independent: float
+    """The same if errors were independent: sigma^2 / k; the probability that more than half of k votes are wrong, each
+    with probability p (Condorcet's jury, ties not counted as wrong)."""
+    observed: float
+    """The variance of the error of the members' plain mean; the share of examples on which their majority is wrong,
+    with the paper's tie rule."""
+
+
+def mean_correlation(total: np.ndarray, count: int) -> float:
+    """Mean of the products of all pairs of ``count`` unit vectors of sum ``total`` (N,); NaN for fewer than two.
+
+    It is (|sum|^2 - M) / (M (M - 1)): there is no need of M x M numbers.
+    """
+    return float((np.square(total).sum() - count) / (count * (count - 1))) if count > 1 else float("nan")
+
+
+def ensemble_variance(variance: float, rho: float, size: int) -> float:
+    """Tolkunov, equation 2: Var(ens) = sigma^2 / N + (N - 1) / N * rho * sigma^2, with N = ``size`` members.
+
+    Exact where all members have the same variance. A single member needs no ``rho``.
+    """
+    return variance / size + ((size - 1) / size * rho * variance if size > 1 else 0.0)
+
+
+def majority_error(p: float, rho: float, size: int) -> float:
+    """Tolkunov's approximation of the probability that a majority of N = ``size`` members is wrong.
+
+    p_eff = rho p + (1 - rho) p^2 and P = sum_{k = floor(N/2)}^{N} C(N,k) p_eff^k (1 - p_eff)^(N-k), as printed, faults
+    included. NaN where ``rho`` is undefined or p_eff is no probability. For one member it is 1.
+    """
+    from scipy.special import bdtrc  # late: the commands that need no scipy do not wait for it
+
+    if size == 1:
+        return 1.0
+    effective = rho * p + (1 - rho) * p * p
+    return float(bdtrc(size // 2 - 1, size, effective)) if 0 <= effective <= 1 else float("nan")
+
+
+def independent_majority_error(p: float, size: int) -> float:
+    """The probability that more than half of ``size`` votes are wrong, each independently with probability p."""
+    from scipy.special import bdtrc
+
+    return float(bdtrc(size // 2, size, p))
+
+
+def theory(
+    logits: Iterable[np.ndarray],
+    labels: np.ndarray,
+    kind: Kind,
+    *,
+    outputs: int,
+    ranks: list[int | None],
+    scores: np.ndarray,
+    names: list[str],
+) -> Theory:
+    """Of k members whose logits (N, C) come one by one, in the order of ``ranks``, ``scores`` and ``names`` (k,).
+
+    C is ``outputs``. Members are looked at one at a time; of classifiers the decisions (k, N) are kept, a byte each.
+    """
+    k, n = len(names), len(labels)
+    votes = np.empty((0 if kind == "regression" else k, n), np.min_scalar_type(outputs))
+    levels, errors, units, correlated = [], np.zeros(n), np.zeros(n), 0
+    for i, one in enumerate(logits):
+        decided = decisions(one, kind)
+        if kind == "regression":
+            levels.append(float(np.var(decided - labels)))
+            errors += (decided - labels) / k
+        else:
+            levels.append(float(np.mean(decided != labels)))
+            votes[i] = decided
+        unit = features(one[None], kind=kind, similarity="error", labels=labels)[0]
+        if not np.isnan(unit).any():  # a member that is never, or always, wrong has no correlation
+            units, correlated = units + unit, correlated + 1
+    level, rho = float(np.mean(levels)), mean_correlation(units, correlated)
+    if kind == "regression":
+        expected, independent = ensemble_variance(level, rho, k), level / k
+        observed = float(np.var(errors))
+    else:
+        expected, independent = majority_error(level, rho, k), independent_majority_error(level, k)
+        block = max(4_000_000 // k, 1)  # examples at a time: the votes of ten thousand members are many
+        voted = [
+            majority(
+                votes[:, start : start + block].astype(np.int64),
+                num_classes=max(outputs, 2),
+                ranks=ranks,
+                scores=scores,
+                names=names,
+            )
+            for start in range(0, n, block)
+        ]
+        observed = float(np.mean(np.concatenate(voted) != labels))
+    return Theory(size=k, level=level, rho=rho, expected=expected, independent=independent, observed=observed)

@@ -1,0 +1,84 @@
+"""A report in Weights & Biases: the table of methods, the plots and the page. In dicor, only this imports wandb."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lora_ensemble.dicor.report.charts import drawings
+from lora_ensemble.dicor.report.facts import Facts
+from lora_ensemble.dicor.report.svg import svg
+from lora_ensemble.errors import UserError
+from lora_ensemble.online import START_WITHIN_S, project, reachable
+
+
+def check() -> None:
+    """``UserError`` where wandb is not there; before the work, for it need not be imported to know."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb: wandb is not installed; run: pip install wandb, or leave out --wandb")
+
+
+def group(facts: Facts) -> str:
+    """The group of the members' run, which is its name without what tells its settings apart; or the task's name."""
+    runs = [r.run for r in facts.shown if r.run]
+    return runs[0].rpartition("-")[0] or runs[0] if runs else facts.task
+
+
+def log(facts: Facts, page: str, folder: Path) -> str:
+    """Log the table of methods, each plot, and the page; returns what to tell the user.
+
+    Online where there is a key and the server answers, otherwise into ``folder``, as curves are. ``UserError`` where
+    nothing can be written there, or wandb does not start.
+    """
+    import wandb
+
+    if os.environ.get("WANDB_MODE") == "disabled":
+        return "wandb: WANDB_MODE is disabled; nothing was logged"
+    name = f"{facts.task}-report"
+    common: dict[str, Any] = {
+        "project": project(),
+        "group": group(facts),
+        "job_type": "report",
+        "name": name,
+        "id": f"{name}-{datetime.now():%Y%m%d-%H%M%S}",
+        "dir": str(folder),
+        "config": {"task": facts.task, "method": facts.method, "pool": str(facts.comparison.task_pool.pool)},
+        "settings": wandb.Settings(init_timeout=START_WITHIN_S, silent=True, console="off"),
+    }
+    online, why = reachable(), ""
+    run: Any = None
+    if online:
+        try:
+            run = wandb.init(**common, mode="online")
+        except Exception as e:  # whatever keeps W&B from starting must not lose the report
+            why = f" (it did not start: {type(e).__name__})"
+    if run is None:
+        try:
+            run = wandb.init(**common, mode="offline")
+        except Exception as e:
+            raise UserError(
+                f"--wandb: Weights & Biases did not start ({type(e).__name__}: {e}); the page is written"
+            ) from e
+    header = ["method", "members", "in_sample", "honest", "low", "high", "optimism", "to_best", "to_omni"]
+    rows = [
+        [
+            method,
+            len(one.names),
+            one.in_sample,
+            *((one.honest.value, one.honest.low, one.honest.high) if one.honest else (None, None, None)),
+            one.optimism,
+            *(d.value if d else None for d in (one.against_best, one.against_omni)),
+        ]
+        for method, one in facts.comparison.estimates.of.items()
+    ]
+    logged: dict[str, Any] = {"methods": wandb.Table(columns=header, data=rows)}
+    for plot in drawings(facts).values():
+        logged[f"plots/{plot.name}"] = wandb.Html(svg(plot, title=f"{facts.task}: {plot.title}"), inject=False)
+    run.log(logged | {"report": wandb.Html(page, inject=False)})
+    run.finish()
+    if run.settings.mode == "online":
+        return f"wandb: logged in group {group(facts)!r}"
+    return f"wandb: offline{why}; to see it online: wandb sync {folder}/wandb/offline-run-*-{run.id}"
