@@ -1,4 +1,4 @@
-"""Puts configs/ into the wheel: lora-ensemble reproduce needs them where there is no clone. All else: pyproject.toml."""
+"""Puts configs/ into the wheel, where lora-ensemble reproduce finds them. All else is in pyproject.toml."""
 
 import shutil
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import torch
 from lora_ensemble.bank_io import restore_members
 from lora_ensemble.base_model import hub_id
 from lora_ensemble.data import BankData
+from lora_ensemble.dicor import report_command
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import MemberConfig
 from lora_ensemble.module import BankModule
 from lora_ensemble.pool import MemberRecord, TaskPool
 from lora_ensemble.reproduce.papers import TASKS, Scale
-from lora_ensemble.reproduce.results import dicor_systems
+from lora_ensemble.reproduce.results import dicor_options
 
 
 def low_and_high(members: Sequence[MemberRecord]) -> tuple[MemberRecord, MemberRecord]:
@@ -51,15 +53,24 @@ def embeddings(pool: Path, task: str, records: Sequence[MemberRecord], root: Pat
 
 
 def tolkunov_figures(output: Path, scale: Scale, root: Path, base_model: str) -> list[Path]:
-    """Draw figures 1, 3 and 4 of each task below ``output``; ``UserError`` where matplotlib or sklearn is missing."""
-    from lora_ensemble.dicor import plots
+    """Each task's page of ``dicor report`` with its plots (1 and 3 among them), and figure 4, below ``output``.
 
+    ``UserError`` where matplotlib or scikit-learn is missing.
+    """
     folder, files = output / "figures", []
-    plots.check_folder(folder)
     for task in TASKS:
-        comparison, _ = dicor_systems(output / "grid", task, scale)
-        files += plots.save(comparison, folder)
-        files.append(figure(output / "grid", task, root, base_model, folder / f"{task}-embeddings.png"))
+        page = output / f"{task}.html"
+        given = Namespace(
+            pool=output / "grid",
+            task=task,
+            output=page,
+            method=["dicor"],
+            split="dev",
+            plots=folder,
+            wandb=False,
+        )
+        report_command.run(given, dicor_options(task, scale))
+        files += [page, figure(output / "grid", task, root, base_model, folder / f"{task}-embeddings.png")]
     return files
 
 

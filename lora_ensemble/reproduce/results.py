@@ -215,7 +215,7 @@ def _tolkunov(scale: Scale, output: Path, predict: Predict) -> tuple[list[str], 
                 continue
             systems[system][task] = alone.members[0].score
             honest[system][task] = _honest(compare(alone, ["best"], Options()).estimates.of["best"])
-        comparison, default = dicor_systems(output / "grid", task, scale)
+        comparison, default = _dicor(output / "grid", task, scale)
         found = comparison.estimates
         for system, estimate in (
             ("LoRA (best)", found.of["best"]),
@@ -263,7 +263,8 @@ def _tolkunov(scale: Scale, output: Path, predict: Predict) -> tuple[list[str], 
         + "\n\nA member's similarity is the mean of its similarities to all others; diversity grows where it falls.",
         "## Figures\n\n"
         + "\n".join(
-            f"* {task}: [similarity of members](figures/{task}-similarity.png) (its figure 1), "
+            f"* {task}: [the report of dicor]({task}.html), "
+            f"[similarity of members](figures/{task}-similarity.png) (its figure 1), "
             f"[score by rank](figures/{task}-score-by-rank.png) (its figure 3), "
             f"[what the head reads](figures/{task}-embeddings.png) (its figure 4)"
             for task in TASKS
@@ -272,15 +273,19 @@ def _tolkunov(scale: Scale, output: Path, predict: Predict) -> tuple[list[str], 
     return sections, files
 
 
-def dicor_systems(pool: Path, task: str, scale: Scale) -> tuple[Comparison, Estimate]:
-    """The report's systems on a grid's pool, by its rules, and what dicor select takes unless told otherwise."""
-    kind = PRESETS[task].kind
-    options = Options(strategy=DEFAULT_STRATEGY[kind])
+def dicor_options(task: str, scale: Scale) -> Options:
+    """The report's rules for a task's ensembles; of a small pool, a small ensemble."""
+    options = Options(strategy=DEFAULT_STRATEGY[PRESETS[task].kind])
     if scale == "small":
         options = replace(options, size=papers.SMALL_SIZES[task], top_k=papers.SMALL_TOP_K[task])
-    default = DEFAULT_METHOD[kind]
+    return options
+
+
+def _dicor(pool: Path, task: str, scale: Scale) -> tuple[Comparison, Estimate]:
+    """The report's systems on a grid's pool, by its rules, and what dicor select takes unless told otherwise."""
+    default = DEFAULT_METHOD[PRESETS[task].kind]
     return (
-        compare(TaskPool(pool, task), ["best", "omni", "dicor"], options),
+        compare(TaskPool(pool, task), ["best", "omni", "dicor"], dicor_options(task, scale)),
         compare(TaskPool(pool, task), [default], Options()).estimates.of[default],
     )
 
