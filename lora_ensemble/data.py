@@ -16,12 +16,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import packing
 from lora_ensemble.base_model import load_tokenizer
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import derived_seed
+from lora_ensemble.notices import say
 from lora_ensemble.readers import Split, fingerprint, read_split, shared_texts
 from lora_ensemble.tasks import PRESETS, Task
 
@@ -230,7 +230,7 @@ class BankData(pl.LightningDataModule):
             shared = shared_texts(self._train_texts[task.name], raw)
             if shared:
                 tokenised.notices.append(f"{shared} of {len(raw.ids)} examples also stand in train")
-        _say(f"{task.name} {split}: {len(tokenised)} examples", tokenised.notices)
+        say("\n  ".join([f"{task.name} {split}: {len(tokenised)} examples", *tokenised.notices]))
         return tokenised
 
     def _limit(self) -> int:
@@ -297,8 +297,3 @@ def resolve_tasks(tasks: Sequence[str | Task]) -> list[Task]:
     if len(set(names)) < len(names):
         raise UserError(f"data.tasks: a name is used twice: {', '.join(names)}")
     return found
-
-
-@rank_zero_only
-def _say(headline: str, notices: Sequence[str]) -> None:
-    print(headline + ("" if not notices else "\n  " + "\n  ".join(notices)), flush=True)

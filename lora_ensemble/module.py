@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lora_ensemble.base_model import hub_id, load_classifier
@@ -23,6 +22,7 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.frozen import FrozenReads
 from lora_ensemble.lora import NO_TARGETS, Member, MemberConfig, derived_seed, expand_members
 from lora_ensemble.model import Bank
+from lora_ensemble.notices import say
 from lora_ensemble.optim import BankAdamW, clip_rows
 from lora_ensemble.tasks import Kind, Task, score
 
@@ -166,10 +166,10 @@ class BankModule(pl.LightningModule):
         """Refuse what would couple members, and say what is done otherwise than one might expect."""
         check_precision(self.trainer.precision)
         if not self.bank.packs:
-            _say(f"{self.bank.config.model_type}: its relative positions need padded batches; examples share no row")
+            say(f"{self.bank.config.model_type}: its relative positions need padded batches; examples share no row")
         unchanged = len(self.members) - len(self.bank.deep)
         if unchanged:
-            _say(
+            say(
                 f"{unchanged} of {len(self.members)} members leave the encoder as it is: they read its output without "
                 "dropout, computed once (model.frozen_dropout)"
             )
@@ -387,8 +387,3 @@ class BankModule(pl.LightningModule):
         if bad and strict:
             raise UserError(f"--ckpt_path: weights are missing or unknown: {', '.join(bad[:3])}")
         return result
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)
