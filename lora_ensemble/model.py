@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from lora_ensemble.encode import Adapters, PackedEncoder
-from lora_ensemble.families import accepts_token_types, family_of, freeze, target_paths
+from lora_ensemble.encode import Adapters, PackedEncoder, product_dtype
+from lora_ensemble.families import family_of, freeze, target_paths
 from lora_ensemble.lora import Adapter, Member, derived_seed, linear_layers
 from lora_ensemble.padded import PaddedEncoder
 from lora_ensemble.tasks import Task
@@ -77,7 +77,6 @@ class Bank(nn.Module):
         if not train_encoder:
             freeze(self.encoder)
         freeze(self.heads)
-        self._token_types = accepts_token_types(self.encoder)
 
         self._adapted: list[str] = []
         self._shapes: dict[str, torch.Size] = {}
@@ -153,7 +152,7 @@ class Bank(nn.Module):
         them, and :func:`packing.layout`. ``frozen``: task name to :meth:`read_frozen` of the same batch, where it is
         known already.
         """
-        dtype = self._dtype()
+        dtype = product_dtype(self.weights)
         views = self._views(self.weights)
         everybody = range(len(self.members))
         pooler = self._adapters(self.weights, everybody, dtype, [p for p in self._adapted if p not in self._inside])
@@ -167,11 +166,6 @@ class Bank(nn.Module):
             read = self._read(batch, (frozen or {}).get(name), dtype)
             logits[name] = self._head(name, read, self._pool(read, pooler, dtype), views)
         return logits
-
-    def _dtype(self) -> torch.dtype:
-        """Of the encoder's matrix products."""
-        kind = self.weights.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weights.dtype
 
     def _index(self, task: str) -> int:
         return [t.name for t in self.tasks].index(task)
@@ -193,14 +187,8 @@ class Bank(nn.Module):
         parts: list[Tensor] = []
         if self.deep:
             rows = self.weights if len(self.deep) == len(self.members) else self.weights[self.deep]
-            read = self._encode(
-                batch,
-                self._adapters(rows, self.deep, dtype, self._inside),
-                members=len(self.deep),
-                token_types=self._token_types,
-                dropout=self.training,
-                dtype=dtype,
-            )
+            adapters = self._adapters(rows, self.deep, dtype, self._inside)
+            read = self._encode(batch, adapters, members=len(self.deep), dropout=self.training)
             parts.append(read.expand(len(self.deep), -1, -1))
         others = [i for i in range(len(self.members)) if i not in self.deep]
         if others:
@@ -214,7 +202,7 @@ class Bank(nn.Module):
     @torch.no_grad()
     def read_frozen(self, batch: Mapping[str, Any]) -> Tensor:
         """What the untouched encoder, without dropout, gives the heads to read of each example, (1, B, H)."""
-        return self._encode(batch, {}, members=1, token_types=self._token_types, dropout=False, dtype=self._dtype())
+        return self._encode(batch, {}, members=1, dropout=False)
 
     def _pool(self, read: Tensor, adapters: Adapters, dtype: torch.dtype) -> Tensor | None:
         """BERT's pooler, which belongs to the encoder: (M, B, H), or None where there is none."""

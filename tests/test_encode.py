@@ -15,6 +15,7 @@ from test_model import THREE, bank_of, batches, sst_losses
 import lora_ensemble.encode as encode
 from lora_ensemble.base_model import load_classifier
 from lora_ensemble.data import TokenisedSplit
+from lora_ensemble.families import accepts_token_types
 from lora_ensemble.frozen import FrozenReads
 from lora_ensemble.lora import MemberConfig, expand_members
 from lora_ensemble.model import Bank
@@ -47,7 +48,7 @@ def merged(bank: Bank, base: Path, index: int, batch: dict[str, Any]) -> tuple[A
         for name, value in heads["sst"].items():
             own[name].copy_(value)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    if not bank._token_types:
+    if not accepts_token_types(bank.encoder):
         del inputs["token_type_ids"]
     return model, inputs
 
