@@ -19,13 +19,14 @@ from lora_ensemble.curves import log_member_table
 from lora_ensemble.data import BankData
 from lora_ensemble.errors import UserError
 from lora_ensemble.memory import measurable
+from lora_ensemble.model import row_width
 from lora_ensemble.module import BankModule
 from lora_ensemble.notices import say
 from lora_ensemble.plan import Finished, Plan, PlannedBank, arrange, read_plan, write_plan
 from lora_ensemble.pool_writer import AllDivergedError, PoolWriter, print_summary
 from lora_ensemble.probe import members_that_fit
 from lora_ensemble.restart import RestartPoint, write_checkpoint
-from lora_ensemble.split import is_out_of_memory, layout, split_checkpoint, width
+from lora_ensemble.split import is_out_of_memory, split_checkpoint
 
 BankSize = int | Literal["auto"] | None
 
@@ -46,7 +47,7 @@ def banks_of(module: BankModule, names: Sequence[str], size: int) -> list[list[s
     by_targets = sorted(rows, key=lambda i: (len(bank.paths[i]), bank.paths[i], members[i].rank or 0))
     by_rank = sorted(rows, key=lambda i: (members[i].rank or 0, len(bank.paths[i]), bank.paths[i]))
     orders = [rows, by_targets, by_rank, by_targets[::-1], by_rank[::-1]]
-    cut = arrange(orders, size, width=lambda some: width(layout(bank, some)))
+    cut = arrange(orders, size, width=lambda some: row_width(bank.row_shapes(some)))
     return [[members[i].name for i in some] for some in cut]
 
 

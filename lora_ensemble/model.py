@@ -78,16 +78,8 @@ class Bank(nn.Module):
             freeze(self.encoder)
         freeze(self.heads)
 
-        self._adapted: list[str] = []
-        self._shapes: dict[str, torch.Size] = {}
-        for path, layer in self.layers.items():
-            ranks = [m.rank or 0 for m, paths in zip(self.members, self.paths, strict=True) if path in paths]
-            if ranks:
-                self._adapted.append(path)
-                self._shapes[f"{path}.A"] = torch.Size((max(ranks), layer.in_features))
-                self._shapes[f"{path}.B"] = torch.Size((layer.out_features, max(ranks)))
-        for task, head in zip(self.tasks, self.heads, strict=True):
-            self._shapes.update({f"{task.name}/{name}": p.shape for name, p in head.named_parameters()})
+        self._shapes = self.row_shapes(range(len(self.members)))
+        self._adapted = [path for path in self.layers if f"{path}.A" in self._shapes]
 
         family = family_of(self.config.model_type)
         pooler = {family.pooler} if getattr(self.encoder, "pooler", None) is not None else set()
@@ -104,8 +96,7 @@ class Bank(nn.Module):
             else PaddedEncoder(self.encoder, self._inside, members=max(1, len(self.deep)))
         )
         self._scaling: Tensor | None = None
-        width = sum(math.prod(s) for s in self._shapes.values())
-        self.weights = nn.Parameter(torch.zeros(len(self.members), width))  # (M, P)
+        self.weights = nn.Parameter(torch.zeros(len(self.members), row_width(self._shapes)))  # (M, P)
         for i, member in enumerate(self.members):
             self.load_member(i, self._drawn_adapter(i, init_std), self._drawn_heads(member, classifier, fresh))
         # from_pretrained leaves dropout off.
@@ -115,6 +106,18 @@ class Bank(nn.Module):
     def shapes(self) -> dict[str, torch.Size]:
         """What a row of ``weights`` holds, in order: name to shape."""
         return dict(self._shapes)
+
+    def row_shapes(self, members: Sequence[int]) -> dict[str, torch.Size]:
+        """What a row of ``weights`` holds in a bank of these members alone, in order: name to shape."""
+        shapes: dict[str, torch.Size] = {}
+        for path, layer in self.layers.items():
+            ranks = [self.members[i].rank or 0 for i in members if path in self.paths[i]]
+            if ranks:
+                shapes[f"{path}.A"] = torch.Size((max(ranks), layer.in_features))
+                shapes[f"{path}.B"] = torch.Size((layer.out_features, max(ranks)))
+        for task, head in zip(self.tasks, self.heads, strict=True):
+            shapes.update({f"{task.name}/{name}": p.shape for name, p in head.named_parameters()})
+        return shapes
 
     def _drawn_adapter(self, index: int, init_std: float) -> Adapter:
         member, generator = self.members[index], torch.Generator()
@@ -287,6 +290,11 @@ class Bank(nn.Module):
     def encoder_state(self) -> dict[str, Tensor]:
         """The encoder's weights under the classification model's names, for a fully fine-tuned member."""
         return {f"{self.prefix}.{n}": p.detach().float().cpu().clone() for n, p in self.encoder.named_parameters()}
+
+
+def row_width(shapes: Mapping[str, torch.Size]) -> int:
+    """P: how many numbers a row of these shapes has."""
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _skeleton(classifier: Any, num_labels: int) -> Any:

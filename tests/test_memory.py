@@ -19,9 +19,10 @@ from lora_ensemble import probe
 from lora_ensemble.data import BankData
 from lora_ensemble.lora import MemberConfig
 from lora_ensemble.memory import Need, cautious_need, free_host_memory, peak_bytes
+from lora_ensemble.model import row_width
 from lora_ensemble.module import BankModule
 from lora_ensemble.plan import Finished, Plan, PlannedBank, arrange, read_plan, write_plan
-from lora_ensemble.split import is_out_of_memory, layout, width
+from lora_ensemble.split import is_out_of_memory
 
 CPU = torch.device("cpu")
 
@@ -147,7 +148,7 @@ def test_a_larger_bank_takes_what_one_and_two_foretell(
     longest = [int(split.lengths.max()) for split in batches.splits.values()]
     estimate = cautious_need(
         trial.module.bank.config,
-        width=width(trial.module.bank.shapes),
+        width=row_width(trial.module.bank.shapes),
         tokens=8 * sum(longest),
         longest=max(longest),
     )
@@ -251,8 +252,8 @@ def test_the_order_that_pads_least(tiny: Callable[[str], Path], demo_root: Path)
     assert arrange(orders, 2, width=lambda rows: 5) == [[0, 1], [2, 3]]  # the user's order where nothing is gained
 
 
-def test_a_layout_is_that_of_the_smaller_bank(tiny: Callable[[str], Path], demo_root: Path) -> None:
-    """Names and shapes as a bank of these members alone has them."""
+def test_the_shapes_are_those_of_the_smaller_bank(tiny: Callable[[str], Path], demo_root: Path) -> None:
+    """Names and shapes as a bank of these members alone has them, and their number by hand."""
     entries = [
         MemberConfig(rank=4, targets="all-linear"),
         MemberConfig(rank=2),
@@ -262,8 +263,12 @@ def test_a_layout_is_that_of_the_smaller_bank(tiny: Callable[[str], Path], demo_
     module = Trial(tiny("bert"), demo_root, *entries).module
     for rows in ([0], [1, 2], [2], [1, 3], [0, 1, 2, 3]):
         alone = module.with_members([module.members[i] for i in rows])
-        assert list(layout(module.bank, rows).items()) == list(alone.bank.shapes.items())
-        assert alone.bank.weights.shape[1] == width(layout(module.bank, rows))
+        assert list(module.bank.row_shapes(rows).items()) == list(alone.bank.shapes.items())
+        assert alone.bank.weights.shape[1] == row_width(module.bank.row_shapes(rows))
+    heads = (5 * 32 + 5) + (1 * 32 + 1)
+    assert row_width(module.bank.row_shapes([2])) == heads
+    # Two layers; query, key and value; A and B of the larger rank.
+    assert row_width(module.bank.row_shapes([1, 3])) == 2 * 3 * 2 * 3 * 32 + heads
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
