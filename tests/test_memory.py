@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import resource
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES
 
-from lora_ensemble import probe
+from lora_ensemble import memory, probe
 from lora_ensemble.data import BankData
 from lora_ensemble.lora import MemberConfig
 from lora_ensemble.memory import Need, cautious_need, free_host_memory, peak_bytes
@@ -93,6 +96,16 @@ def test_free_memory_is_the_tightest_limits(tmp_path: Path, group: str, files: d
 def test_the_process_own_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (10_000, 10_000))
     assert free_host_memory(**machine(tmp_path, "0::/\n", {})) == 10_000 - 4 * 1024
+
+
+def test_without_unix_the_hosts_memory_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows: the module can be imported, and says that the host cannot be measured; a GPU still can."""
+    assert memory.measurable(CPU)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delattr(os, "sysconf")
+    measurable = runpy.run_path(memory.__file__, run_name="imported_anew")["measurable"]
+    assert not measurable(CPU)
+    assert measurable(torch.device("cuda"))
 
 
 def test_this_machine_has_memory() -> None:
