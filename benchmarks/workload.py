@@ -103,7 +103,7 @@ class Workload:
 
     def order(self, data: BankData) -> list[np.ndarray]:
         """Row numbers (B,) of each step's examples, in the order in which the bank gets them."""
-        return [np.asarray(batch[self.task.name]["index"]) for batch in data.train_dataloader()]
+        return [batch[self.task.name]["rows"] for batch in data.train_dataloader()]
 
     def timed_lengths(self) -> np.ndarray:
         """Tokens of every example of the timed steps; padding is not counted."""

@@ -62,15 +62,13 @@ class TokenisedSplit:
 
     def batch(self, rows: np.ndarray) -> dict[str, Any]:
         """The examples ``rows`` (B,) as one packed row of T tokens: ``input_ids`` and ``token_type_ids`` (T,),
-        :func:`packing.layout`, ``labels`` (B,) where known, ``index`` (B,), and ``rows``, the same
-        on the host."""
+        :func:`packing.layout`, ``labels`` (B,) where known, and ``rows`` (B,), which stays on the host."""
         lengths = self.lengths[rows]
         source = np.repeat(self._start[rows] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         batch = {
             "input_ids": packing.fill(torch.from_numpy(self._tokens[source].astype(np.int64))),
             "token_type_ids": packing.fill(torch.from_numpy(self._types[source].astype(np.int64))),
-            "index": torch.from_numpy(np.asarray(rows, np.int64)),
-            "rows": np.asarray(rows),
+            "rows": np.asarray(rows, np.int64),
             **packing.layout(lengths),
         }
         if self.labels is not None:

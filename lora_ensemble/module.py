@@ -133,7 +133,7 @@ class BankModule(pl.LightningModule):
         self._frozen = FrozenReads(self.bank)
         self.evaluations: dict[str, Evaluation] = {}
         """Task name to what the last validation, test or prediction gave."""
-        self._collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._collected: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
         self._loss_sum: Tensor | None = None
         self._loss_steps = self._logged_step = 0
 
@@ -288,7 +288,7 @@ class BankModule(pl.LightningModule):
 
     def _collect(self, batch: dict[str, dict[str, Any]], split: str) -> None:
         for name, logits in self.bank(batch, self._read_frozen(batch, split)).items():
-            self._collected.setdefault(name, []).append((batch[name]["index"], logits.float()))
+            self._collected.setdefault(name, []).append((batch[name]["rows"], logits.float()))
 
     def validation_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> None:
         """Keep the logits on the device until the end."""
@@ -309,7 +309,8 @@ class BankModule(pl.LightningModule):
             data = self.trainer.datamodule.splits[split][task.name]
             full = torch.zeros(len(self.members), len(data), task.num_outputs, device=self.device)
             seen = torch.zeros(len(data), device=self.device)
-            for index, logits in self._collected.get(task.name, []):
+            for given, logits in self._collected.get(task.name, []):
+                index = torch.from_numpy(given).to(self.device)
                 full[:, index] = logits
                 seen[index] = 1
             # Every row lies on one device and is zero on the others, so the sum is exact.
