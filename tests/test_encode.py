@@ -136,8 +136,8 @@ def test_frozen_weights_that_change_are_cast_anew(tiny: Callable[[str], Path]) -
     assert not torch.allclose(before, after, atol=1e-2)
 
 
-def test_trained_weights_are_fused_in_every_pass(tiny: Callable[[str], Path]) -> None:
-    """Nothing is kept of an encoder that is trained: two passes before a step, and one after an evaluation."""
+def test_fused_weights_of_a_trained_encoder_have_gradients(tiny: Callable[[str], Path]) -> None:
+    """After an evaluation too, and in each of two passes before a step."""
     bank = bank_of(tiny("bert"), MemberConfig(targets="none"), train_encoder=True)
     batch, query = batches(1)[0], bank.encoder.get_submodule("encoder.layer.0.attention.self.query")
     with torch.no_grad():
