@@ -18,7 +18,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import __version__
 from lora_ensemble.banks import BankRun, check_bank_size, evaluation_banks, let_go
@@ -26,6 +25,7 @@ from lora_ensemble.curves import MemberTable, default_loggers
 from lora_ensemble.data import BankData
 from lora_ensemble.errors import UserError
 from lora_ensemble.module import BankModule, check_precision
+from lora_ensemble.notices import say
 from lora_ensemble.pool_writer import PoolWriter
 from lora_ensemble.restart import TimedCheckpoint
 
@@ -123,7 +123,7 @@ class CLI(LightningCLI):
         self._settings = copy.deepcopy(settings)
         folder = self.run_dir / "checkpoint"
         if fit and self._writes_checkpoints(config) and not resumed and any(folder.rglob("last.ckpt")):
-            _say(f"note: these settings were run before; add --ckpt_path last to go on from {folder}")
+            say(f"note: these settings were run before; add --ckpt_path last to go on from {folder}")
         return self._trainer(folder, resumed, whole=True)
 
     @staticmethod
@@ -221,11 +221,6 @@ def _check_checkpoint(path: str) -> None:
         ) from e
     if bank is None:
         raise UserError(f"--ckpt_path: {path}: a checkpoint, but not of a bank; give one that lora-ensemble fit wrote")
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def run(args: Sequence[str] | None = None) -> int:
