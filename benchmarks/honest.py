@@ -123,15 +123,17 @@ class Truth:
         return score_decisions(decisions(np.asarray(total), self.world.kind), self.labels, self.world.kind)
 
 
-def simulate(world: World, *, sets: int, truth: int, repeats: int | None, seed: int = 0) -> dict[str, dict[str, float]]:
+def simulate(
+    world: World, *, sets: int, truth: int, repeats: int | None, folds: int = FOLDS, seed: int = 0
+) -> dict[str, dict[str, float]]:
     """Method to the figures that are printed."""
     rng = np.random.default_rng(seed)
     known = Truth(world, rng, truth)
     seen: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for _ in range(sets):
         dev, epochs = known.drawn(rng, world.n)
-        found = estimate(dev, methods(world), repeats=repeats)
-        part, part_epochs = known.drawn(rng, world.n - round(world.n / FOLDS))
+        found = estimate(dev, methods(world), folds=folds, repeats=repeats)
+        part, part_epochs = known.drawn(rng, world.n - round(world.n / folds))
         chosen = estimate(part, methods(world), repeats=0)
         true = {name: known.of(one.choice, one.names, epochs) for name, one in found.of.items() if name != "omni"}
         true["omni"] = known.of_all(epochs)
@@ -189,11 +191,14 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=1000, help="dev sets of each world (default: 1000)")
     parser.add_argument("--truth", type=int, default=20_000, help="examples that there are (default: 20000)")
     parser.add_argument("--repeats", type=int, help="repeats of the folds (default: what dicor takes)")
+    parser.add_argument(
+        "--folds", type=int, default=FOLDS, help="parts that dev is cut into (default: what dicor takes)"
+    )
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     options = parser.parse_args()
     for name in options.worlds:
         start, world = time.perf_counter(), WORLDS[name]
-        figures = simulate(world, sets=options.sets, truth=options.truth, repeats=options.repeats)
+        figures = simulate(world, sets=options.sets, truth=options.truth, repeats=options.repeats, folds=options.folds)
         print(
             f"\n{name}: {options.sets} dev sets of {world.n} examples, {world.members} members"
             f"{f' of {world.epochs} epochs' if world.epochs > 1 else ''} ({time.perf_counter() - start:.0f} s)\n"

@@ -103,7 +103,7 @@ class Workload:
 
     def order(self, data: BankData) -> list[np.ndarray]:
         """Row numbers (B,) of each step's examples, in the order in which the bank gets them."""
-        return [np.asarray(batch[self.task.name]["index"]) for batch in data.train_dataloader()]
+        return [batch[self.task.name]["rows"] for batch in data.train_dataloader()]
 
     def timed_lengths(self) -> np.ndarray:
         """Tokens of every example of the timed steps; padding is not counted."""
@@ -208,9 +208,13 @@ def _write(path: Path, task: Task, split: Split, rows: np.ndarray) -> None:
 
 def made_up(folder: Path, base_model: str, count: int) -> Task:
     """Sentences of random words with SST's lengths, and random labels."""
+    return write_sentences(folder, base_model, sst_lengths(count))
+
+
+def sst_lengths(count: int) -> np.ndarray:
+    """Tokens of ``count`` made-up examples, (count,), distributed as SST's."""
     rng = np.random.default_rng(_SEED)
-    lengths = np.interp(rng.random(count), np.linspace(0, 1, len(_SST_LENGTHS)), _SST_LENGTHS).round().astype(int)
-    return write_sentences(folder, base_model, lengths)
+    return np.interp(rng.random(count), np.linspace(0, 1, len(_SST_LENGTHS)), _SST_LENGTHS).round().astype(int)
 
 
 def write_sentences(folder: Path, base_model: str, lengths: Sequence[int] | np.ndarray) -> Task:

@@ -19,12 +19,14 @@ from lora_ensemble.curves import log_member_table
 from lora_ensemble.data import BankData
 from lora_ensemble.errors import UserError
 from lora_ensemble.memory import measurable
+from lora_ensemble.model import row_width
 from lora_ensemble.module import BankModule
+from lora_ensemble.notices import say
 from lora_ensemble.plan import Finished, Plan, PlannedBank, arrange, read_plan, write_plan
 from lora_ensemble.pool_writer import AllDivergedError, PoolWriter, print_summary
 from lora_ensemble.probe import members_that_fit
 from lora_ensemble.restart import RestartPoint, write_checkpoint
-from lora_ensemble.split import is_out_of_memory, layout, split_checkpoint, width
+from lora_ensemble.split import is_out_of_memory, split_checkpoint
 
 BankSize = int | Literal["auto"] | None
 
@@ -45,7 +47,7 @@ def banks_of(module: BankModule, names: Sequence[str], size: int) -> list[list[s
     by_targets = sorted(rows, key=lambda i: (len(bank.paths[i]), bank.paths[i], members[i].rank or 0))
     by_rank = sorted(rows, key=lambda i: (members[i].rank or 0, len(bank.paths[i]), bank.paths[i]))
     orders = [rows, by_targets, by_rank, by_targets[::-1], by_rank[::-1]]
-    cut = arrange(orders, size, width=lambda some: width(layout(bank, some)))
+    cut = arrange(orders, size, width=lambda some: row_width(bank.row_shapes(some)))
     return [[members[i].name for i in some] for some in cut]
 
 
@@ -99,7 +101,7 @@ class BankRun:
                 at += 1
                 continue
             if several:
-                _say(f"bank {at + 1} of {len(plan.banks)}: {', '.join(bank.members)}")
+                say(f"bank {at + 1} of {len(plan.banks)}: {', '.join(bank.members)}")
             plan = self._train(plan, bank, ckpt_path, weights_only)
             self._write(plan)
             # Finished, it stands in its own place; out of memory, its halves do.
@@ -142,7 +144,7 @@ class BankRun:
         elif isinstance(self.size, int):
             plan = self._smaller(plan, self.size)
         if len(names) > 1:
-            _say(plan.describe())
+            say(plan.describe())
         self._write(plan)
         return plan
 
@@ -213,7 +215,7 @@ class BankRun:
         except AllDivergedError:
             if len(plan.banks) == 1:
                 raise
-            _say("every member of this bank has diverged (NaN or infinity)")
+            say("every member of this bank has diverged (NaN or infinity)")
         except Exception as e:
             if not is_out_of_memory(e):
                 if isinstance(e, torch.AcceleratorError):
@@ -254,7 +256,7 @@ class BankRun:
         if checkpoint is not None:
             self._cut(checkpoint, module, halves)
         sizes = " and ".join(str(len(half.members)) for half in halves)
-        _say(f"out of memory in epoch {epoch}: the bank of {m} members is split into banks of {sizes}, which {where}")
+        say(f"out of memory in epoch {epoch}: the bank of {m} members is split into banks of {sizes}, which {where}")
         # Lightning's command line keeps the first Trainer; not with all that it holds.
         trainer.strategy.optimizers = []
         trainer.strategy.lr_scheduler_configs = []
@@ -307,8 +309,3 @@ def _too_large(what: str) -> str:
         f"{what}; lower --data.batch_size, --data.eval_batch_size or --data.max_length, set --trainer.precision "
         "bf16-mixed, or use a device with more memory"
     )
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)

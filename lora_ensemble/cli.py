@@ -19,7 +19,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lora_ensemble import __version__, plan
@@ -29,6 +28,7 @@ from lora_ensemble.data import BankData
 from lora_ensemble.errors import UserError
 from lora_ensemble.halving import EarlyExit
 from lora_ensemble.module import BankModule, check_precision
+from lora_ensemble.notices import say
 from lora_ensemble.pool_writer import PoolWriter
 from lora_ensemble.ray_sweep import Cluster, RayOptions, planned
 from lora_ensemble.restart import TimedCheckpoint
@@ -163,7 +163,7 @@ class CLI(LightningCLI):
         settings = {k: v for k, v in vars(self._get(self.config_init, "trainer")).items() if k != "logger"}
         self._settings = copy.deepcopy(settings)
         if fit and not sweep and self._writes_checkpoints(config) and not resumed and any(folder.rglob("last.ckpt")):
-            _say(f"note: these settings were run before; add --ckpt_path last to go on from {folder}")
+            say(f"note: these settings were run before; add --ckpt_path last to go on from {folder}")
         return self._trainer(folder, resumed, whole=not sweep)
 
     @property
@@ -283,11 +283,6 @@ def _check_checkpoint(path: str) -> None:
         ) from e
     if bank is None:
         raise UserError(f"--ckpt_path: {path}: a checkpoint, but not of a bank; give one that lora-ensemble fit wrote")
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def run(args: Sequence[str] | None = None) -> int:

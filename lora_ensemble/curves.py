@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble.module import BankModule
+from lora_ensemble.notices import say
 from lora_ensemble.online import START_WITHIN_S, project, reachable
 from lora_ensemble.pool_writer import PoolWriter
 
@@ -33,7 +34,7 @@ def _wandb_logger(run_dir: Path, *, experiment: str, resumed: bool) -> Logger | 
         import wandb
         from lightning.pytorch.loggers import WandbLogger
     except ImportError:
-        _say("curves: wandb is not installed; metrics go to the CSV file alone")
+        say("curves: wandb is not installed; metrics go to the CSV file alone")
         return None
     online = reachable()
     # A resumed run goes on with its curves; a fresh one has an id of its own.
@@ -55,11 +56,11 @@ def _wandb_logger(run_dir: Path, *, experiment: str, resumed: bool) -> Logger | 
         try:
             _ = logger.experiment  # starts it now, on the first process only
         except Exception as e:  # whatever keeps W&B from starting must not keep the run from starting
-            _say(f"curves: Weights & Biases did not start ({type(e).__name__}); going on offline")
+            say(f"curves: Weights & Biases did not start ({type(e).__name__}); going on offline")
             online = False
     if not online:
         logger = _without_warning(WandbLogger(**common, offline=True))
-        _say(f"curves: Weights & Biases offline; to see them online: wandb sync {run_dir}/wandb/offline-run-*-{run_id}")
+        say(f"curves: Weights & Biases offline; to see them online: wandb sync {run_dir}/wandb/offline-run-*-{run_id}")
     _remember(id_file, run_id)
     return logger
 
@@ -96,8 +97,3 @@ def log_member_table(loggers: Sequence[Logger], header: list[str], rows: list[li
         if log_table is not None:
             # One type per column: W&B refuses a column of numbers and words.
             log_table(key="members", columns=header, data=[[r[0], str(r[1]), *r[2:]] for r in rows])
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)

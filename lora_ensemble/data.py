@@ -16,12 +16,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import packing
 from lora_ensemble.base_model import load_tokenizer
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import derived_seed
+from lora_ensemble.notices import say
 from lora_ensemble.readers import Split, fingerprint, read_split, shared_texts
 from lora_ensemble.tasks import PRESETS, Task
 
@@ -62,15 +62,13 @@ class TokenisedSplit:
 
     def batch(self, rows: np.ndarray) -> dict[str, Any]:
         """The examples ``rows`` (B,) as one packed row of T tokens: ``input_ids`` and ``token_type_ids`` (T,),
-        :func:`packing.layout`, ``labels`` (B,) where known, ``index`` (B,), and ``rows``, the same
-        on the host."""
+        :func:`packing.layout`, ``labels`` (B,) where known, and ``rows`` (B,), which stays on the host."""
         lengths = self.lengths[rows]
         source = np.repeat(self._start[rows] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         batch = {
             "input_ids": packing.fill(torch.from_numpy(self._tokens[source].astype(np.int64))),
             "token_type_ids": packing.fill(torch.from_numpy(self._types[source].astype(np.int64))),
-            "index": torch.from_numpy(np.asarray(rows, np.int64)),
-            "rows": np.asarray(rows),
+            "rows": np.asarray(rows, np.int64),
             **packing.layout(lengths),
         }
         if self.labels is not None:
@@ -230,7 +228,7 @@ class BankData(pl.LightningDataModule):
             shared = shared_texts(self._train_texts[task.name], raw)
             if shared:
                 tokenised.notices.append(f"{shared} of {len(raw.ids)} examples also stand in train")
-        _say(f"{task.name} {split}: {len(tokenised)} examples", tokenised.notices)
+        say("\n  ".join([f"{task.name} {split}: {len(tokenised)} examples", *tokenised.notices]))
         return tokenised
 
     def _limit(self) -> int:
@@ -297,8 +295,3 @@ def resolve_tasks(tasks: Sequence[str | Task]) -> list[Task]:
     if len(set(names)) < len(names):
         raise UserError(f"data.tasks: a name is used twice: {', '.join(names)}")
     return found
-
-
-@rank_zero_only
-def _say(headline: str, notices: Sequence[str]) -> None:
-    print(headline + ("" if not notices else "\n  " + "\n  ".join(notices)), flush=True)

@@ -1,8 +1,8 @@
 """Dropout whose random numbers do not cost more than the matrix products around it.
 
-On a CPU torch draws a Bernoulli variable for each number, one after another: at batch 8 a third of a step in fp32, most
-of one in bf16. Here one 64-bit draw of the same generator decides four numbers, so that a probability is one of
-65,536; the scale is that of the probability used, so that the expected value stays exact.
+On a CPU torch draws a Bernoulli variable for each number, one after another, which takes longer than the bf16 product
+beside it (``benchmarks/pieces.py``). Here one 64-bit draw of the same generator decides four numbers, so that a
+probability is one of 65,536; the scale is that of the probability used, so that the expected value stays exact.
 """
 
 from __future__ import annotations

@@ -18,10 +18,16 @@ from torch import Tensor, nn
 
 from lora_ensemble.attention import attend
 from lora_ensemble.dropout import add_dropped, dropped
-from lora_ensemble.families import PostNorm, family_of
+from lora_ensemble.families import PostNorm, accepts_token_types, family_of
 
 Adapters = Mapping[str, tuple[Tensor, Tensor]]
 """Path of a linear layer in the encoder to A (M, R, in) and scaling times B (M, out, R)."""
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Of matrix products with ``x``: autocast's where it is on, otherwise that of ``x``."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class PackedEncoder:
@@ -34,38 +40,30 @@ class PackedEncoder:
     def __init__(self, encoder: Any) -> None:
         self.encoder, self.config = encoder, encoder.config
         self.family = family_of(encoder.config.model_type)
+        self._token_types = accepts_token_types(encoder)
         self._frozen: dict[tuple[str, ...], tuple[Any, Tensor, Tensor | None]] = {}
         self._paths: dict[nn.Module, str] = {module: path for path, module in encoder.named_modules()}
 
-    def __call__(
-        self,
-        batch: Mapping[str, Any],
-        adapters: Adapters,
-        *,
-        members: int,
-        token_types: bool,
-        dropout: bool,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def __call__(self, batch: Mapping[str, Any], adapters: Adapters, *, members: int, dropout: bool) -> Tensor:
         """What the head reads of each example, (M or 1, B, H): the first token's vector, or the mean over tokens.
 
-        ``batch``: a packed row (``input_ids`` (T,), ``token_type_ids`` (T,) where ``token_types``, and its layout).
-        ``members``: how many, M. ``dtype``: of the matrix products; sums and norms keep the precision of the encoder's
-        own weights.
+        ``batch``: a packed row (``input_ids`` (T,), ``token_type_ids`` (T,) where the encoder takes them, and its
+        layout). ``members``: how many, M. Matrix products are in :func:`product_dtype`; sums and norms keep the
+        precision of the encoder's own weights.
         """
-        x = self._embeddings(batch, token_types)
-        run = _Run(self, batch, adapters, members, dropout, dtype)
+        x = self._embeddings(batch)
+        run = _Run(self, batch, adapters, members, dropout, product_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
             block = self.family.block
             read = run.post_norm(x, block) if block else run.pre_norm(x)
         return read[:, : batch["examples"]]
 
-    def _embeddings(self, batch: Mapping[str, Any], token_types: bool) -> Tensor:
+    def _embeddings(self, batch: Mapping[str, Any]) -> Tensor:
         inputs = {"input_ids": batch["input_ids"][None]}
         if self.family.block:  # ModernBERT sees positions in its attention
             offset = self.config.pad_token_id + 1 if self.family.positions_after_padding else 0
             inputs["position_ids"] = batch["position_ids"][None] + offset
-        if token_types:
+        if self._token_types:
             inputs["token_type_ids"] = batch["token_type_ids"][None]
         # Their dropout is drawn later, for each member.
         return self.encoder.embeddings.eval()(**inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from lora_ensemble.data import TokenisedSplit
@@ -36,13 +37,11 @@ class FrozenReads:
         # Evaluation runs in inference mode, whose tensors no gradient may pass.
         with torch.inference_mode(False):
             for block in np.unique(blocks[rows[~known[rows]]]):
-                members = np.flatnonzero(blocks == block)
-                batch = split.batch(members)
-                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                read = self.bank.read_frozen(moved)[0]
+                examples = np.flatnonzero(blocks == block)
+                read = self.bank.read_frozen(move_data_to_device(split.batch(examples), device))[0]
                 if split not in self._kept:
                     self._kept[split] = read.new_zeros(len(split), read.shape[1])
-                self._kept[split][moved["index"]] = read
-                known[members] = True
+                self._kept[split][torch.from_numpy(examples).to(device)] = read
+                known[examples] = True
             index = torch.from_numpy(rows).to(device, non_blocking=True)
             return self._kept[split][index][None]

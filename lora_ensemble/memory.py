@@ -6,7 +6,6 @@ No lightning. Axes: M members, B examples in a batch, L tokens, H hidden width, 
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +43,8 @@ class Need:
 
 
 def measurable(device: torch.device) -> bool:
-    """Whether memory can be measured on this kind of device."""
-    return device.type in _USABLE
+    """Whether memory can be measured on this kind of device; a host's not on Windows, which lacks ``os.sysconf``."""
+    return device.type in _USABLE and (device.type != "cpu" or hasattr(os, "sysconf"))
 
 
 def usable_memory(device: torch.device) -> int:
@@ -61,6 +60,8 @@ def usable_memory(device: torch.device) -> int:
 
 def free_host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process can still get: the least of the machine's, its control groups' and its own limit's."""
+    import resource  # Unix alone has it
+
     limits = [_UNLIMITED]
     if (proc / "meminfo").is_file():
         limits.append(1024 * _field(proc / "meminfo", "MemAvailable"))

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from lora_ensemble.encode import Adapters, PackedEncoder
-from lora_ensemble.families import accepts_token_types, family_of, freeze, target_paths
+from lora_ensemble.encode import Adapters, PackedEncoder, product_dtype
+from lora_ensemble.families import family_of, freeze, target_paths
 from lora_ensemble.lora import Adapter, Member, derived_seed, linear_layers
 from lora_ensemble.padded import PaddedEncoder
 from lora_ensemble.tasks import Task
@@ -77,18 +77,9 @@ class Bank(nn.Module):
         if not train_encoder:
             freeze(self.encoder)
         freeze(self.heads)
-        self._token_types = accepts_token_types(self.encoder)
 
-        self._adapted: list[str] = []
-        self._shapes: dict[str, torch.Size] = {}
-        for path, layer in self.layers.items():
-            ranks = [m.rank or 0 for m, paths in zip(self.members, self.paths, strict=True) if path in paths]
-            if ranks:
-                self._adapted.append(path)
-                self._shapes[f"{path}.A"] = torch.Size((max(ranks), layer.in_features))
-                self._shapes[f"{path}.B"] = torch.Size((layer.out_features, max(ranks)))
-        for task, head in zip(self.tasks, self.heads, strict=True):
-            self._shapes.update({f"{task.name}/{name}": p.shape for name, p in head.named_parameters()})
+        self._shapes = self.row_shapes(range(len(self.members)))
+        self._adapted = [path for path in self.layers if f"{path}.A" in self._shapes]
 
         family = family_of(self.config.model_type)
         pooler = {family.pooler} if getattr(self.encoder, "pooler", None) is not None else set()
@@ -105,8 +96,7 @@ class Bank(nn.Module):
             else PaddedEncoder(self.encoder, self._inside, members=max(1, len(self.deep)))
         )
         self._scaling: Tensor | None = None
-        width = sum(math.prod(s) for s in self._shapes.values())
-        self.weights = nn.Parameter(torch.zeros(len(self.members), width))  # (M, P)
+        self.weights = nn.Parameter(torch.zeros(len(self.members), row_width(self._shapes)))  # (M, P)
         for i, member in enumerate(self.members):
             self.load_member(i, self._drawn_adapter(i, init_std), self._drawn_heads(member, classifier, fresh))
         # from_pretrained leaves dropout off.
@@ -116,6 +106,18 @@ class Bank(nn.Module):
     def shapes(self) -> dict[str, torch.Size]:
         """What a row of ``weights`` holds, in order: name to shape."""
         return dict(self._shapes)
+
+    def row_shapes(self, members: Sequence[int]) -> dict[str, torch.Size]:
+        """What a row of ``weights`` holds in a bank of these members alone, in order: name to shape."""
+        shapes: dict[str, torch.Size] = {}
+        for path, layer in self.layers.items():
+            ranks = [self.members[i].rank or 0 for i in members if path in self.paths[i]]
+            if ranks:
+                shapes[f"{path}.A"] = torch.Size((max(ranks), layer.in_features))
+                shapes[f"{path}.B"] = torch.Size((layer.out_features, max(ranks)))
+        for task, head in zip(self.tasks, self.heads, strict=True):
+            shapes.update({f"{task.name}/{name}": p.shape for name, p in head.named_parameters()})
+        return shapes
 
     def _drawn_adapter(self, index: int, init_std: float) -> Adapter:
         member, generator = self.members[index], torch.Generator()
@@ -153,7 +155,7 @@ class Bank(nn.Module):
         them, and :func:`packing.layout`. ``frozen``: task name to :meth:`read_frozen` of the same batch, where it is
         known already.
         """
-        dtype = self._dtype()
+        dtype = product_dtype(self.weights)
         views = self._views(self.weights)
         everybody = range(len(self.members))
         pooler = self._adapters(self.weights, everybody, dtype, [p for p in self._adapted if p not in self._inside])
@@ -167,11 +169,6 @@ class Bank(nn.Module):
             read = self._read(batch, (frozen or {}).get(name), dtype)
             logits[name] = self._head(name, read, self._pool(read, pooler, dtype), views)
         return logits
-
-    def _dtype(self) -> torch.dtype:
-        """Of the encoder's matrix products."""
-        kind = self.weights.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weights.dtype
 
     def _index(self, task: str) -> int:
         return [t.name for t in self.tasks].index(task)
@@ -193,14 +190,8 @@ class Bank(nn.Module):
         parts: list[Tensor] = []
         if self.deep:
             rows = self.weights if len(self.deep) == len(self.members) else self.weights[self.deep]
-            read = self._encode(
-                batch,
-                self._adapters(rows, self.deep, dtype, self._inside),
-                members=len(self.deep),
-                token_types=self._token_types,
-                dropout=self.training,
-                dtype=dtype,
-            )
+            adapters = self._adapters(rows, self.deep, dtype, self._inside)
+            read = self._encode(batch, adapters, members=len(self.deep), dropout=self.training)
             parts.append(read.expand(len(self.deep), -1, -1))
         others = [i for i in range(len(self.members)) if i not in self.deep]
         if others:
@@ -214,12 +205,12 @@ class Bank(nn.Module):
     @torch.no_grad()
     def read(self, batch: Mapping[str, Any]) -> Tensor:
         """The encoder's output that each member's head reads, the first token's, (M, B, H)."""
-        return self._read(batch, None, self._dtype())
+        return self._read(batch, None)
 
     @torch.no_grad()
     def read_frozen(self, batch: Mapping[str, Any]) -> Tensor:
         """What the untouched encoder, without dropout, gives the heads to read of each example, (1, B, H)."""
-        return self._encode(batch, {}, members=1, token_types=self._token_types, dropout=False, dtype=self._dtype())
+        return self._encode(batch, {}, members=1, dropout=False)
 
     def _pool(self, read: Tensor, adapters: Adapters, dtype: torch.dtype) -> Tensor | None:
         """BERT's pooler, which belongs to the encoder: (M, B, H), or None where there is none."""
@@ -304,6 +295,11 @@ class Bank(nn.Module):
     def encoder_state(self) -> dict[str, Tensor]:
         """The encoder's weights under the classification model's names, for a fully fine-tuned member."""
         return {f"{self.prefix}.{n}": p.detach().float().cpu().clone() for n, p in self.encoder.named_parameters()}
+
+
+def row_width(shapes: Mapping[str, torch.Size]) -> int:
+    """P: how many numbers a row of these shapes has."""
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _skeleton(classifier: Any, num_labels: int) -> Any:

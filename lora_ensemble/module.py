@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lora_ensemble.base_model import hub_id, load_classifier
@@ -23,6 +22,7 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.frozen import FrozenReads
 from lora_ensemble.lora import NO_TARGETS, Member, MemberConfig, derived_seed, expand_members
 from lora_ensemble.model import Bank
+from lora_ensemble.notices import say
 from lora_ensemble.optim import BankAdamW, clip_rows
 from lora_ensemble.tasks import Kind, Task, score
 
@@ -133,7 +133,7 @@ class BankModule(pl.LightningModule):
         self._frozen = FrozenReads(self.bank)
         self.evaluations: dict[str, Evaluation] = {}
         """Task name to what the last validation, test or prediction gave."""
-        self._collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._collected: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
         self._loss_sum: Tensor | None = None
         self._loss_steps = self._logged_step = 0
 
@@ -166,10 +166,10 @@ class BankModule(pl.LightningModule):
         """Refuse what would couple members, and say what is done otherwise than one might expect."""
         check_precision(self.trainer.precision)
         if not self.bank.packs:
-            _say(f"{self.bank.config.model_type}: its relative positions need padded batches; examples share no row")
+            say(f"{self.bank.config.model_type}: its relative positions need padded batches; examples share no row")
         unchanged = len(self.members) - len(self.bank.deep)
         if unchanged:
-            _say(
+            say(
                 f"{unchanged} of {len(self.members)} members leave the encoder as it is: they read its output without "
                 "dropout, computed once (model.frozen_dropout)"
             )
@@ -288,7 +288,7 @@ class BankModule(pl.LightningModule):
 
     def _collect(self, batch: dict[str, dict[str, Any]], split: str) -> None:
         for name, logits in self.bank(batch, self._read_frozen(batch, split)).items():
-            self._collected.setdefault(name, []).append((batch[name]["index"], logits.float()))
+            self._collected.setdefault(name, []).append((batch[name]["rows"], logits.float()))
 
     def validation_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> None:
         """Keep the logits on the device until the end."""
@@ -309,7 +309,8 @@ class BankModule(pl.LightningModule):
             data = self.trainer.datamodule.splits[split][task.name]
             full = torch.zeros(len(self.members), len(data), task.num_outputs, device=self.device)
             seen = torch.zeros(len(data), device=self.device)
-            for index, logits in self._collected.get(task.name, []):
+            for given, logits in self._collected.get(task.name, []):
+                index = torch.from_numpy(given).to(self.device)
                 full[:, index] = logits
                 seen[index] = 1
             # Every row lies on one device and is zero on the others, so the sum is exact.
@@ -387,8 +388,3 @@ class BankModule(pl.LightningModule):
         if bad and strict:
             raise UserError(f"--ckpt_path: weights are missing or unknown: {', '.join(bad[:3])}")
         return result
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ensemble.encode import Adapters
+from lora_ensemble.families import accepts_token_types
 from lora_ensemble.lora import linear_layers
 from lora_ensemble.packing import unpack
 
@@ -50,6 +51,7 @@ class PaddedEncoder:
 
     def __init__(self, encoder: nn.Module, adapted: Sequence[str], *, members: int) -> None:
         self.encoder: Any = encoder
+        self._token_types = accepts_token_types(encoder)
         layers = linear_layers(encoder)
         self._adapters = {path: BankLinear(layers[path]) for path in adapted}
         for path, layer in self._adapters.items():
@@ -57,16 +59,7 @@ class PaddedEncoder:
             setattr(encoder.get_submodule(parent), name, layer)
         self._positions = _give_positions_members(encoder) if members > 1 else []
 
-    def __call__(
-        self,
-        batch: Mapping[str, Any],
-        adapters: Adapters,
-        *,
-        members: int,
-        token_types: bool,
-        dropout: bool,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def __call__(self, batch: Mapping[str, Any], adapters: Adapters, *, members: int, dropout: bool) -> Tensor:
         """What the head reads of each example: the first token's vector, (M, B, H)."""
         for path, layer in self._adapters.items():
             layer.A, layer.B = adapters.get(path, (None, None))
@@ -76,7 +69,7 @@ class PaddedEncoder:
             "input_ids": unpack(batch, "input_ids", self.encoder.config.pad_token_id),
             "attention_mask": batch["attention_mask"][: batch["examples"]],
         }
-        if token_types:
+        if self._token_types:
             inputs["token_type_ids"] = unpack(batch, "token_type_ids", 0)
         self.encoder.train(dropout)
         out = self.encoder(**{name: x.repeat(members, 1) for name, x in inputs.items()}).last_hidden_state

@@ -24,6 +24,7 @@ from lora_ensemble.base_model import hub_id
 from lora_ensemble.data import BankData
 from lora_ensemble.errors import UserError
 from lora_ensemble.module import BankModule
+from lora_ensemble.notices import say
 from lora_ensemble.tasks import Task, overall_score
 
 # None of these changes what a member is: a run may be resumed for longer.
@@ -205,7 +206,7 @@ class PoolWriter(pl.Callback):
             return
         evaluations = pl_module.evaluations
         if not all(e.complete for e in evaluations.values()):
-            _say("dev was evaluated in part only (trainer.limit_val_batches), so nothing goes into the pool")
+            say("dev was evaluated in part only (trainer.limit_val_batches), so nothing goes into the pool")
             return
         for name, e in evaluations.items():
             # Half precision holds a logit to three digits; beyond its range it would turn into infinity.
@@ -230,7 +231,7 @@ class PoolWriter(pl.Callback):
         if not self._dead[index]:
             self._dead[index] = True
             name = module.members[index].name
-            _say(f"{name} has diverged (NaN or infinity) by epoch {epoch}: frozen, and left out of the selection")
+            say(f"{name} has diverged (NaN or infinity) by epoch {epoch}: frozen, and left out of the selection")
 
     @rank_zero_only
     def _write(self, trainer: pl.Trainer, module: BankModule, index: int) -> None:
@@ -283,7 +284,7 @@ class PoolWriter(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say how an interrupted run goes on."""
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.state.fn == "fit":
-            _say(f"\ninterrupted: the same command{self.goes_on} goes on; what the pool holds is whole")
+            say(f"\ninterrupted: the same command{self.goes_on} goes on; what the pool holds is whole")
 
     def summary(self, module: BankModule) -> tuple[list[str], list[list[Any]]]:
         """Header and a row per member: name, best epoch, and dev score of each task at that epoch."""
@@ -319,10 +320,10 @@ class PoolWriter(pl.Callback):
         data = trainer.datamodule
         split = data.predict_split
         if not self._restored:
-            _say("predictions of --ckpt_path are not the pool's best weights, so they were not added to the pool")
+            say("predictions of --ckpt_path are not the pool's best weights, so they were not added to the pool")
             return
         if not all(e.complete for e in pl_module.evaluations.values()):
-            _say(f"{split} was predicted in part only (trainer.limit_predict_batches): nothing was added to the pool")
+            say(f"{split} was predicted in part only (trainer.limit_predict_batches): nothing was added to the pool")
             return
         self._add_logits(pl_module, data, split)
 
@@ -336,7 +337,7 @@ class PoolWriter(pl.Callback):
                 assert record is not None
                 new = dataclasses.replace(record, examples={**record.examples, split: print_})
                 pool.write_member(self.dir, new, {pool.logits_file(split): logits[index]}, keep=record)
-            _say(f"{task.name}: {split} logits of {len(module.members)} members added to {self.dir / task.name}")
+            say(f"{task.name}: {split} logits of {len(module.members)} members added to {self.dir / task.name}")
 
     def _print_scores(self, module: BankModule, split: str) -> None:
         rows = [
@@ -346,7 +347,7 @@ class PoolWriter(pl.Callback):
             ]
             for i, m in enumerate(module.members)
         ]
-        _say(table(["member", *(f"{t.name} {split} ({t.score_name})" for t in module.tasks)], rows))
+        say(table(["member", *(f"{t.name} {split} ({t.score_name})" for t in module.tasks)], rows))
 
 
 def overall(scores: dict[str, tuple[float, Any]]) -> float:
@@ -371,8 +372,8 @@ def _difference(found: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed:
 
 def print_summary(header: list[str], rows: list[list[Any]], *, folder: Path, tasks: list[str]) -> None:
     """The table of :meth:`PoolWriter.summary`, best members first, and what to do next."""
-    _say(table(header, sorted(rows, key=lambda r: [-s if s == s else math.inf for s in r[2:]])))
-    _say(f"pool: {folder}\nnext:" + "".join(f"\n  dicor compare --pool {folder} --task {t}" for t in tasks))
+    say(table(header, sorted(rows, key=lambda r: [-s if s == s else math.inf for s in r[2:]])))
+    say(f"pool: {folder}\nnext:" + "".join(f"\n  dicor compare --pool {folder} --task {t}" for t in tasks))
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
@@ -380,8 +381,3 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     text = [header] + [[f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     widths = [max(len(row[i]) for row in text) for i in range(len(header))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in text)
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lora_ensemble.data import BankData, TrainBatches
 from lora_ensemble.memory import Need, cautious_need, peak_bytes, usable_memory
+from lora_ensemble.model import row_width
 from lora_ensemble.module import BankModule, member_losses
 from lora_ensemble.optim import BankAdamW
 from lora_ensemble.plan import gib
-from lora_ensemble.split import is_out_of_memory, layout, width
+from lora_ensemble.split import is_out_of_memory
 
 # Steps that are looked at to find the largest; they are in random order, so that later ones are hardly larger.
 _EXAMINED = 20_000
@@ -39,7 +40,7 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     longest = {name: int(split.lengths.max()) for name, split in batches.splits.items()}
     share = -(-data.batch_size // batches.world)
     number = 8 if str(trainer.precision).startswith("64") else 4
-    row = width(module.bank.shapes)
+    row = row_width(module.bank.shapes)
     estimate = cautious_need(
         module.bank.config,
         width=row,
@@ -51,7 +52,7 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     encoder = 2 * sum(p.nbytes for p in module.bank.encoder.parameters()) if device.type != "cpu" else 0
     if encoder + estimate.of(m) <= _CLEARLY * free:
         return m, f"{gib(free)} usable on {device.type}; a member takes less than {gib(estimate.each)}"
-    order = sorted(range(m), key=lambda i: -width(layout(module.bank, [i])))
+    order = sorted(range(m), key=lambda i: -row_width(module.bank.row_shapes([i])))
     trial = _Trial(module, data, trainer, batches)
     points: dict[str, list[tuple[int, int]]] = {"train": [], "dev": []}
     for count in (1, 2):
@@ -64,7 +65,7 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
         for name, size in found.items():
             points[name].append((count, size))
     # The probe's rows are padded to its own largest ranks, the bank's to those of all.
-    padding = 8 * number * (row - width(layout(module.bank, order[:2])))
+    padding = 8 * number * (row - row_width(module.bank.row_shapes(order[:2])))
     logits = _logits_bytes(module, data, trainer)
     needs = [Need.through(p) for p in points.values()]
     needs = [Need(n.shared, n.each + padding + logits) for n in needs]

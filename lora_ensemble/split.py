@@ -16,31 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ensemble.model import Bank
+from lora_ensemble.model import Bank, row_width
 
 WEIGHTS = "bank.weights"
 """The one trained tensor's name in a checkpoint of the LightningModule."""
 
 Layout = Mapping[str, torch.Size]
-
-
-def layout(bank: Bank, rows: Sequence[int]) -> dict[str, torch.Size]:
-    """Names and shapes that a row would have in a bank of these members of ``bank`` alone."""
-    shapes: dict[str, torch.Size] = {}
-    for name, shape in bank.shapes.items():
-        path, _, kind = name.rpartition(".")
-        if "/" in name or path not in bank.layers:  # a head's, the same for every member
-            shapes[name] = shape
-            continue
-        ranks = [bank.members[i].rank or 0 for i in rows if path in bank.paths[i]]
-        if ranks:
-            shapes[name] = torch.Size((max(ranks), shape[1]) if kind == "A" else (shape[0], max(ranks)))
-    return shapes
-
-
-def width(shapes: Layout) -> int:
-    """P: numbers in a row."""
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def convert_rows(matrix: Tensor, source: Layout, target: Layout) -> Tensor:
@@ -67,14 +48,14 @@ def split_checkpoint(checkpoint: Mapping[str, Any], bank: Bank, names: Sequence[
     place = {m.name: i for i, m in enumerate(bank.members)}
     order = list(described)
     rows = sorted(order.index(described[n]["name"]) for n in names)
-    source = layout(bank, [place[n] for n in order])
-    target = layout(bank, [place[order[i]] for i in rows])
+    source = bank.row_shapes([place[n] for n in order])
+    target = bank.row_shapes([place[order[i]] for i in rows])
 
     def cut(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(order):
             return value
         value = value[rows]
-        return convert_rows(value, source, target) if value.ndim == 2 and value.shape[1] == width(source) else value
+        return convert_rows(value, source, target) if value.ndim == 2 and value.shape[1] == row_width(source) else value
 
     new = dict(checkpoint)
     new["state_dict"] = {**checkpoint["state_dict"], WEIGHTS: cut(checkpoint["state_dict"][WEIGHTS])}

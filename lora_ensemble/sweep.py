@@ -20,6 +20,7 @@ from lora_ensemble.curves import log_member_table
 from lora_ensemble.errors import UserError
 from lora_ensemble.halving import EarlyExit, Gate
 from lora_ensemble.module import BankModule
+from lora_ensemble.notices import say
 from lora_ensemble.plan import Plan, PlannedBank, read_plan, write_plan
 from lora_ensemble.pool_writer import overall, print_summary
 from lora_ensemble.progress import SweepProgress, duration
@@ -122,9 +123,9 @@ class Sweep(BankRun):
         else:
             plan = self._checked(self._with_their_own(saved), finished, set(there))
         if finished:
-            _say(f"{len(finished)} of {len(names)} members are finished in {self._pool} and not trained again")
+            say(f"{len(finished)} of {len(names)} members are finished in {self._pool} and not trained again")
         if plan.banks:
-            _say(plan.describe())
+            say(plan.describe())
         self._write(plan)
         return plan
 
@@ -228,7 +229,7 @@ class Sweep(BankRun):
         smaller = PlannedBank(members=stay, rung=gate.rung)
         last = self._folder(bank) / "last.ckpt"
         self._cut(torch.load(last, map_location="cpu", weights_only=True), module, [smaller])
-        _say(f"early exit after epoch {gate.epochs}: {len(left)} of {len(bank.members)} members leave the bank")
+        say(f"early exit after epoch {gate.epochs}: {len(left)} of {len(bank.members)} members leave the bank")
         plan = plan.replaced(bank, [smaller])
         return replace(plan, left={**plan.left, **left})
 
@@ -253,10 +254,5 @@ class Sweep(BankRun):
         most = self._limits["max_epochs"]
         if plan.left and most:
             saved = sum(most - epochs for epochs in plan.left.values()) / (most * len(rows))
-            _say(f"early exit: {len(plan.left)} of {len(rows)} members left; {saved:.0%} of the member epochs saved")
-        _say(f"swept in {duration(seconds)} (this start)")
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, flush=True)
+            say(f"early exit: {len(plan.left)} of {len(rows)} members left; {saved:.0%} of the member epochs saved")
+        say(f"swept in {duration(seconds)} (this start)")

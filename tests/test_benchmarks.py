@@ -93,6 +93,27 @@ def test_useful_flops_by_hand(tmp_path: Path) -> None:
     assert rest == 2 * 12 * (4 * layer + 2 * 6 * 3 * 64) + 4 * 32 * 32 * 2
 
 
+def test_the_pieces_are_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import pieces
+    import workload
+
+    # Three batches of two: 10 + 4, 2 + 6 and 5 + 5 tokens, of which 10 of 42 are padding; the last is the median.
+    monkeypatch.setattr(pieces, "_BATCHES", 3)
+    monkeypatch.setattr(workload, "sst_lengths", lambda count: np.array([10, 4, 2, 6, 5, 5]))
+    assert pieces.main(["--members", "2", "--batch_size", "2", "--repeats", "1", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "padding in batches of 2: 24% of their tokens" in printed
+    assert "2 members, 16 tokens (examples of 5, 5)" in printed  # filled up to a multiple of eight
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")][2:]
+    assert [row[0].split(";")[0] for row in rows] == [
+        "| dropout, float32",
+        "| dropout, bf16",
+        "| attention, float32, dropout 0",
+        "| attention, float32, dropout 0.1",
+    ]
+    assert all(float(number.rstrip(" |")) > 0 for row in rows for number in row[1:])
+
+
 def test_the_command_names_no_place_of_this_machine() -> None:
     from bank import command_line
 

@@ -18,6 +18,7 @@ from conftest import FAMILY_NAMES, REPOSITORY
 from lora_ensemble import pool
 from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.main import main
+from lora_ensemble.model import Bank
 from lora_ensemble.readers import read_split
 from lora_ensemble.tasks import PRESETS
 
@@ -126,7 +127,7 @@ def test_the_whole_path(program: Program, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_peft_loads_every_member_of_every_family(
-    tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path, family: str
+    tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path, capsys: pytest.CaptureFixture[str], family: str
 ) -> None:
     """Plain PEFT on plain transformers gives the pool's dev logits (float32: to 2e-5)."""
     from peft import PeftModel
@@ -135,6 +136,8 @@ def test_peft_loads_every_member_of_every_family(
     program = Program(tmp_path, tiny(family), demo_root)
     members = "[{rank: [2, 3], targets: all-linear, lr: 1e-2}, {targets: none, lr: 1e-2}, "
     assert program("fit", tasks="[sts]", members=members + "{rank: 4, scaling: 10, targets: qkv, lr: 2e-2}]") == 0
+    padded = "deberta-v2: its relative positions need padded batches; examples share no row"
+    assert (padded in capsys.readouterr().out) == (family == "deberta-v2")
     split = read_split(PRESETS["sts"], "dev", demo_root, need_labels=True)
     tokens = AutoTokenizer.from_pretrained(program.base)(
         *split.texts, padding=True, return_tensors="pt", return_token_type_ids=True
@@ -157,6 +160,23 @@ def test_peft_loads_every_member_of_every_family(
                     parameter.zero_()
             changed = not np.allclose(model(**tokens).logits.numpy(), opened.logits(record.name), atol=1e-4)
         assert changed == (record.rank is not None)  # the adapters matter, but for the head-only member's
+
+
+def test_a_frozen_encoder_reads_every_example_once(
+    program: Program, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two epochs of training and evaluation, beside a member that needs the encoder in every step."""
+    read: list[int] = []
+    original = Bank.read_frozen
+
+    def counted(bank: Bank, batch: dict[str, Any]) -> torch.Tensor:
+        read.append(batch["examples"])
+        return original(bank, batch)
+
+    monkeypatch.setattr(Bank, "read_frozen", counted)
+    assert program("fit", members="[{targets: none, lr: 1e-2}, {rank: 2, targets: qkv}]") == 0
+    assert read == [60, 30]  # train, and then dev
+    assert "1 of 2 members leave the encoder as it is" in capsys.readouterr().out
 
 
 def test_three_tasks_in_every_step(program: Program) -> None:

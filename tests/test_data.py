@@ -52,7 +52,7 @@ def test_a_batch_is_what_the_tokeniser_pads_without_the_padding(tokenizer: Any) 
     assert batch["input_ids"][batch["first"]].tolist() == [tokenizer.cls_token_id] * 3 + [0]
     assert batch["token_type_ids"].max() == 1
     assert batch["labels"].tolist() == [1, 0, 0]
-    assert batch["index"].tolist() == [5, 0, 2]
+    assert batch["rows"].tolist() == [5, 0, 2]
 
 
 def test_truncation_is_counted_and_said(tokenizer: Any) -> None:
@@ -78,7 +78,7 @@ def batches(
 
 
 def rows_of(loader: TrainBatches, task: str) -> list[list[int]]:
-    return [batch[task]["index"].tolist() for batch in loader]
+    return [batch[task]["rows"].tolist() for batch in loader]
 
 
 def test_an_epoch_sees_every_example_once(tokenizer: Any) -> None:
@@ -145,8 +145,8 @@ def test_evaluation_sees_every_row_once_over_all_devices(tokenizer: Any) -> None
         assert len(given) == len(loader) == math.ceil(4 / 2) + 1
         for batch in given:
             for task, part in batch.items():
-                seen[task] += part["index"].tolist()
-                assert part["examples"] == len(part["index"]) <= 2
+                seen[task] += part["rows"].tolist()
+                assert part["examples"] == len(part["rows"]) <= 2
     assert sorted(seen["a"]) == list(range(11))
     assert seen["b"] == [0]
 

@@ -15,6 +15,7 @@ from test_model import THREE, bank_of, batches, sst_losses
 import lora_ensemble.encode as encode
 from lora_ensemble.base_model import load_classifier
 from lora_ensemble.data import TokenisedSplit
+from lora_ensemble.families import accepts_token_types
 from lora_ensemble.frozen import FrozenReads
 from lora_ensemble.lora import MemberConfig, expand_members
 from lora_ensemble.model import Bank
@@ -47,7 +48,7 @@ def merged(bank: Bank, base: Path, index: int, batch: dict[str, Any]) -> tuple[A
         for name, value in heads["sst"].items():
             own[name].copy_(value)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    if not bank._token_types:
+    if not accepts_token_types(bank.encoder):
         del inputs["token_type_ids"]
     return model, inputs
 
@@ -135,6 +136,19 @@ def test_frozen_weights_that_change_are_cast_anew(tiny: Callable[[str], Path]) -
     assert not torch.allclose(before, after, atol=1e-2)
 
 
+def test_fused_weights_of_a_trained_encoder_have_gradients(tiny: Callable[[str], Path]) -> None:
+    """After an evaluation too, and in each of two passes before a step."""
+    bank = bank_of(tiny("bert"), MemberConfig(targets="none"), train_encoder=True)
+    batch, query = batches(1)[0], bank.encoder.get_submodule("encoder.layer.0.attention.self.query")
+    with torch.no_grad():
+        bank({"sst": packed(batch["sst"])})
+    sst_losses(bank, batch).sum().backward()
+    once = query.weight.grad.clone()
+    assert float(once.abs().max()) > 0
+    sst_losses(bank, batch).sum().backward()
+    torch.testing.assert_close(query.weight.grad, 2 * once)
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_evaluation_first_does_not_spoil_training(tiny: Callable[[str], Path], family: str) -> None:
     """What is kept from an evaluation, which runs in inference mode, can be used where gradients are wanted."""
@@ -146,6 +160,51 @@ def test_evaluation_first_does_not_spoil_training(tiny: Callable[[str], Path], f
                 bank.eval()({"sst": packed(batch["sst"])})
             sst_losses(bank.train(), batch).sum().backward()
     assert bank.weights.grad is not None
+
+
+def only(encoder: Any, place: str) -> None:
+    """Turn every dropout of an encoder off but one; ``attention_dropout`` is ModernBERT's, which is no module."""
+    for name, module in encoder.named_modules():
+        # DeBERTa's dropout of positions is wrapped in the bank.
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5 if name.removesuffix(".base") == place else 0.0
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5 if place == "attention_dropout" else 0.0
+    encoder.config.attention_dropout = 0.5 if place == "attention_dropout" else 0.0
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_dropout_that_transformers_has_acts_on_every_member(tiny: Callable[[str], Path], family: str) -> None:
+    """One at a time: where transformers' own forward is random, two equal members differ, and nowhere else.
+
+    With gradients and without, for the two ways of attention on a CPU.
+    """
+    batch = batches(1, b=5)[0]["sst"]
+    plain, fresh = load_classifier(str(tiny(family)), num_labels=5, head_dropout=0.0, encoder_dropout=0.5)
+    classifier, _ = load_classifier(str(tiny(family)), num_labels=5, head_dropout=0.0, encoder_dropout=0.5)
+    twins = [MemberConfig(seed=5, name=name, targets="qkv") for name in ("one", "two")]
+    bank = Bank(classifier, members=expand_members(twins), tasks=[PRESETS["sst"]], fresh=fresh).double()
+    plain = plain.double().train()  # in float64 rounding is far below the least effect, that of DeBERTa's positions
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "token_type_ids")}
+    places = [n for n, m in plain.base_model.named_modules() if isinstance(m, torch.nn.Dropout)]
+    places += ["attention_dropout"] if family == "modernbert" else []
+    acting = 0
+
+    def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return not torch.allclose(a, b, rtol=0, atol=1e-12)
+
+    for place in [*places, "none"]:
+        only(plain.base_model, place)
+        only(bank.encoder, place)
+        with torch.no_grad():
+            wanted = differ(plain(**inputs).logits, plain(**inputs).logits)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                one, two = bank({"sst": packed(batch)})["sst"]
+            assert differ(one, two) == wanted, (place, grad)
+        acting += wanted
+        assert not (wanted and place == "none")
+    assert acting >= 5
 
 
 # Members that leave the encoder as it is

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import resource
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,14 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES
 
-from lora_ensemble import probe
+from lora_ensemble import memory, probe
 from lora_ensemble.data import BankData
 from lora_ensemble.lora import MemberConfig
 from lora_ensemble.memory import Need, cautious_need, free_host_memory, peak_bytes
+from lora_ensemble.model import row_width
 from lora_ensemble.module import BankModule
 from lora_ensemble.plan import Finished, Plan, PlannedBank, arrange, read_plan, write_plan
-from lora_ensemble.split import is_out_of_memory, layout, width
+from lora_ensemble.split import is_out_of_memory
 
 CPU = torch.device("cpu")
 
@@ -94,6 +98,16 @@ def test_the_process_own_limit_counts(tmp_path: Path, monkeypatch: pytest.Monkey
     assert free_host_memory(**machine(tmp_path, "0::/\n", {})) == 10_000 - 4 * 1024
 
 
+def test_without_unix_the_hosts_memory_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows: the module can be imported, and says that the host cannot be measured; a GPU still can."""
+    assert memory.measurable(CPU)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delattr(os, "sysconf")
+    measurable = runpy.run_path(memory.__file__, run_name="imported_anew")["measurable"]
+    assert not measurable(CPU)
+    assert measurable(torch.device("cuda"))
+
+
 def test_this_machine_has_memory() -> None:
     assert 2**26 < free_host_memory() < 2**46
 
@@ -147,7 +161,7 @@ def test_a_larger_bank_takes_what_one_and_two_foretell(
     longest = [int(split.lengths.max()) for split in batches.splits.values()]
     estimate = cautious_need(
         trial.module.bank.config,
-        width=width(trial.module.bank.shapes),
+        width=row_width(trial.module.bank.shapes),
         tokens=8 * sum(longest),
         longest=max(longest),
     )
@@ -251,8 +265,8 @@ def test_the_order_that_pads_least(tiny: Callable[[str], Path], demo_root: Path)
     assert arrange(orders, 2, width=lambda rows: 5) == [[0, 1], [2, 3]]  # the user's order where nothing is gained
 
 
-def test_a_layout_is_that_of_the_smaller_bank(tiny: Callable[[str], Path], demo_root: Path) -> None:
-    """Names and shapes as a bank of these members alone has them."""
+def test_the_shapes_are_those_of_the_smaller_bank(tiny: Callable[[str], Path], demo_root: Path) -> None:
+    """Names and shapes as a bank of these members alone has them, and their number by hand."""
     entries = [
         MemberConfig(rank=4, targets="all-linear"),
         MemberConfig(rank=2),
@@ -262,8 +276,12 @@ def test_a_layout_is_that_of_the_smaller_bank(tiny: Callable[[str], Path], demo_
     module = Trial(tiny("bert"), demo_root, *entries).module
     for rows in ([0], [1, 2], [2], [1, 3], [0, 1, 2, 3]):
         alone = module.with_members([module.members[i] for i in rows])
-        assert list(layout(module.bank, rows).items()) == list(alone.bank.shapes.items())
-        assert alone.bank.weights.shape[1] == width(layout(module.bank, rows))
+        assert list(module.bank.row_shapes(rows).items()) == list(alone.bank.shapes.items())
+        assert alone.bank.weights.shape[1] == row_width(module.bank.row_shapes(rows))
+    heads = (5 * 32 + 5) + (1 * 32 + 1)
+    assert row_width(module.bank.row_shapes([2])) == heads
+    # Two layers; query, key and value; A and B of the larger rank.
+    assert row_width(module.bank.row_shapes([1, 3])) == 2 * 3 * 2 * 3 * 32 + heads
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lora_ensemble.base_model import load_classifier
 from lora_ensemble.errors import UserError
-from lora_ensemble.families import target_paths
+from lora_ensemble.families import accepts_token_types, target_paths
 from lora_ensemble.lora import Member, MemberConfig, expand_members, peft_config, peft_tensors
 from lora_ensemble.model import Bank
 from lora_ensemble.optim import BankAdamW, clip_rows
@@ -236,7 +236,7 @@ def test_bank_of_one_trains_like_peft(tiny: Callable[[str], Path], family: str) 
     model.train()
     for batch in data:
         inputs = {k: v for k, v in batch["sst"].items() if k != "labels"}
-        if not bank._token_types:
+        if not accepts_token_types(bank.encoder):
             del inputs["token_type_ids"]
         loss = F.cross_entropy(model(**inputs).logits, batch["sst"]["labels"])
         optimizer.zero_grad()

@@ -27,6 +27,7 @@ from pool_factory import add_member, make_pool
 from safetensors.numpy import load_file
 
 import lora_ensemble.pool as pool_module
+from lora_ensemble.dicor import from_pool
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import (
     MemberRecord,
@@ -230,6 +231,18 @@ def test_logits_are_memory_mapped_and_read_only(pool):
     assert logits.dtype == np.float32
     with pytest.raises(ValueError, match="read-only"):
         logits[0] = 0
+
+
+def test_logits_that_find_no_room_are_opened_again(pool, monkeypatch):
+    monkeypatch.setattr(from_pool, "SMALL", LOGITS.nbytes)  # room for one of two members
+    files = from_pool.Files(TaskPool(pool, "quora"))
+    for _ in range(3):
+        np.testing.assert_array_equal(files[0], LOGITS)
+        np.testing.assert_array_equal(files[1], -LOGITS)
+    assert files[0] is files[0]
+    assert files[1] is not files[1]
+    with pytest.raises(ValueError, match="read-only"):
+        files[1][0] = 0
 
 
 def test_replacing_a_member_leaves_nothing_of_the_old(pool):

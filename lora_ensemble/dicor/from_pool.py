@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_ensemble.dicor.members import Dev
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import EPOCHS, TaskPool, logits_file, member_folder, read_array
+from lora_ensemble.pool import EPOCHS, TaskPool, logits_file, map_array, member_folder, read_array
 
 SMALL = 32_000_000
 
@@ -50,7 +50,7 @@ class Files(Sequence[np.ndarray]):
                 self._kept[index] = logits = np.array(logits)
             return logits
         folder = member_folder(self._pool.pool, self._pool.name, self._names[index])
-        return np.asarray(np.lib.format.open_memmap(folder / logits_file(self._pool.split), mode="r"))
+        return np.asarray(map_array(folder / logits_file(self._pool.split)))
 
 
 def dev_of(task_pool: TaskPool) -> Dev:

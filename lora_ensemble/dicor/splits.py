@@ -14,9 +14,9 @@ from lora_ensemble.tasks import Kind
 
 FOLDS = 3
 """Few and large. With ten folds, members that are nearly equal make the estimate jump: where one leads by little, it is
-chosen in just those splits whose held-out tenth speaks against it. In simulations (``benchmarks/honest.py``) the error
-of the single best's estimate was 0.027 with ten folds and 0.020 with three, what the sampling of examples alone gives,
-so that only then does an interval hold; and the pessimism of choosing on two thirds was still too small to see."""
+chosen in just those splits whose held-out tenth speaks against it. In simulations (``benchmarks/honest.py``) the
+single best's interval held its true score in 74 of 100 cases with ten folds and in 91 with three. What choosing on two
+thirds costs is corrected in ``estimate``."""
 REPEATS = 10
 
 

@@ -27,7 +27,15 @@ from lora_ensemble.pool.contract import (
     read_examples,
     write_examples,
 )
-from lora_ensemble.pool.reading import TaskPool, read_array, read_record, read_records, read_tensors, task_names
+from lora_ensemble.pool.reading import (
+    TaskPool,
+    map_array,
+    read_array,
+    read_record,
+    read_records,
+    read_tensors,
+    task_names,
+)
 from lora_ensemble.pool.swap import sole_process, sole_sweep, write_member
 
 __all__ = [
@@ -46,6 +54,7 @@ __all__ = [
     "checksum",
     "fingerprint",
     "logits_file",
+    "map_array",
     "member_folder",
     "read_array",
     "read_examples",

@@ -70,7 +70,7 @@ def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
     with no_swap(Path(pool) / record.task):
         path = _checked_file(pool, record, name)
         try:
-            array = _mapped(path)
+            array = map_array(path)
         except Exception as e:  # a damaged header raises several kinds of exception
             raise UserError(f"{path}: not an array file ({e})") from e
     if not np.issubdtype(array.dtype, np.floating) or array.ndim < 2:
@@ -83,10 +83,11 @@ def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
     return array
 
 
-def _mapped(path: Path) -> np.ndarray:
-    """An array file, memory-mapped and read-only. Nothing is ever unpickled, unlike by np.load.
+def map_array(path: Path) -> np.ndarray:
+    """An array file of the pool, memory-mapped and read-only. Nothing is ever unpickled, unlike by np.load.
 
-    As ``np.lib.format.open_memmap``, which opens a file twice and follows each folder of its path: twice the time.
+    Nothing is compared with the record, see :func:`read_array`; a file that is no array raises what numpy raises. As
+    ``np.lib.format.open_memmap``, which opens a file twice and follows each folder of its path: twice the time.
     """
     with open(path, "rb") as f:
         start = f.read(10)
