@@ -205,7 +205,7 @@ class Bank(nn.Module):
     @torch.no_grad()
     def read(self, batch: Mapping[str, Any]) -> Tensor:
         """The encoder's output that each member's head reads, the first token's, (M, B, H)."""
-        return self._read(batch, None)
+        return self._read(batch, None, product_dtype(self.weights))
 
     @torch.no_grad()
     def read_frozen(self, batch: Mapping[str, Any]) -> Tensor:
