@@ -6,7 +6,7 @@
 A pool of made-up members is written into a temporary folder. Then, each in a process of its own and with its files in
 the system's cache: every logits file is opened and added up (the time to read the logits once, with nothing checked);
 every member is read as the pool reads it, checksums and all; ``dicor select`` as a user runs it. The three take turns,
-so that what else the machine does falls on all of them alike: ratios are medians of the rounds' own, in elapsed time and
+so that what else the machine does falls on all of them alike: ratios are medians of the rounds' own, by the clock and
 in the processor's.
 """
 
