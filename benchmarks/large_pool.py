@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,8 @@ for record in pool.members:
 """
 
 
-def write_pool(pool: Path, kind: Kind, members: int, examples: int) -> int:
-    """Write a pool of one task, ``large``; returns the bytes of its logits. Half of the members' noise is common."""
+def members_of(kind: Kind, members: int, examples: int) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """Labels (N,), and the logits (N, C) float32 of one member after another. Half of the members' noise is common."""
     rng = np.random.default_rng(0)
     outputs = 5 if kind == "multiclass" else 1
     labels = rng.normal(size=examples) if kind == "regression" else rng.integers(max(outputs, 2), size=examples)
@@ -54,20 +55,30 @@ def write_pool(pool: Path, kind: Kind, members: int, examples: int) -> int:
         else (labels[:, None] if kind == "regression" else labels[:, None] * 2.0 - 1)
     )
     common = rng.normal(size=known.shape)
+
+    def each() -> Iterator[np.ndarray]:
+        for m in range(members):
+            own = rng.normal(size=known.shape, scale=1 + m / members)
+            yield (known + common + own).astype(np.float32)
+
+    return labels, each()
+
+
+def write_pool(pool: Path, kind: Kind, members: int, examples: int) -> int:
+    """Write a pool of one task, ``large``; returns the bytes of its logits."""
+    labels, each = members_of(kind, members, examples)
     print_ = write_examples(pool, "large", "dev", np.arange(examples).astype(np.str_), labels)
     written = 0
-    for m in range(members):
+    for m, logits in enumerate(each):
         folder = pool / "large" / f"m{m:05d}"
         folder.mkdir()
-        own = rng.normal(size=known.shape, scale=1 + m / members)
-        logits = (known + common + own).astype(np.float32)
         np.save(folder / logits_file("dev"), logits)
         written += logits.nbytes
         record = MemberRecord(
             name=folder.name,
             task="large",
             kind=kind,
-            labels=[] if kind == "regression" else [str(c) for c in range(max(outputs, 2))],
+            labels=[] if kind == "regression" else [str(c) for c in range(5 if kind == "multiclass" else 2)],
             finished=True,
             rank=4 + m % 29,
             examples={"dev": print_},
