@@ -245,9 +245,8 @@ def main() -> None:
         for number in range(options.draws):
             contest.run(number)
         pool = f"{len(contest.dev)} members and {len(contest.dev.labels)} dev examples"
-        print(
-            f"\n{task}: {options.draws} draws from {pool} ({time.perf_counter() - start:.0f} s)\n\n{contest.table()}\n"
-        )
+        seconds = time.perf_counter() - start
+        print(f"\n{task}: {options.draws} draws from {pool} ({seconds:.0f} s)\n\n{contest.table()}\n")
         for by, same in contest.same.items():
             differ = [gain for equal, gain in same if not equal]
             agree = f"AutoGluon's choice and weights are ours in {len(same) - len(differ)} of {len(same)} draws"

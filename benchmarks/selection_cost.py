@@ -4,10 +4,11 @@
     python benchmarks/selection_cost.py --kinds binary --members 24 --examples 1101
 
 Each contestant is a process of its own: it makes the members (logits in memory, float32), then chooses ``--repeats``
-times. Time is the processor's, which what else runs changes least, and the median; memory is the most that was resident while it chose less what was before (Linux). A first
-choice that takes longer than ``--long`` seconds is the only one, and is marked. AutoGluon's selection runs with its own
-metrics and, like ours and auto-sklearn's loop here, sees all members (``top_k`` all): the same work. Ratios are to the
-method of ours that does the like: greedy selection to ``greedy``, voting to ``omni``, stacking to ``weighted``.
+times. Time is the processor's, which what else runs changes least, and the median; memory is the most that was resident
+while it chose less what was before (Linux). A first choice that takes longer than ``--long`` seconds is the only one,
+and is marked. AutoGluon's selection runs with its own metrics and, like ours and auto-sklearn's loop here, sees all
+members (``top_k`` all): the same work. Ratios are to the method of ours that does the like: greedy selection to
+``greedy``, voting to ``omni``, stacking to ``weighted``.
 """
 
 from __future__ import annotations
