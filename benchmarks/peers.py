@@ -52,9 +52,13 @@ class _First:
 
 
 def _in_numpy(kind: Kind, by: str) -> Any:
-    """AutoGluon's metric of a classifier with the formula in numpy: scikit-learn's checks are 95 % of its time."""
-    from autogluon.core.metrics import make_scorer
+    """AutoGluon's metric with the formula in numpy: scikit-learn's and scipy's checks are 95 % of its time."""
+    from autogluon.core.metrics import make_scorer, root_mean_squared_error
 
+    if kind == "regression":
+        if by == "loss":
+            return root_mean_squared_error
+        return make_scorer("pearsonr", lambda y, values: np.corrcoef(y, values)[0, 1])
     if by == "score":
         return make_scorer("accuracy", lambda y, decided: np.mean(y == decided), needs_class=True)
 
@@ -76,7 +80,7 @@ def autogluon(logits: np.ndarray, labels: np.ndarray, kind: Kind, *, by: str, fi
 
     classes = {"loss": metrics.log_loss, "score": metrics.accuracy}
     values = {"loss": metrics.root_mean_squared_error, "score": metrics.pearsonr}
-    metric = values[by] if kind == "regression" else classes[by] if own_metric else _in_numpy(kind, by)
+    metric = (values if kind == "regression" else classes)[by] if own_metric else _in_numpy(kind, by)
     state = _First() if first else None
     found = EnsembleSelection(ensemble_size=25, problem_type=kind, metric=metric, random_state=state)
     each = outputs(logits, kind)
