@@ -5,7 +5,9 @@
 
 A pool of made-up members is written into a temporary folder. Then, each in a process of its own and with its files in
 the system's cache: every logits file is opened and added up (the time to read the logits once, with nothing checked);
-every member is read as the pool reads it, checksums and all; ``dicor select`` as a user runs it.
+every member is read as the pool reads it, checksums and all; ``dicor select`` as a user runs it. The three take turns,
+so that what else the machine does falls on all of them alike: ratios are medians of the rounds' own, by the clock and
+in the processor's.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +44,8 @@ for record in pool.members:
 """
 
 
-def write_pool(pool: Path, kind: Kind, members: int, examples: int) -> int:
-    """Write a pool of one task, ``large``; returns the bytes of its logits. Half of the members' noise is common."""
+def members_of(kind: Kind, members: int, examples: int) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """Labels (N,), and the logits (N, C) float32 of one member after another. Half of the members' noise is common."""
     rng = np.random.default_rng(0)
     outputs = 5 if kind == "multiclass" else 1
     labels = rng.normal(size=examples) if kind == "regression" else rng.integers(max(outputs, 2), size=examples)
@@ -52,20 +55,30 @@ def write_pool(pool: Path, kind: Kind, members: int, examples: int) -> int:
         else (labels[:, None] if kind == "regression" else labels[:, None] * 2.0 - 1)
     )
     common = rng.normal(size=known.shape)
+
+    def each() -> Iterator[np.ndarray]:
+        for m in range(members):
+            own = rng.normal(size=known.shape, scale=1 + m / members)
+            yield (known + common + own).astype(np.float32)
+
+    return labels, each()
+
+
+def write_pool(pool: Path, kind: Kind, members: int, examples: int) -> int:
+    """Write a pool of one task, ``large``; returns the bytes of its logits."""
+    labels, each = members_of(kind, members, examples)
     print_ = write_examples(pool, "large", "dev", np.arange(examples).astype(np.str_), labels)
     written = 0
-    for m in range(members):
+    for m, logits in enumerate(each):
         folder = pool / "large" / f"m{m:05d}"
         folder.mkdir()
-        own = rng.normal(size=known.shape, scale=1 + m / members)
-        logits = (known + common + own).astype(np.float32)
         np.save(folder / logits_file("dev"), logits)
         written += logits.nbytes
         record = MemberRecord(
             name=folder.name,
             task="large",
             kind=kind,
-            labels=[] if kind == "regression" else [str(c) for c in range(max(outputs, 2))],
+            labels=[] if kind == "regression" else [str(c) for c in range(5 if kind == "multiclass" else 2)],
             finished=True,
             rank=4 + m % 29,
             examples={"dev": print_},
@@ -75,17 +88,15 @@ def write_pool(pool: Path, kind: Kind, members: int, examples: int) -> int:
     return written
 
 
-def measured(command: list[str]) -> tuple[float, float, str]:
-    """Seconds of a process, its peak resident memory in GB, and what it printed."""
-    with tempfile.TemporaryFile("w+") as out:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=out)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        out.seek(0)
-        if status:
-            raise SystemExit(f"{command} failed: {status}")
-        return seconds, usage.ru_maxrss * 1024 / 1e9, out.read()
+def measured(command: list[str]) -> tuple[float, float, float]:
+    """Seconds of a process, those of the processor in it, and its peak resident memory in GB."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{command} failed: {status}")
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
 
 
 def main() -> None:
@@ -94,7 +105,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=10_000)
     parser.add_argument("--examples", type=int, default=40_429)
     parser.add_argument("--kind", choices=("binary", "multiclass", "regression"), default="binary")
-    parser.add_argument("--repeats", type=int, default=3, help="the least time of so many runs is taken (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--method", action="append", help="for select (default: the task's own); may be repeated")
     parser.add_argument("--compare", action="store_true", help="also run dicor compare")
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -123,16 +134,31 @@ def main() -> None:
         if options.compare:
             commands["dicor compare"] = [*dicor, "compare", "--pool", str(pool), "--task", "large"]
         print(f"{options.members} members, {options.examples} examples, {options.kind}: {size:.3f} GB of logits\n")
-        print("| | seconds | times reading the files | peak resident GB | copies of the logits |")
-        print("| --- | --- | --- | --- | --- |")
-        figures, first = {}, 0.0
-        for what, command in commands.items():
-            runs = [measured(command) for _ in range(options.repeats)]
-            seconds, memory = min(r[0] for r in runs), max(r[1] for r in runs)
-            first = first or seconds
-            figures[what] = {"seconds": seconds, "ratio": seconds / first, "gb": memory, "copies": memory / size}
+        rounds = [{what: measured(command) for what, command in commands.items()} for _ in range(options.repeats)]
+        print(
+            "| | seconds, median (least) | of the processor | times reading the files | the same of the processor ",
+            end="",
+        )
+        print("| peak resident GB | copies of the logits |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        figures = {}
+        for what in commands:
+            runs = np.array([r[what] for r in rounds])  # (rounds, 3)
+            seconds, processor, _ = np.median(runs, axis=0)
+            ratio, of_processor, _ = np.median(runs / np.array([r["read the files"] for r in rounds]), axis=0)
+            least, memory = runs[:, 0].min(), runs[:, 2].max()
+            figures[what] = {
+                "seconds": seconds,
+                "least": least,
+                "processor": processor,
+                "ratio": ratio,
+                "ratio of the processor": of_processor,
+                "gb": memory,
+                "copies": memory / size,
+            }
             print(
-                f"| {what} | {seconds:.2f} | {seconds / first:.2f} | {memory:.2f} | {memory / size:.2f} |", flush=True
+                f"| {what} | {seconds:.2f} ({least:.2f}) | {processor:.2f} | {ratio:.2f} | {of_processor:.2f} "
+                f"| {memory:.2f} | {memory / size:.2f} |"
             )
         if options.json:
             options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

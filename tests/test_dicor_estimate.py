@@ -12,6 +12,7 @@ from pool_factory import random_labels, random_logits
 from scipy.stats import bootstrap, pearsonr
 from sklearn.metrics import accuracy_score
 
+from lora_ensemble.dicor import fold_scores
 from lora_ensemble.dicor.estimate import estimate
 from lora_ensemble.dicor.greedy import Greedy
 from lora_ensemble.dicor.interval import of_differences, of_score
@@ -300,3 +301,23 @@ def test_with_too_few_examples_the_probabilities_are_those_of_the_whole_dev_set(
     order = canonical([*"abcde"])
     np.testing.assert_allclose(p[0, :, 1], scipy.special.expit(logits[best][order, 0]), rtol=1e-6)
     assert found.of["omni"].probabilities.shape == (1, 5, 2)
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_many_examples_are_counted_as_scikit_learn_does(kind, kept, monkeypatch):
+    """From ``MANY`` examples on, another way to count is taken; the parts' scores differ from each other."""
+    monkeypatch.setattr(fold_scores, "MANY", 50)
+    best, each, labels = with_epochs(kind, members=40, n=60)
+    dev = Dev.of(best, labels, kind=kind, epochs=list(each) if kept else None)
+    fold = stratified_folds(dev.ids, labels, kind, folds=3, repeats=2)
+    found = fold_scores.fold_scores(dev, fold, 3, omni="mean")
+    parts = [fold[r] != k for r in range(2) for k in range(3)]
+    differ = 0
+    for m in range(40):
+        options = each[m] if kept else best[m][None]
+        expected = [max(score_of(decisions(one, kind)[part], labels[part], kind) for one in options) for part in parts]
+        differ += len(set(expected)) > 1
+        np.testing.assert_allclose(found.scores[:-1, m], expected, atol=1e-12)
+        assert found.scores[-1, m] == pytest.approx(score_of(decisions(best[m], kind), labels, kind), abs=1e-12)
+    assert differ > 30  # or one column would do for all

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_factory import random_labels, random_logits
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize, minimize_scalar, nnls
 from scipy.special import log_softmax
+from scipy.stats import linregress, pearsonr
 from sklearn.metrics import log_loss
 
 from lora_ensemble.dicor.combine import voices
@@ -17,14 +18,16 @@ KINDS = ("multiclass", "binary", "regression")
 
 
 def by_scipy(logits, labels, kind, shrink):
-    """The same objective, written down with other means, and given to SLSQP."""
+    """The same objective, written down with other means, and given to SLSQP, or to NNLS for a regression."""
     k = len(logits)
     if kind == "regression":
         values = logits[..., 0].astype(float)
-        scale = np.mean((values.mean(0) - labels) ** 2)
-
-        def fit(w):
-            return np.sum((w @ values - labels) ** 2) / (2 * scale)
+        line = linregress(values.mean(0), labels)
+        scale = np.mean((line.intercept + line.slope * values.mean(0) - labels) ** 2)
+        x = line.slope * (values - values.mean(1, keepdims=True))
+        rows = np.vstack([x.T / np.sqrt(2 * scale), np.sqrt(shrink * k) * np.eye(k)])
+        u = nnls(rows, np.r_[(labels - labels.mean()) / np.sqrt(2 * scale), np.full(k, np.sqrt(shrink / k))])[0]
+        return u / u.sum()
     else:
         if kind == "binary":
             p = 1 / (1 + np.exp(-logits[..., 0].astype(float) * (2 * labels - 1)))
@@ -57,6 +60,29 @@ def test_weights_are_those_that_scipy_finds(kind, shrink, k, n):
     np.testing.assert_allclose(found, by_scipy(logits, labels, kind, shrink), atol=2e-4)
     assert found.sum() == pytest.approx(1, abs=1e-12)
     assert found.max() - found.min() > 0.01  # not the equal ones that it starts from
+
+
+def test_weights_of_values_make_r_high_whatever_their_scale():
+    """A member that says the same in other units, or from another level on, is as good; r is what brute force finds."""
+    labels = random_labels("regression", 200)
+    values = random_logits("regression", labels, 3, seed=1, noise=2)[..., 0].astype(float)
+    values = values * np.array([[1.0], [0.3], [2.0]]) + np.array([[0.0], [5.0], [-1.0]])
+    found = convex_weights(values[..., None], labels, "regression", true_probabilities=None, shrink=0.0)
+    steps = np.linspace(0, 1, 51)
+    grid = [(a, b, 1 - a - b) for a in steps for b in steps if a + b <= 1 + 1e-9]
+    r = [pearsonr(np.array(w) @ values, labels).statistic for w in grid]
+    assert np.max(r) - 1e-9 <= pearsonr(found @ values, labels).statistic <= np.max(r) + 1e-3
+    assert np.ptp(r) > 0.05
+    moved = convex_weights((7 * values + 3)[..., None], labels, "regression", true_probabilities=None)
+    same = convex_weights(values[..., None], labels, "regression", true_probabilities=None)
+    np.testing.assert_allclose(moved, same, atol=1e-6)
+
+
+def test_values_that_go_against_the_labels_are_weighed_equally():
+    labels = random_labels("regression", 50)
+    for values in (-np.stack([labels, labels + 1.0]), np.stack([labels, -labels])):  # and a mean that is constant
+        found = convex_weights(values[..., None], labels, "regression", true_probabilities=None)
+        np.testing.assert_array_equal(found, [0.5, 0.5])
 
 
 def test_shrinking_draws_to_equal_weights():

@@ -5,6 +5,7 @@ Axes: M members, N examples, C outputs of a head, E epochs, R repeats of K folds
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,9 +55,9 @@ def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy, proba
 
     for start in range(0, m, BLOCK):
         block = range(start, min(start + BLOCK, m))
-        logits = np.stack([dev.of_member(i) for i in block])
-        scores[:, start : block.stop] = _scores(logits, dev, inside).T
-        for i in block:
+        opened = [np.asarray(dev.of_member(i)) for i in block]
+        scores[:, start : block.stop] = _scores(opened, dev, inside).T
+        for i, logits in zip(block, opened, strict=True):
             each = dev.epochs_of(i)
             if each is not None and s:
                 of_epochs = np.nan_to_num(_scores(np.asarray(each), dev, inside[:, :s]), nan=-np.inf)  # (E, S)
@@ -64,7 +65,7 @@ def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy, proba
                 best = of_epochs.max(axis=0)
                 scores[:s, i] = np.where(np.isinf(best), np.nan, best)
             if not np.isnan(scores[s, i]):
-                together.add(i, logits[i - start], each, epochs[:, i])
+                together.add(i, logits, each, epochs[:, i])
     good = np.flatnonzero(~np.isnan(scores[s]))
     return FoldScores(
         scores=scores,
@@ -74,13 +75,19 @@ def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy, proba
     )
 
 
-def _scores(logits: np.ndarray, dev: Dev, inside: np.ndarray) -> np.ndarray:
-    """Scores (B, S) of logits (B, N, C) on all examples but those inside each split's fold (N, S)."""
+def _scores(members: Sequence[np.ndarray] | np.ndarray, dev: Dev, inside: np.ndarray) -> np.ndarray:
+    """Scores (B, S) of B members' logits (N, C) on all examples but those inside each split's fold (N, S)."""
     left = len(inside) - inside.sum(axis=0)
-    # For a binary kind as decisions() does it, but without making numbers of it first.
-    decided = logits[..., 0] > 0 if dev.kind == "binary" else decisions(logits, dev.kind)
+    if dev.kind != "regression" and len(inside) >= MANY:
+        # Few folds of many examples: bytes are counted several times faster than numbers are multiplied.
+        outside = np.ascontiguousarray(inside.T == 0)
+        rights = (_right(one, dev) for one in members)
+        return np.array([[np.count_nonzero(right & mask) for mask in outside] for right in rights], np.float64) / left
+    logits = np.stack(list(members))
     if dev.kind != "regression":
-        return _counts(decided == dev.labels, inside) / left
+        right = _right(logits, dev).astype(inside.dtype)  # counts below 2^24 are exact in float32
+        return np.asarray(right.sum(axis=1, keepdims=True) - right @ inside).astype(np.float64) / left
+    decided = decisions(logits, dev.kind)
     # Less the overall mean, so that little is lost where sums are subtracted from sums.
     x, y = decided - decided.mean(axis=1, keepdims=True), dev.labels - dev.labels.mean()
 
@@ -97,14 +104,11 @@ def _scores(logits: np.ndarray, dev: Dev, inside: np.ndarray) -> np.ndarray:
     return np.where(constant, np.nan, r)
 
 
-def _counts(right: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """How many of what is right (B, N) lie outside each fold (N, S): (B, S)."""
-    if len(inside) < MANY:
-        numbers = right.astype(inside.dtype)  # counts below 2^24 are exact in float32
-        return np.asarray(numbers.sum(axis=1, keepdims=True) - numbers @ inside).astype(np.float64)
-    # Few folds of many examples: bytes are counted several times faster than numbers are multiplied.
-    outside = np.ascontiguousarray(inside.T == 0)
-    return np.array([[np.count_nonzero(one & mask) for mask in outside] for one in right], np.float64)
+def _right(logits: np.ndarray, dev: Dev) -> np.ndarray:
+    """Whether what a classifier's logits (..., N, C) decide is the label: (..., N) of bool."""
+    if dev.kind == "binary":  # as decisions() does it, but without making numbers of it first
+        return np.asarray((logits[..., 0] > 0) == (dev.labels > 0))
+    return np.asarray(decisions(logits, dev.kind) == dev.labels)
 
 
 class _Omni:

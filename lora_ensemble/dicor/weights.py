@@ -12,9 +12,10 @@ import numpy as np
 from lora_ensemble.dicor.view import LEAST_PROBABILITY, losses
 from lora_ensemble.tasks import Kind
 
-SHRINK = 10.0
+SHRINK = 1.0
 """How strongly weights are drawn to 1/k: a penalty in nats of SHRINK k |w - 1/k|^2 against the sum of the log-losses,
-so a thousand examples can say more against equal weights than a hundred."""
+so a thousand examples can say more against equal weights than a hundred. Held-out scores are flat around 1 and fall
+from 10 on, where weak members keep too much weight (benchmarks/README.md)."""
 PRECISION = 1e-9
 """The search ends when no weight moves by more."""
 
@@ -25,8 +26,9 @@ def convex_weights(
     """Weights (k,), none below 0, of sum 1, that make the weighted mean good on these examples.
 
     Classifiers: the log-loss of the weighted mean of probabilities, from ``true_probabilities`` (k, N): stacking of
-    predictive distributions (Yao et al. 2018, section 3.3). Regression: the squared error of the weighted mean of
-    ``voices`` (k, N, 1), in units of twice the plain mean's squared error, which makes it a Gaussian's log-loss.
+    predictive distributions (Yao et al. 2018, section 3.3). Regression: the squared error of the straight line through
+    the weighted mean of ``voices`` (k, N, 1) that is best, since r, the score, looks at neither level nor scale; in
+    units of twice what the plain mean's line leaves, which makes it a Gaussian's log-loss (``_of_values``).
     Plus the penalty of ``SHRINK``, which makes both strictly convex: there is one minimum.
 
     It is found by projected gradients rather than by scipy's SLSQP, which finds the same (the tests compare them): this
@@ -37,39 +39,68 @@ def convex_weights(
     if k == 1:
         return equal
     if kind == "regression":
-        error = voices[..., 0] - labels  # (k, N); weights of sum 1: the mean's error is the weighted mean of errors
-        products = error @ error.T
-        scale = max(float(equal @ products @ equal) / len(labels), 1e-12)
-        curvature = products / scale
+        return _of_values(voices[..., 0], labels, shrink)
+    assert true_probabilities is not None
+    p = np.maximum(true_probabilities, LEAST_PROBABILITY)
+    ratio = p / (equal @ p)
+    curvature = ratio @ ratio.T
 
-        def slope(w: np.ndarray) -> np.ndarray:
-            return np.asarray(curvature @ w + 2 * shrink * k * (w - equal))
-    else:
-        assert true_probabilities is not None
-        p = np.maximum(true_probabilities, LEAST_PROBABILITY)
-        ratio = p / (equal @ p)
-        curvature = ratio @ ratio.T
-
-        def slope(w: np.ndarray) -> np.ndarray:
-            return np.asarray(2 * shrink * k * (w - equal) - p @ (1 / np.maximum(w @ p, LEAST_PROBABILITY)))
+    def slope(w: np.ndarray) -> np.ndarray:
+        return np.asarray(2 * shrink * k * (w - equal) - p @ (1 / np.maximum(w @ p, LEAST_PROBABILITY)))
 
     # Moves of sum 0 are all that the constraint allows, so the curvature along (1, ..., 1) does not count.
     centred = curvature - curvature.mean(axis=0) - curvature.mean(axis=1)[:, None] + curvature.mean()
     steepest = float(np.linalg.eigvalsh(centred)[-1]) + 2 * shrink * k
-    w = _descend(slope, equal, steepest)
-    w[w < 1e-6] = 0
+    return _clean(_descend(slope, equal, steepest, project))
+
+
+def _clean(w: np.ndarray) -> np.ndarray:
+    """Weights (k,) of sum 1 without those that are only rounding."""
+    w = np.where(w < 1e-6 * w.sum(), 0.0, w)
     return np.asarray(w / w.sum())
 
 
-def _descend(slope: Callable[[np.ndarray], np.ndarray], start: np.ndarray, steepest: float) -> np.ndarray:
-    """The weights (k,) on the simplex where a convex function of gradient ``slope`` is least.
+def _of_values(values: np.ndarray, labels: np.ndarray, shrink: float) -> np.ndarray:
+    """Convex weights (k,) of values (k, N): those of the least squares fit of v >= 0 to the labels, brought to sum 1.
 
-    Projected gradients with Nesterov's momentum, which starts again where it points uphill (O'Donoghue and Candès
-    2015). ``steepest``: the largest curvature at the start; where it turns out too small, the step is halved.
+    Of all weights that are none below 0, v without the penalty is the one of the highest r: a fit with an intercept is
+    as good as its r. The plain mean's line has the slope b, so v / b is drawn to 1/k.
+    """
+    k = len(values)
+    equal = np.full(k, 1 / k)
+    x, y = values - values.mean(axis=1, keepdims=True), labels - labels.mean()
+    mean = equal @ x
+    if mean @ y <= 0 or mean @ mean <= 1e-24 * np.square(x).max(axis=0).sum():
+        # The mean goes against the labels, or is constant: there is no line to be drawn to.
+        return equal
+    b = float(mean @ y) / float(mean @ mean)
+    x = b * x
+    left = max(float(np.mean(np.square(equal @ x - y))), 1e-12 * float(np.mean(y * y)))
+    curvature, towards = x @ x.T / left, x @ y / left
+
+    def slope(u: np.ndarray) -> np.ndarray:
+        return np.asarray(curvature @ u - towards + 2 * shrink * k * (u - equal))
+
+    steepest = float(np.linalg.eigvalsh(curvature)[-1]) + 2 * shrink * k
+    found = _descend(slope, equal, steepest, lambda u: np.maximum(u, 0))
+    return _clean(found) if found.any() else equal
+
+
+def _descend(
+    slope: Callable[[np.ndarray], np.ndarray],
+    start: np.ndarray,
+    steepest: float,
+    nearest: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """The numbers (k,) where a convex function of gradient ``slope`` is least, of those that are allowed.
+
+    ``nearest`` finds the nearest that are. Projected gradients with Nesterov's momentum, which starts again where it
+    points uphill (O'Donoghue and Candès 2015). ``steepest``: the largest curvature at the start; where it turns out too
+    small, the step is halved.
     """
     w, ahead, momentum, down = start, start, 1.0, slope(start)
     for _ in range(2000):
-        further = project(ahead - down / steepest)
+        further = nearest(ahead - down / steepest)
         moved, turned = further - ahead, slope(further)
         # The gradient changes by at most `steepest` times the move, or the step was too long.
         if (turned - down) @ moved > 1.0001 * steepest * (moved @ moved) + 1e-18:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import mmap
 import os
 import typing
 from dataclasses import dataclass, field
@@ -87,12 +88,15 @@ class MemberRecord:
     @classmethod
     def read(cls, path: Path) -> MemberRecord:
         """Read ``member.json``; ``UserError`` where it is missing, not JSON, of another schema or lacks a key."""
-        if not path.is_file():
+        try:
+            with open(path, "rb") as f:
+                content = f.read()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
             raise UserError(
                 f"{path.parent}: half-written member: {RECORD} is missing; delete the folder, or copy it again whole"
-            )
+            ) from e
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(content.decode("utf-8"))
             schema = raw.pop("schema")
         except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise UserError(f"{path}: not a member record ({type(e).__name__}: {e}); expected JSON and a schema") from e
@@ -102,23 +106,38 @@ class MemberRecord:
             record = cls(**raw)
         except TypeError as e:
             raise UserError(f"{path}: {str(e).removeprefix('MemberRecord.__init__() ')}") from e
-        for key, hint in _record_types().items():
-            if not _fits(getattr(record, key), hint):
+        for key, hint, plain in _record_types():
+            value = getattr(record, key)
+            if type(value) not in plain and not _fits(value, hint):
                 expected = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
-                raise UserError(f"{path}: {key} is {getattr(record, key)!r}; expected {expected}")
+                raise UserError(f"{path}: {key} is {value!r}; expected {expected}")
         if any("/" in name or "\\" in name for name in record.files):
             raise UserError(f"{path}: files holds a path; expected names of files in the same folder")
-        if record.name != path.parent.name.removeprefix(NEW).removeprefix(OLD):
-            raise UserError(f"{path}: name is {record.name!r}, but the folder is {path.parent.name!r}")
-        if record.task != path.parent.parent.name:
-            raise UserError(f"{path}: task is {record.task!r}, but the folder is {path.parent.parent.name!r}")
+        task, folder = path.parts[-3:-1]
+        if record.name != folder.removeprefix(NEW).removeprefix(OLD):
+            raise UserError(f"{path}: name is {record.name!r}, but the folder is {folder!r}")
+        if record.task != task:
+            raise UserError(f"{path}: task is {record.task!r}, but the folder is {task!r}")
         return record
 
 
 @cache
-def _record_types() -> dict[str, Any]:
-    """What type each key of a record has; worked out once, not for each of thousands of members."""
-    return typing.get_type_hints(MemberRecord)
+def _record_types() -> list[tuple[str, Any, frozenset[type]]]:
+    """Each key of a record, its type, and the classes that are right without looking at the value (``_plain``).
+
+    Worked out once, not for each of thousands of members.
+    """
+    return [(key, hint, _plain(hint)) for key, hint in typing.get_type_hints(MemberRecord).items()]
+
+
+def _plain(hint: Any) -> frozenset[type]:
+    """The classes of which any value fits a type. A float must be finite besides, what holds others is looked into."""
+    origin, args = _parts(hint)
+    if origin in (typing.Literal, list, dict):
+        return frozenset()
+    if args:
+        return frozenset().union(*(_plain(a) for a in args))
+    return frozenset([int]) if hint is float else frozenset([hint])
 
 
 @cache
@@ -243,3 +262,8 @@ def checksum(path: Path) -> str:
     """ "sha256:<hex>" of a file."""
     with open(path, "rb") as f:
         return "sha256:" + hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def checksum_of(content: bytes | mmap.mmap) -> str:
+    """The same of what is in memory, or mapped into it."""
+    return "sha256:" + hashlib.sha256(content).hexdigest()

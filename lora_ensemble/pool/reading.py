@@ -7,6 +7,8 @@ a split, C outputs of a head, E epochs.
 from __future__ import annotations
 
 import io
+import mmap
+import os
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from lora_ensemble.pool.contract import (
     Examples,
     MemberRecord,
     checksum,
+    checksum_of,
     logits_file,
     member_folder,
     read_examples,
@@ -40,21 +43,26 @@ def read_records(pool: Path, task: str) -> list[MemberRecord]:
     if not home.is_dir():
         return []
     with no_swap(home):
-        folders = sorted(p for p in home.iterdir() if p.is_dir() and p.name[0] != "." and p.name != EXAMPLES)
-        return [MemberRecord.read(folder / RECORD) for folder in folders]
+        with os.scandir(home) as entries:
+            names = sorted(e.name for e in entries if e.name[0] != "." and e.name != EXAMPLES and e.is_dir())
+        return [MemberRecord.read(Path(home, name, RECORD)) for name in names]
 
 
-def _checked_file(pool: Path, record: MemberRecord, name: str) -> Path:
-    """Path of one of a member's files, its checksum compared; call it while reading.
-
-    ``UserError`` where it is missing or another.
-    """
-    folder = member_folder(pool, record.task, record.name)
+def _listed(pool: Path, record: MemberRecord, name: str) -> Path:
+    """Path of one of a member's files; ``UserError`` where its record does not list it."""
     if name not in record.files:
-        raise UserError(f"{folder}: this member has no {name}")
-    found = checksum(folder / name) if (folder / name).is_file() else None
+        raise UserError(f"{member_folder(pool, record.task, record.name)}: this member has no {name}")
+    return Path(pool, record.task, record.name, name)
+
+
+def _check(path: Path, record: MemberRecord, found: str | None) -> None:
+    """``UserError`` unless ``found``, the checksum of a member's file, None where it is missing, is the record's.
+
+    Call it while reading.
+    """
+    folder, name = path.parent, path.name
     if found == record.files[name]:
-        return folder / name
+        return
     if (folder / RECORD).is_file() and MemberRecord.read(folder / RECORD).files.get(name) != record.files[name]:
         raise UserError(f"{folder}: this member was replaced while it was being read; run the command again")
     if found is None:
@@ -67,10 +75,14 @@ def _checked_file(pool: Path, record: MemberRecord, name: str) -> Path:
 
 def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
     """One of a member's .npy files, memory-mapped, checksum compared, finite (``UserError`` otherwise)."""
-    with no_swap(Path(pool) / record.task):
-        path = _checked_file(pool, record, name)
+    path = _listed(pool, record, name)
+    with no_swap(path.parent.parent):
+        content = _mapped(path)
+        # Of the mapping itself, so that the file is opened and read once.
+        _check(path, record, None if content is None else checksum_of(content))
+        assert content is not None
         try:
-            array = map_array(path)
+            array = _array(content)
         except Exception as e:  # a damaged header raises several kinds of exception
             raise UserError(f"{path}: not an array file ({e})") from e
     if not np.issubdtype(array.dtype, np.floating) or array.ndim < 2:
@@ -89,10 +101,27 @@ def map_array(path: Path) -> np.ndarray:
     Nothing is compared with the record, see :func:`read_array`; a file that is no array raises what numpy raises. As
     ``np.lib.format.open_memmap``, which opens a file twice and follows each folder of its path: twice the time.
     """
-    with open(path, "rb") as f:
-        start = f.read(10)
-        shape, fortran, dtype, offset = _header(start + f.read(int.from_bytes(start[8:10], "little")))
-        return np.memmap(f, dtype, "r", offset, shape, "F" if fortran else "C")
+    content = _mapped(path)
+    if content is None:
+        raise FileNotFoundError(f"{path}: no such file")
+    return _array(content)
+
+
+def _mapped(path: Path) -> mmap.mmap | bytes | None:
+    """A file's bytes, memory-mapped and read-only; None where there is none."""
+    try:
+        with open(path, "rb", buffering=0) as f:
+            # A file without bytes cannot be mapped.
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(f.fileno()).st_size else b""
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+
+
+def _array(content: mmap.mmap | bytes) -> np.ndarray:
+    """The array in an array file's bytes, in place. Nothing is ever unpickled, unlike by np.load."""
+    start = content[:10]
+    shape, fortran, dtype, offset = _header(start + content[10 : 10 + int.from_bytes(start[8:10], "little")])
+    return np.ndarray.__new__(np.memmap, shape, dtype, content, offset, order="F" if fortran else "C")
 
 
 @lru_cache(maxsize=64)
@@ -115,7 +144,9 @@ def read_tensors(pool: Path, record: MemberRecord, name: str) -> dict[str, np.nd
     from safetensors.numpy import load_file
 
     with no_swap(Path(pool) / record.task):
-        return load_file(_checked_file(pool, record, name))
+        path = _listed(pool, record, name)
+        _check(path, record, checksum(path) if path.is_file() else None)
+        return load_file(path)
 
 
 class TaskPool:
@@ -155,14 +186,17 @@ class TaskPool:
         # The split is compared with the first that has it.
         first = next((r for r in self.members if self.split in r.examples), self.members[0])
         for other in self.members:
-            both = f"{self._folder(first)} and {self._folder(other)} do not belong together"
             for key in ("task", "kind", "labels"):
                 a, b = getattr(first, key), getattr(other, key)
                 if a != b:
-                    raise UserError(f"{both}: {key} is {a!r} in one and {b!r} in the other")
+                    raise UserError(f"{self._both(first, other)}: {key} is {a!r} in one and {b!r} in the other")
             a, b = first.examples.get(self.split), other.examples.get(self.split)
             if a != b and a is not None and b is not None:
-                raise UserError(f"{both}: {self._first_difference(a, b)}; they must be of the same data")
+                found = self._first_difference(a, b)
+                raise UserError(f"{self._both(first, other)}: {found}; they must be of the same data")
+
+    def _both(self, a: MemberRecord, b: MemberRecord) -> str:
+        return f"{self._folder(a)} and {self._folder(b)} do not belong together"
 
     def _first_difference(self, a: str, b: str) -> str:
         one, two = (read_examples(self.pool, self.name, self.split, x) for x in (a, b))
