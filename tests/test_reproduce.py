@@ -12,7 +12,7 @@ from test_cli import Program
 
 from lora_ensemble.lora import MemberConfig, expand_members
 from lora_ensemble.main import main
-from lora_ensemble.reproduce import papers
+from lora_ensemble.reproduce import command, papers
 from lora_ensemble.reproduce.grids import config_files, config_folder, work_of
 from lora_ensemble.reproduce.markdown import table
 from lora_ensemble.tasks import overall_score
@@ -172,11 +172,16 @@ def test_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "invalid choice: 'somebody'" in capsys.readouterr().err
 
 
-def test_small_reproduction_of_oyeniyi(program: Program, capfd: pytest.CaptureFixture[str]) -> None:
-    """From nothing to the tables, with a tiny model; begun again, it trains nothing."""
+def test_small_reproduction_of_oyeniyi(
+    program: Program, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From nothing to the tables, with a tiny model and few steps; begun again, it trains nothing."""
+    fewer = program.folder / "fewer.yaml"
+    fewer.write_text("data: {steps_per_epoch: 4}\ntrainer: {max_epochs: 2, precision: 32-true}\n")
+    monkeypatch.setattr(command, "config_files", lambda part, scale: [*config_files(part, scale), fewer])
     output = program.folder / "out"
     arguments = ["reproduce", "oyeniyi", f"--data.root={program.root}", "--scale=small", f"--output={output}"]
-    arguments += [f"--base_model={program.base}", "--accelerator=cpu"]
+    arguments += [f"--base_model={program.base}", "--accelerator=cpu", "--precision=32-true"]
     assert main([*arguments, "--plan"]) == 0
     assert not output.exists()
     capfd.readouterr()
