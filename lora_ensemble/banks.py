@@ -72,7 +72,7 @@ class BankRun:
         self.module, self.data, self.make_trainer = module, data, make_trainer
         self.run_dir, self.size, self.keep = run_dir, size, keep
         self._limits: dict[str, Any] = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
-        self._loggers, self._pool = list(trainer.loggers), _writer(trainer).dir
+        self._loggers, self._pool = list(trainer.loggers), writer_of(trainer).dir
         self._whole: pl.Trainer | None = trainer
         self._made: set[str] = set()
         """Keys of banks whose checkpoint was made in this process."""
@@ -88,23 +88,42 @@ class BankRun:
                 f"--ckpt_path: {ckpt_path} with {len(plan.banks)} banks; give last, which goes on with each bank from "
                 "its own checkpoint"
             )
-        several, at = len(plan.banks) > 1, 0
-        while at < len(plan.banks):
-            bank = plan.banks[at]
-            if not (several and ckpt_path and bank.finished and self._same_end(bank.finished)):
-                if several:
-                    say(f"bank {at + 1} of {len(plan.banks)}: {', '.join(bank.members)}")
-                done = self._train(bank, len(plan.banks), ckpt_path, weights_only)
-                # Finished, it stands in its own place; out of memory, its halves do.
-                note = "" if len(done) == 1 else f"{len(bank.members)} members: out of memory"
-                plan = plan.replaced(bank, done, note)
-                self._write(plan)
-                several = len(plan.banks) > 1
-                if len(done) > 1:
-                    continue
-            at += 1
-        if several:
+        plan = self._through(plan, ckpt_path, weights_only)
+        if len(plan.banks) > 1:
             self._summary(plan)
+
+    def _through(self, plan: Plan, ckpt_path: str | None, weights_only: bool | None) -> Plan:
+        """Train all banks of the plan that are not finished; returns the plan as it then is."""
+        at = 0
+        while at < len(plan.banks):
+            bank, several = plan.banks[at], len(plan.banks) > 1
+            if ckpt_path and self._is_done(plan, bank):
+                at += 1
+                continue
+            if several:
+                say(f"bank {at + 1} of {len(plan.banks)}: {', '.join(bank.members)}")
+            plan = self._train(plan, bank, ckpt_path, weights_only)
+            self._write(plan)
+            # Finished, it stands in its own place; out of memory, its halves do.
+            at += plan.banks[at].finished is not None
+        return plan
+
+    # What a sweep does otherwise
+
+    def _checkpoint_of_all(self, ckpt_path: str | None) -> str | None:
+        """What the bank of all members goes on from."""
+        return ckpt_path
+
+    def _is_done(self, plan: Plan, bank: PlannedBank) -> bool:
+        """Whether a bank need not be trained again. One bank alone is Lightning's to go on with, or to do nothing."""
+        return len(plan.banks) > 1 and bank.finished is not None and self._same_end(bank.finished)
+
+    def _watch(self, plan: Plan, bank: PlannedBank, trainer: pl.Trainer) -> None:
+        """Before a bank's training starts."""
+
+    def _stopped(self, plan: Plan, bank: PlannedBank, module: BankModule) -> Plan | None:
+        """After it: the new plan where the bank was stopped before its end."""
+        return None
 
     def _same_end(self, finished: Finished) -> bool:
         return {"max_epochs": finished.max_epochs, "max_steps": finished.max_steps} == self._limits
@@ -114,14 +133,12 @@ class BankRun:
     def _plan(self, *, resumed: bool) -> Plan:
         trainer, names = self._whole, [m.name for m in self.module.members]
         assert trainer is not None
-        launched_by_us = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
-        # The first process launches the others when it has written the plan.
-        follows = self.keep and launched_by_us and rank_zero_only.rank != 0
+        follows = self.keep and _launched_by_us(trainer) and rank_zero_only.rank != 0
         plan = read_plan(self.run_dir, names) if self.keep and (resumed or follows) else None
         if follows and plan is not None:
             return plan
         if plan is None:
-            size, why = self._size(trainer, one_decides=trainer.world_size == 1 or (launched_by_us and self.keep))
+            size, why = self._size(trainer)
             banks = [PlannedBank(members=some) for some in banks_of(self.module, names, size)]
             plan = Plan(banks=banks, why=why)
         elif isinstance(self.size, int):
@@ -131,8 +148,10 @@ class BankRun:
         self._write(plan)
         return plan
 
-    def _size(self, trainer: pl.Trainer, *, one_decides: bool) -> tuple[int, str]:
+    def _size(self, trainer: pl.Trainer) -> tuple[int, str]:
         m, device = len(self.module.members), trainer.strategy.root_device
+        # The first process launches the others when it has written the plan.
+        one_decides = trainer.world_size == 1 or (_launched_by_us(trainer) and self.keep)
         if self.size is None or m == 1:
             return m, ""
         if self.size != "auto":
@@ -175,40 +194,48 @@ class BankRun:
 
     # One bank
 
-    def _train(
-        self, bank: PlannedBank, banks: int, ckpt_path: str | None, weights_only: bool | None
-    ) -> list[PlannedBank]:
-        """The bank, finished; or, when memory ran out, its halves."""
+    def _train(self, plan: Plan, bank: PlannedBank, ckpt_path: str | None, weights_only: bool | None) -> Plan:
+        """The plan with the bank finished; or, when memory ran out, with its halves in its place."""
         folder, trainer = self._folder(bank), self._whole
         self._whole = None
         if len(bank.members) == len(self.module.members) and trainer is not None:
             module = self.module
+            ckpt_path = self._checkpoint_of_all(ckpt_path)
         else:
             let_go(self.module)
             module = self.module.with_members([m for m in self.module.members if m.name in bank.members])
             last = folder / "last.ckpt"
             begun = last.is_file() and (ckpt_path is not None or bank.key in self._made)
             trainer, ckpt_path = self.make_trainer(folder, begun), str(last) if begun else None
-        writer, point = _writer(trainer), RestartPoint()
+        writer, point = writer_of(trainer), RestartPoint()
         trainer.callbacks.insert(0, point)
+        self._watch(plan, bank, trainer)
         try:
             trainer.fit(module, datamodule=self.data, ckpt_path=ckpt_path, weights_only=weights_only)
         except AllDivergedError:
-            if banks == 1:
+            if len(plan.banks) == 1:
                 raise
             say("every member of this bank has diverged (NaN or infinity)")
         except Exception as e:
             if not is_out_of_memory(e):
+                if isinstance(e, torch.AcceleratorError):
+                    raise UserError(
+                        f"the device failed ({str(e).splitlines()[0]}); the same command{writer.goes_on} goes on from "
+                        "the last checkpoint; what the pool holds is whole"
+                    ) from e
                 raise
             traceback.clear_frames(e.__traceback__)  # they hold the step's activations
             point.failed = True
         finally:
             self.data.trainer = None  # or it would keep this bank's state while the next one trains
         if point.failed:
-            return self._halves(bank, module, trainer, point)
+            halves = self._halves(bank, module, trainer, point)
+            return plan.replaced(bank, halves, f"{len(bank.members)} members: out of memory")
+        if (stopped := self._stopped(plan, bank, module)) is not None:
+            return stopped
         header, rows = writer.summary(module)
         rows = [[None if isinstance(cell, float) and math.isnan(cell) else cell for cell in row] for row in rows]
-        return [replace(bank, finished=Finished(header=header, rows=rows, **self._limits))]
+        return plan.replaced(bank, [replace(bank, finished=Finished(header=header, rows=rows, **self._limits))])
 
     def _halves(
         self, bank: PlannedBank, module: BankModule, trainer: pl.Trainer, point: RestartPoint
@@ -247,6 +274,10 @@ class BankRun:
             print_summary(header, rows, folder=self._pool, tasks=[t.name for t in self.module.tasks])
 
 
+def _launched_by_us(trainer: pl.Trainer) -> bool:
+    return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+
+
 def evaluation_banks(module: BankModule, size: BankSize, run_dir: Path) -> list[list[str]]:
     """The module's members in banks to be evaluated, which takes less memory than training.
 
@@ -259,7 +290,8 @@ def evaluation_banks(module: BankModule, size: BankSize, run_dir: Path) -> list[
     return banks_of(module, names, size or len(names))
 
 
-def _writer(trainer: pl.Trainer) -> PoolWriter:
+def writer_of(trainer: pl.Trainer) -> PoolWriter:
+    """A Trainer's callback that writes the pool."""
     return next(c for c in trainer.callbacks if isinstance(c, PoolWriter))
 
 

@@ -7,27 +7,32 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lora_ensemble import __version__
+from lora_ensemble import __version__, plan
 from lora_ensemble.banks import BankRun, check_bank_size, evaluation_banks, let_go
 from lora_ensemble.curves import MemberTable, default_loggers
 from lora_ensemble.data import BankData
 from lora_ensemble.errors import UserError
+from lora_ensemble.halving import EarlyExit
 from lora_ensemble.module import BankModule, check_precision
 from lora_ensemble.notices import say
 from lora_ensemble.pool_writer import PoolWriter
+from lora_ensemble.ray_sweep import Cluster, RayOptions, planned
 from lora_ensemble.restart import TimedCheckpoint
+from lora_ensemble.sweep import Sweep
 
 # Trainer settings that do not change what a run trains, so that it may be resumed with others.
 _NOT_THE_RUN = {
@@ -38,6 +43,8 @@ _NOT_THE_RUN = {
     *("check_val_every_n_epoch", "val_check_interval"),
 }
 
+
+Run = TypeVar("Run", bound=BankRun)
 
 _SAVE_EVERY = timedelta(minutes=10)
 
@@ -65,8 +72,36 @@ class _SaveConfig(SaveConfigCallback):
                 logger.log_hyperparams(json.loads(self.parser.dump(self.config, format="json", skip_none=False)))
 
 
+class SweepTrainer(pl.Trainer):
+    """A Trainer, so that LightningCLI knows the arguments of ``sweep``."""
+
+    def sweep(
+        self,
+        model: BankModule,
+        datamodule: BankData,
+        early_exit: EarlyExit | None = None,
+        plan_only: bool = False,
+        bank: int | None = None,
+        ray: RayOptions | None = None,
+    ) -> None:
+        """Train what the pool has not finished, and go on where a run of these settings stopped.
+
+        Args:
+            early_exit: Lets members that cannot catch up leave their bank.
+            plan_only: Write the plan of banks, say how many there are, and stop.
+            bank: Train this bank of the plan alone, counted from 1: for an array of jobs. Then sweep once more.
+            ray: Train the banks as tasks of a Ray cluster.
+        """
+        raise NotImplementedError("CLI.sweep does it, with a Trainer for each bank")
+
+
 class CLI(LightningCLI):
     """LightningCLI with ``--pool.*`` and ``--experiment``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``sweep``."""
+        return {**LightningCLI.subcommands(), "sweep": {"model", "datamodule"}}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """The parser with one-line errors."""
@@ -94,12 +129,15 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check what would fail only after the model was loaded."""
         super().parse_arguments(parser, args)
+        self._arguments = list(sys.argv[1:] if args is None else args)
         config = self.config[self.config.subcommand]
         check_precision(config.trainer.precision)
         check_bank_size(config.bank_size)
         if config.get("ckpt_path") not in (None, "last", "best", "hpc"):
             _check_checkpoint(config.ckpt_path)
-        if config.get("weights_only") is None:
+        if config.get("early_exit") is not None:
+            EarlyExit(**vars(config.early_exit)).check()
+        if self.config.subcommand != "sweep" and config.get("weights_only") is None:
             config.weights_only = True  # a checkpoint is never unpickled
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -110,21 +148,27 @@ class CLI(LightningCLI):
             Path(config.trainer.default_root_dir or "checkpoints") / "runs" / self._run_name(config, experiment)
         )
         _SaveConfig.run_dir = self.run_dir
-        resumed = config.get("ckpt_path") is not None
-        fit, logger = self.subcommand == "fit", config.trainer.logger
+        folder = self.run_dir / "checkpoint"
+        sweep = self.subcommand == "sweep"
+        resumed = config.get("ckpt_path") is not None or (sweep and (folder / "last.ckpt").is_file())
+        fit, logger = self._trains, config.trainer.logger
         if logger is None or logger is True:
             use = fit and not config.trainer.fast_dev_run
-            logger = default_loggers(self.run_dir, experiment=experiment, resumed=resumed) if use else False
+            again = resumed or (sweep and (self.run_dir / plan.FILE).is_file())
+            logger = default_loggers(self.run_dir, experiment=experiment, resumed=again) if use else False
         else:
             logger = self._get(self.config_init, "trainer").logger
         # Shared by all banks: a member's curves have names of their own. All else, a bank's Trainer has anew.
         self._logger: Any = logger
         settings = {k: v for k, v in vars(self._get(self.config_init, "trainer")).items() if k != "logger"}
         self._settings = copy.deepcopy(settings)
-        folder = self.run_dir / "checkpoint"
-        if fit and self._writes_checkpoints(config) and not resumed and any(folder.rglob("last.ckpt")):
+        if fit and not sweep and self._writes_checkpoints(config) and not resumed and any(folder.rglob("last.ckpt")):
             say(f"note: these settings were run before; add --ckpt_path last to go on from {folder}")
-        return self._trainer(folder, resumed, whole=True)
+        return self._trainer(folder, resumed, whole=not sweep)
+
+    @property
+    def _trains(self) -> bool:
+        return self.subcommand in ("fit", "sweep")
 
     @staticmethod
     def _writes_checkpoints(config: Any) -> bool:
@@ -141,7 +185,7 @@ class CLI(LightningCLI):
         # Lightning's own default would write beside the logger's files, where --ckpt_path last never finds them.
         default = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is None]
         trainer.callbacks = [c for c in trainer.callbacks if c not in default]
-        if self.subcommand == "fit" and self._writes_checkpoints(config):
+        if self._trains and self._writes_checkpoints(config):
             common: dict[str, Any] = {"dirpath": folder, "filename": "last", "enable_version_counter": False}
             trainer.callbacks += [
                 MemberTable(writer),
@@ -160,9 +204,29 @@ class CLI(LightningCLI):
         weights_only: bool | None = None,
     ) -> None:
         """Train all members, in as many banks as it takes."""
+        self._run(BankRun, model, datamodule).fit(ckpt_path, weights_only)
+
+    def sweep(
+        self,
+        model: BankModule,
+        datamodule: BankData,
+        early_exit: EarlyExit | None = None,
+        plan_only: bool = False,
+        bank: int | None = None,
+        ray: RayOptions | None = None,
+    ) -> None:
+        """Train what the pool has not finished, and go on where it stopped."""
+        train = None
+        if plan_only:
+            train = planned
+        elif ray is not None:
+            train = Cluster(ray, self._arguments).train
+        self._run(Sweep, model, datamodule).sweep(early_exit, bank=bank, train=train)
+
+    def _run(self, kind: type[Run], model: BankModule, datamodule: BankData) -> Run:
         config, trainer = self.config[self.subcommand], self.trainer
         del self.trainer  # or it would keep the first bank's state
-        run = BankRun(
+        return kind(
             model,
             datamodule,
             trainer,
@@ -171,8 +235,6 @@ class CLI(LightningCLI):
             size=config.bank_size,
             keep=not config.trainer.fast_dev_run,
         )
-        del trainer
-        run.fit(ckpt_path, weights_only)
 
     def validate(self, model: BankModule, datamodule: BankData, **options: Any) -> None:
         """Score the members on dev."""
@@ -238,9 +300,18 @@ def run(args: Sequence[str] | None = None) -> int:
     # 'GPU available: ...', 'Seed set to ...' and advertisements; warnings and errors still come through.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        _start(args)
+    except SIGTERMException:
+        return 128 + signal.SIGTERM
+    return 0
+
+
+def _start(args: Sequence[str] | None) -> None:
     CLI(
         BankModule,
         BankData,
+        trainer_class=SweepTrainer,
         save_config_callback=_SaveConfig,
         seed_everything_default=11711,
         auto_configure_optimizers=False,
@@ -254,4 +325,3 @@ def run(args: Sequence[str] | None = None) -> int:
         parser_kwargs={"version": __version__},
         args=None if args is None else list(args),
     )
-    return 0

@@ -13,16 +13,19 @@ from lora_ensemble.errors import UserError
 _NOT_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 USAGE = """\
-usage: lora-ensemble {fit,validate,test,predict} [options]
+usage: lora-ensemble {fit,sweep,validate,test,predict,reproduce,data} [options]
 
 Train many small LoRA models (members) over one frozen BERT at once and keep what they say in a pool;
 dicor then picks an accurate, diverse ensemble from the pool (see dicor --help).
 
 commands:
   fit        train a bank of members; a member that improved on dev goes into the pool
+  sweep      fit that goes on by itself: train what the pool has not finished yet
   validate   score the pool's members on dev
   test       score the pool's members on a labelled test split
   predict    add the members' logits on a split (data.predict_split, default test) to the pool
+  reproduce  oyeniyi or tolkunov: train every system of a report, and compare its tables with ours
+  data       download: the public data sets behind the presets, in the course's format
 
 common options (all of them, with their meaning: lora-ensemble fit --help):
   --config FILE                 settings in YAML, e.g. configs/sst.yaml; later options win
@@ -48,9 +51,17 @@ def main(args: Sequence[str] | None = None) -> int:
     if argv == ["--version"]:
         print(f"lora-ensemble {__version__}")
         return 0
-    from lora_ensemble.cli import run
-
     try:
+        if argv[0] == "reproduce":
+            from lora_ensemble.reproduce import command
+
+            return command.run(argv[1:])
+        if argv[0] == "data":
+            from lora_ensemble import download
+
+            return download.run(argv[1:])
+        from lora_ensemble.cli import run
+
         return run(None if args is None else argv)
     except UserError as e:
         print(f"lora-ensemble: error: {e}", file=sys.stderr)

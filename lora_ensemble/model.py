@@ -203,6 +203,11 @@ class Bank(nn.Module):
         return torch.cat(parts)[[order.index(i) for i in range(len(order))]]
 
     @torch.no_grad()
+    def read(self, batch: Mapping[str, Any]) -> Tensor:
+        """The encoder's output that each member's head reads, the first token's, (M, B, H)."""
+        return self._read(batch, None, product_dtype(self.weights))
+
+    @torch.no_grad()
     def read_frozen(self, batch: Mapping[str, Any]) -> Tensor:
         """What the untouched encoder, without dropout, gives the heads to read of each example, (1, B, H)."""
         return self._encode(batch, {}, members=1, dropout=False)

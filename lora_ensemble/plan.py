@@ -37,6 +37,8 @@ class PlannedBank:
 
     members: list[str]
     finished: Finished | None = None
+    rung: int = 0
+    """Dev evaluations after which the last members left it; 0: none did."""
 
     @property
     def key(self) -> str:
@@ -53,6 +55,15 @@ class Plan:
     """What decided the size, in words."""
     splits: list[str] = field(default_factory=list)
     """What was split since, and when."""
+    kept: list[str] = field(default_factory=list)
+    """Members that the pool already had: a sweep does not train them again."""
+    left: dict[str, int] = field(default_factory=dict)
+    """Members that left their bank early, with the number of epochs that they were trained for."""
+
+    @property
+    def members(self) -> list[str]:
+        """Names of all members, planned or not."""
+        return [*(name for bank in self.banks for name in bank.members), *self.kept, *self.left]
 
     def describe(self) -> str:
         """``186 members in 3 banks of 62 (why)``."""
@@ -113,17 +124,26 @@ def read_plan(folder: Path, members: Sequence[str]) -> Plan | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         banks = [
-            PlannedBank(members=list(b["members"]), finished=b["finished"] and Finished(**b["finished"]))
+            PlannedBank(
+                members=list(b["members"]),
+                finished=b["finished"] and Finished(**b["finished"]),
+                rung=int(b["rung"]),
+            )
             for b in content["banks"]
         ]
-        plan = Plan(banks=banks, why=str(content["why"]), splits=list(content["splits"]))
+        plan = Plan(
+            banks=banks,
+            why=str(content["why"]),
+            splits=list(content["splits"]),
+            kept=list(content["kept"]),
+            left=dict(content["left"]),
+        )
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"{file}: damaged ({type(e).__name__}: {e}); expected the plan that fit wrote; remove it, and start the "
             "run again without --ckpt_path"
         ) from e
-    planned = sorted(name for bank in plan.banks for name in bank.members)
-    if planned != sorted(members):
-        other = sorted(set(planned) ^ set(members))
+    if sorted(plan.members) != sorted(members):
+        other = sorted(set(plan.members) ^ set(members))
         raise UserError(f"{file}: the plan is for other members ({', '.join(other[:3])}); start without --ckpt_path")
     return plan

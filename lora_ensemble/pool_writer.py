@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lora_ensemble import pool
 from lora_ensemble.bank_io import restore_members, weight_files
@@ -27,6 +29,7 @@ from lora_ensemble.tasks import Task, overall_score
 
 # None of these changes what a member is: a run may be resumed for longer.
 _MAY_DIFFER_ON_RESUME = ("max_epochs", "max_steps")
+_WAY_OUT = "choose another --pool.dir, give the member another name, or set --pool.overwrite true"
 
 
 class AllDivergedError(UserError):
@@ -47,14 +50,19 @@ class PoolWriter(pl.Callback):
         """Name of the run, set by the command line; it ties one member's folders in several tasks."""
         self.resumed = False
         """Whether the run uses a checkpoint, set by the command line: the Trainer knows too late."""
+        self.goes_on = " with --ckpt_path last"
+        """What has to be added to the command after an interruption."""
         self.summarise = True
         """Whether to print the table at the end; not for one bank of several."""
+        self.paused = False
+        """Set where a bank stops before its end, to go on with fewer members: nobody is finished yet."""
         self._best: list[float] = []
         self._best_epoch: list[int] = []
         self._epochs: dict[str, list[np.ndarray]] = {}  # task -> E arrays (M, N, C) float16
         self._scores: dict[str, list[list[float]]] = {}  # task -> E lists of M scores
         self._dead: list[bool] = []
         self._restored = False
+        self._tasks: list[Task] = []
 
     # What Lightning's checkpoint keeps of it: plain tensors and numbers, so that weights_only=True can load it.
 
@@ -78,39 +86,54 @@ class PoolWriter(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the pool before an hour is spent; restore the members where nothing else was asked for."""
         assert isinstance(pl_module, BankModule)
+        self._tasks = pl_module.tasks
         if stage == "fit":
             if not trainer.fast_dev_run:
-                self._check_pool(trainer, pl_module)
+                self._check_pool(trainer, trainer.datamodule, pl_module)
         elif not self.resumed:
             restore_members(pl_module.bank, self.dir, base_model=hub_id(pl_module.base_model))
             self._restored = True
 
-    def _check_pool(self, trainer: pl.Trainer, module: BankModule) -> None:
+    def _check_pool(self, trainer: pl.Trainer, data: BankData, module: BankModule) -> None:
+        for name, (record, _) in self.found(trainer, data, module, resumed=self.resumed).items():
+            if record.finished and not (self.resumed and record.run == self.run):
+                where = pool.member_folder(self.dir, record.task, name)
+                raise UserError(
+                    f"{where}: already trained with these very settings and finished; use it, or {_WAY_OUT}"
+                )
+
+    def found(
+        self, trainer: pl.Trainer, data: BankData, module: BankModule, *, resumed: bool
+    ) -> dict[str, tuple[pool.MemberRecord, bool]]:
+        """The module's members that the pool has: name to record, and whether all tasks have it finished.
+
+        With settings and data as they are now: ``UserError`` where a member of that name has others; only how long it
+        trains may differ where this run is ``resumed``. Where members may be replaced (``overwrite``), none is there.
+        """
         self.dir.mkdir(parents=True, exist_ok=True)
+        there: dict[str, tuple[pool.MemberRecord, bool]] = {}
+        if self.overwrite:
+            return there
+        number: Counter[str] = Counter()
         for task in module.tasks:
-            for record in self._records(trainer, module, task, finished=False):
-                found = pool.read_record(self.dir, task.name, record.name)
-                if found is None or self.overwrite:
+            for wanted in self._records(trainer, data, module, task, finished=False):
+                found = pool.read_record(self.dir, task.name, wanted.name)
+                if found is None:
                     continue
-                resumed = self.resumed and found.run == self.run
-                difference = _difference(found, record, resumed=resumed)
-                where = pool.member_folder(self.dir, task.name, record.name)
-                way_out = "choose another --pool.dir, give the member another name, or set --pool.overwrite true"
+                difference = _difference(found, wanted, resumed=resumed and found.run == self.run)
                 if difference:
+                    where = pool.member_folder(self.dir, task.name, wanted.name)
                     raise UserError(
-                        f"{where}: holds a member of this name with other settings ({difference}); {way_out}"
+                        f"{where}: holds a member of this name with other settings ({difference}); {_WAY_OUT}"
                     )
-                if found.finished and not resumed:
-                    raise UserError(
-                        f"{where}: already trained with these very settings and finished; use it, or {way_out}"
-                    )
+                number[wanted.name] += found.finished
+                there[wanted.name] = found, number[wanted.name] == len(module.tasks)
+        return there
 
     def _records(
-        self, trainer: pl.Trainer, module: BankModule, task: Task, *, finished: bool
+        self, trainer: pl.Trainer, data: BankData, module: BankModule, task: Task, *, finished: bool
     ) -> list[pool.MemberRecord]:
         """What member.json will say of each member, but for its results."""
-        data = trainer.datamodule
-        assert isinstance(data, BankData)
         train, dev = data.splits["train"], data.splits["dev"][task.name]
         settings = {
             **module.training_settings,
@@ -170,7 +193,7 @@ class PoolWriter(pl.Callback):
             same = len({r.best_epoch for r in found}) == 1 and len(found) == len(records)
             if same and (found[0].best_epoch or 0) > self._best_epoch[index]:
                 self._best_epoch[index] = found[0].best_epoch or 0
-                self._best[index] = _overall({r.task: (float(r.score or 0.0), r.kind) for r in found})
+                self._best[index] = overall({r.task: (float(r.score or 0.0), r.kind) for r in found})
 
     # During
 
@@ -197,7 +220,7 @@ class PoolWriter(pl.Callback):
             if not (alive[index] and finite):
                 self._report_dead(pl_module, index, epoch)
                 continue
-            value = _overall({n: ((e.scores or [])[index], kinds[n]) for n, e in evaluations.items()})
+            value = overall({n: ((e.scores or [])[index], kinds[n]) for n, e in evaluations.items()})
             if value > self._best[index]:  # never for NaN: an undefined score is no improvement
                 self._best[index], self._best_epoch[index] = value, epoch
                 self._write(trainer, pl_module, index)
@@ -215,7 +238,7 @@ class PoolWriter(pl.Callback):
         for task in module.tasks:
             data = trainer.datamodule.splits["dev"][task.name]
             pool.write_examples(self.dir, task.name, "dev", data.ids, data.labels)
-            record = self._records(trainer, module, task, finished=False)[index]
+            record = self._records(trainer, trainer.datamodule, module, task, finished=False)[index]
             record = self._with_results(record, task, index)
             files: dict[str, Any] = {
                 pool.logits_file("dev"): module.evaluations[task.name].logits[index],
@@ -243,14 +266,15 @@ class PoolWriter(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mark the members finished and add the dev logits of every epoch. Not reached after an interruption."""
         assert isinstance(pl_module, BankModule)
-        if trainer.fast_dev_run or trainer.interrupted or not trainer.is_global_zero or not self._epochs:
+        if trainer.fast_dev_run or trainer.interrupted or not trainer.is_global_zero or not self._epochs or self.paused:
             return
         for index, member in enumerate(pl_module.members):
             for task in pl_module.tasks:
                 found = pool.read_record(self.dir, task.name, member.name)
                 if found is None or found.run != self.run or found.best_epoch != self._best_epoch[index]:
                     continue  # never improved (its score is undefined), or diverged at once
-                record = self._records(trainer, pl_module, task, finished=not self._dead[index])[index]
+                done = not self._dead[index]
+                record = self._records(trainer, trainer.datamodule, pl_module, task, finished=done)[index]
                 record = dataclasses.replace(self._with_results(record, task, index), examples=found.examples)
                 epochs = np.stack([e[index] for e in self._epochs[task.name]])
                 pool.write_member(self.dir, record, {} if self._dead[index] else {pool.EPOCHS: epochs}, keep=found)
@@ -259,8 +283,8 @@ class PoolWriter(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say how an interrupted run goes on."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
-            say("\ninterrupted: the same command with --ckpt_path last goes on; what the pool holds is whole")
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.state.fn == "fit":
+            say(f"\ninterrupted: the same command{self.goes_on} goes on; what the pool holds is whole")
 
     def summary(self, module: BankModule) -> tuple[list[str], list[list[Any]]]:
         """Header and a row per member: name, best epoch, and dev score of each task at that epoch."""
@@ -270,6 +294,20 @@ class PoolWriter(pl.Callback):
             scores = [self._scores[t.name][best - 1][index] if best else math.nan for t in module.tasks]
             rows.append([member.name, "diverged" if self._dead[index] else best or "-", *scores])
         return ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in module.tasks)], rows
+
+    @property
+    def evaluations(self) -> int:
+        """How many dev evaluations there were."""
+        return len(next(iter(self._scores.values()), []))
+
+    def at(self, evaluation: int) -> tuple[list[float], dict[str, np.ndarray]]:
+        """Each member's overall score (M,) at a dev evaluation, counted from 1, and dev logits by task (M, N, C)."""
+        kinds = {t.name: t.kind for t in self._tasks}
+        scores = [
+            overall({n: (s[evaluation - 1][i], kinds[n]) for n, s in self._scores.items()})
+            for i in range(len(self._best))
+        ]
+        return scores, {name: each[evaluation - 1] for name, each in self._epochs.items()}
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the scores."""
@@ -309,10 +347,11 @@ class PoolWriter(pl.Callback):
             ]
             for i, m in enumerate(module.members)
         ]
-        say(_table(["member", *(f"{t.name} {split} ({t.score_name})" for t in module.tasks)], rows))
+        say(table(["member", *(f"{t.name} {split} ({t.score_name})" for t in module.tasks)], rows))
 
 
-def _overall(scores: dict[str, tuple[float, Any]]) -> float:
+def overall(scores: dict[str, tuple[float, Any]]) -> float:
+    """What a run's best epoch is chosen by: the score of its one task, or the overall score (task: score, kind)."""
     return next(iter(scores.values()))[0] if len(scores) == 1 else overall_score(scores)
 
 
@@ -333,11 +372,12 @@ def _difference(found: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed:
 
 def print_summary(header: list[str], rows: list[list[Any]], *, folder: Path, tasks: list[str]) -> None:
     """The table of :meth:`PoolWriter.summary`, best members first, and what to do next."""
-    say(_table(header, sorted(rows, key=lambda r: [-s if s == s else math.inf for s in r[2:]])))
+    say(table(header, sorted(rows, key=lambda r: [-s if s == s else math.inf for s in r[2:]])))
     say(f"pool: {folder}\nnext:" + "".join(f"\n  dicor compare --pool {folder} --task {t}" for t in tasks))
 
 
-def _table(header: list[str], rows: list[list[Any]]) -> str:
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """Rows as lines of text in columns; floats with four decimals."""
     text = [header] + [[f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     widths = [max(len(row[i]) for row in text) for i in range(len(header))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in text)

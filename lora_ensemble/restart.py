@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import math
 import os
 import time
 from pathlib import Path
@@ -96,7 +98,9 @@ class TimedCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time."""
+        """Save if it is time, and when the process was told to end (SIGTERM), for Lightning ends it next."""
+        if trainer.received_sigterm:
+            self._last_time_checked = -math.inf
         validation_next = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
         if not (validation_next or trainer.fit_loop._should_accumulate()):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -141,5 +145,7 @@ def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
     """``last.ckpt`` in ``folder``, in one move."""
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / f".last.{os.getpid()}"
-    torch.save(content, new)
+    buffer = io.BytesIO()  # on a full disk torch's own writer raises an error that does not say so
+    torch.save(content, buffer)
+    new.write_bytes(buffer.getvalue())
     os.replace(new, folder / "last.ckpt")

@@ -110,6 +110,7 @@ def broken_rules(module: str, source: str) -> list[str]:
         "plan",
     )
     without_lightning = tuple(own + name for name in plain)
+    above = (f"{own}reproduce", f"{own}main", f"{own}__main__", f"{own}dicor.__main__")  # both stages
     starts = (f"{own}main", f"{own}__main__", f"{own}dicor.__main__")  # what starts a command line
     broken = []
     for name in sorted(imports(source, module)):
@@ -119,7 +120,7 @@ def broken_rules(module: str, source: str) -> list[str]:
             (in_dicor and inside and not is_below(name, *allowed_in_dicor))
             or (in_dicor and is_below(name, *HEAVY) and (module, name) != (f"{own}dicor.report.to_wandb", "wandb"))
             # A restored ensemble combines with dicor's functions; training knows nothing of them.
-            or (not in_dicor and is_below(name, f"{own}dicor") and not is_below(module, f"{own}ensemble", *starts))
+            or (not in_dicor and is_below(name, f"{own}dicor") and not is_below(module, f"{own}ensemble", *above))
             or (is_below(module, *foundations) and inside and not is_below(name, *foundations))
             or (is_below(module, *foundations) and is_below(name, *HEAVY, "scipy", "matplotlib"))
             or (module in without_lightning and is_below(name, "lightning", "wandb"))

@@ -36,7 +36,7 @@ from lora_ensemble.pool.reading import (
     read_tensors,
     task_names,
 )
-from lora_ensemble.pool.swap import write_member
+from lora_ensemble.pool.swap import sole_process, sole_sweep, write_member
 
 __all__ = [
     "ADAPTER",
@@ -61,6 +61,8 @@ __all__ = [
     "read_record",
     "read_records",
     "read_tensors",
+    "sole_process",
+    "sole_sweep",
     "task_names",
     "write_examples",
     "write_member",

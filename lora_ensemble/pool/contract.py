@@ -32,7 +32,7 @@ FULL_CONFIG = "config.json"
 FULL = "model.safetensors"
 EPOCHS = "dev.epochs.npy"
 EXAMPLES = "examples"
-NEW, OLD, LOCK = ".new.", ".old.", ".lock"
+NEW, OLD, LOCK, SWEEP = ".new.", ".old.", ".lock", ".sweep"
 
 
 def logits_file(split: str) -> str:

@@ -10,16 +10,17 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool.contract import LOCK, NEW, OLD, RECORD, MemberRecord, check_name, checksum
+from lora_ensemble.pool.contract import LOCK, NEW, OLD, RECORD, SWEEP, MemberRecord, check_name, checksum
 
 
 def write_member(
@@ -82,6 +83,46 @@ def no_swap(home: Path) -> Iterator[None]:
             except OSError:
                 stack.enter_context(_locked(home, "r"))
             _mend_once(home)
+        yield
+
+
+@contextlib.contextmanager
+def sole_sweep(pool: Path, tasks: Sequence[str]) -> Iterator[None]:
+    """One sweep at a time trains members for a task's folder; ``UserError`` where another one does."""
+    with contextlib.ExitStack() as stack:
+        for task in sorted(tasks):
+            stack.enter_context(sole_process(Path(pool) / task, "sweeps here", way_out="choose another --pool.dir"))
+        yield
+
+
+@contextlib.contextmanager
+def sole_process(folder: Path, does: str, *, wait: float = 0.0, way_out: str = "let it end") -> Iterator[None]:
+    """One process at a time does something in a folder. The lock goes with the process, however that ends.
+
+    ``UserError``, naming the process that has it, where another one has it for longer than ``wait`` seconds. Where
+    there are no such locks (Windows), nothing is locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + wait
+    with open(folder / SWEEP, "a+", encoding="utf-8") as f:
+        while True:
+            try:
+                import fcntl
+
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except ImportError:
+                break
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.2)
+                    continue
+                f.seek(0)
+                who = f.read().strip() or "another process"
+                raise UserError(f"{folder}: {who} {does}; wait until it has ended, or {way_out}") from None
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {platform.node()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})\n")
+        f.flush()
         yield
 
 

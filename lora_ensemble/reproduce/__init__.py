@@ -1,0 +1,5 @@
+"""Both reports, one command each: ``lora-ensemble reproduce oyeniyi|tolkunov``.
+
+It stands above both stages: it starts sweeps as processes of their own, and reads what they left in the pool as dicor
+does.
+"""

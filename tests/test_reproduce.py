@@ -1,0 +1,199 @@
+"""The two reports: what is trained is what they say, and their tables stand beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_cli import Program
+
+from lora_ensemble.lora import MemberConfig, expand_members
+from lora_ensemble.main import main
+from lora_ensemble.reproduce import command, papers
+from lora_ensemble.reproduce.grids import config_files, config_folder, work_of
+from lora_ensemble.reproduce.markdown import table
+from lora_ensemble.tasks import overall_score
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def settings(*names: str) -> dict[str, Any]:
+    merged: dict[str, Any] = {"data": {}, "model": {}, "trainer": {}}
+    for name in names:
+        for section, values in yaml.safe_load((CONFIGS / name).read_text()).items():
+            merged[section].update(values)
+    return merged
+
+
+def members(config: dict[str, Any]) -> list[Any]:
+    entries = [MemberConfig(**entry) for entry in config["model"]["members"]]
+    return expand_members(entries, finetune=config["model"].get("finetune", "lora"))
+
+
+# Oyeniyi, section 5.3: model, where LoRA sits, rank, learning rate. PyYAML reads 1e-5 as a text, LightningCLI does not.
+ELEVEN = [
+    (None, None, 1e-5),
+    ("qkv", 4, 1e-5),
+    ("qkv", 32, 1e-9),
+    ("qkv", 48, 1e-5),
+    ("pooler", 4, 1e-5),
+    ("qkv+pooler", 4, 1e-5),
+    ("qkv+pooler", 32, 1e-9),
+    ("qkv+pooler", 48, 1e-5),
+    ("all-but-output", 4, 1e-5),
+    ("all-but-output", 48, 1e-5),
+    ("all-but-output", 100, 1e-5),
+]
+
+
+@pytest.fixture
+def read(program: Program, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Any], Any]]:
+    """The members and all settings of configuration files, as the program reads them."""
+    from lora_ensemble.cli import CLI
+
+    monkeypatch.chdir(program.folder)
+
+    def seen(*configs: str, tasks: str = "") -> tuple[list[Any], Any]:
+        found: list[tuple[list[Any], Any]] = []
+        monkeypatch.setattr(CLI, "fit", lambda self, model, **_: found.append((model.members, self.config.fit)))
+        arguments = ["fit", *(f"--config={CONFIGS / c}" for c in configs), f"--data.root={program.root}"]
+        arguments += [f"--model.base_model={program.base}", "--trainer.accelerator=cpu"]
+        arguments += [f"--data.tasks={tasks}"] if tasks else []
+        assert main(arguments) == 0
+        return found[0]
+
+    return seen
+
+
+@pytest.fixture
+def program(tmp_path: Path, tiny: Any, demo_root: Path) -> Program:
+    return Program(tmp_path, tiny("bert"), demo_root)
+
+
+def test_oyeniyis_models_and_defaults(read: Any) -> None:
+    found, config = read("oyeniyi.yaml")
+    assert [(m.targets, m.rank, m.lr) for m in found] == ELEVEN
+    assert {m.scaling for m in found if m.rank} == {1.0}
+    assert {m.seed for m in found} == {11711}
+    assert [m.name for m in found] == list(papers.OYENIYI_DEV)
+    assert config.seed_everything == 11711
+    assert config.trainer.max_epochs == 10
+    assert config.data.batch_size == 8
+    assert config.model.head_dropout == 0.3
+    assert list(config.data.tasks) == ["sst", "quora", "sts"]
+    assert config.model.weight_decay == 0
+    assert config.model.schedule == "constant"
+
+
+def test_tolkunovs_baselines(read: Any) -> None:
+    (frozen,), config = read("tolkunov/frozen.yaml", tasks="[sts]")
+    assert (frozen.targets, frozen.lr, config.trainer.max_epochs) == (None, 1e-3, 10)
+    (full,), config = read("tolkunov/finetuned.yaml", tasks="[sts]")
+    assert (config.model.finetune, full.lr, config.trainer.max_epochs) == ("full", 1e-5, 10)
+
+
+# Tolkunov: number of models, epochs, the best (r, c), and the (r, c) that DiCor chose.
+GRIDS = {
+    "sst": (80, 20, (12, 3), "12,3 14,5 4,1 7,4 12,4 5,1 13,5 8,3 15,3 3,5 9,1"),
+    "quora": (4, 20, (16, 1), "8,1 8,2 16,1 16,2"),
+    "sts": (186, 10, (29, 3), "29,3 28,5 16,4 17,5 23,10 31,10 18,5 21,10 24,5 21,5"),
+}
+
+
+@pytest.mark.parametrize("task", GRIDS)
+def test_tolkunovs_grids(task: str) -> None:
+    number, epochs, best, chosen = GRIDS[task]
+    config = settings(f"tolkunov/{task}.yaml")
+    for entry in config["model"]["members"]:
+        entry["lr"] = float(entry["lr"])
+    found = members(config)
+    points = {(m.rank, m.scaling) for m in found}
+    assert len(found) == len(points) == number
+    assert {(m.targets, m.lr) for m in found} == {("qv", 1e-4)}
+    assert config["trainer"]["max_epochs"] == epochs
+    assert best in points
+    named = [tuple(map(float, p.split(","))) for p in chosen.split()]
+    assert set(named) <= points
+    assert papers.TOLKUNOV_SIZES[task] == len(named)
+
+
+def test_dicors_defaults_are_the_reports_sizes() -> None:
+    from lora_ensemble.dicor.settings import DEFAULT_SIZE
+    from lora_ensemble.tasks import PRESETS
+
+    assert {t: DEFAULT_SIZE[PRESETS[t].kind] for t in papers.TASKS} == papers.TOLKUNOV_SIZES == {
+        "sst": 11, "quora": 4, "sts": 10,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [*papers.OYENIYI_DEV.values(), papers.OYENIYI_TEST[1], *papers.TOLKUNOV_DEV.values(), papers.TOLKUNOV_TEST[1]],
+)
+def test_the_reports_overall_scores_are_the_means_of_theirs(figures: Any) -> None:
+    """A slip in copying a figure would show: overall = (sst + quora + (sts + 1) / 2) / 3, to their rounding."""
+    if figures is None:
+        return
+    sst, quora, sts, overall = figures
+    found = overall_score({"sst": (sst, "multiclass"), "quora": (quora, "binary"), "sts": (sts, "regression")})
+    assert found == pytest.approx(overall, abs=1.01e-3)
+
+
+@pytest.mark.parametrize("scale", ["full", "small"])
+@pytest.mark.parametrize("paper", papers.PAPERS)
+def test_what_a_part_trains(paper: Any, scale: Any) -> None:
+    """Counted from the files without starting anything, against the members that the program makes of them."""
+    for part in papers.PAPERS[paper].parts:
+        work = work_of(part, scale)
+        config = settings(*(str(f.relative_to(config_folder())) for f in config_files(part, scale)))
+        for entry in config["model"]["members"]:
+            entry["lr"] = float(entry["lr"])
+        found = members(config)
+        assert work.members == len(found)
+        assert work.heads_only == sum(m.targets in (None, "pooler") for m in found) * (not work.full)
+        assert work.epochs == config["trainer"]["max_epochs"]
+
+
+def test_a_table() -> None:
+    assert table(["model", "sst"], [["a", "0.1"], ["bc", "-"]]) == (
+        "| model | sst |\n|-------|----:|\n| a     | 0.1 |\n| bc    |   - |"
+    )
+
+
+def test_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "tolkunov", "--data.root", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path}/ids-sst-train.csv: no such file" in err
+    assert "lora-ensemble data download" in err
+    assert main(["reproduce", "somebody", "--data.root", str(tmp_path)]) == 2
+    assert "invalid choice: 'somebody'" in capsys.readouterr().err
+
+
+def test_small_reproduction_of_oyeniyi(
+    program: Program, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From nothing to the tables, with a tiny model and few steps; begun again, it trains nothing."""
+    fewer = program.folder / "fewer.yaml"
+    fewer.write_text("data: {steps_per_epoch: 4}\ntrainer: {max_epochs: 2, precision: 32-true}\n")
+    monkeypatch.setattr(command, "config_files", lambda part, scale: [*config_files(part, scale), fewer])
+    output = program.folder / "out"
+    arguments = ["reproduce", "oyeniyi", f"--data.root={program.root}", "--scale=small", f"--output={output}"]
+    arguments += [f"--base_model={program.base}", "--accelerator=cpu", "--precision=32-true"]
+    assert main([*arguments, "--plan"]) == 0
+    assert not output.exists()
+    capfd.readouterr()
+    assert main(arguments) == 0
+    out = capfd.readouterr().out
+    text = (output / "report.md").read_text()
+    assert text in out
+    assert "| 9-all-1-r4       |        0.256 | " in text  # the report's figure
+    assert "| 11-all-1-r100    | not reported | " in text
+    assert len((output / "sst-9-all-1-r4-test.csv").read_text().splitlines()) == 21  # a header and 20 examples
+    assert main(arguments) == 0
+    out = capfd.readouterr().out
+    assert "11 of 11 members are finished" in out
+    assert "bank 1" not in out
+    assert (output / "report.md").read_text() == text
