@@ -135,6 +135,11 @@ class CLI(LightningCLI):
         check_bank_size(config.bank_size)
         if config.get("ckpt_path") not in (None, "last", "best", "hpc"):
             _check_checkpoint(config.ckpt_path)
+        if self.config.subcommand == "sweep" and config.pool.overwrite:
+            raise UserError(
+                "--pool.overwrite: a sweep trains what is not finished and replaces nothing; delete the folders of the "
+                "members that are to be trained again, or choose another --pool.dir"
+            )
         if config.get("early_exit") is not None:
             EarlyExit(**vars(config.early_exit)).check()
         if self.config.subcommand != "sweep" and config.get("weights_only") is None:

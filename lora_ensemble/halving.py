@@ -56,7 +56,7 @@ def survivors(
     everyone = np.sort(np.concatenate([own, np.nan_to_num(np.asarray(others, float), nan=-np.inf)]))[::-1]
     least = everyone[max(math.ceil(keep * len(everyone)), 1) - 1]
     order = sorted(range(len(own)), key=lambda i: (-own[i], i))
-    # Ties with the last place stay, unless all tie: then nobody has shown anything, and nobody leaves.
+    # Ties with the last place stay; where all tie, nobody leaves.
     stay = [i for i in order if own[i] >= least and np.isfinite(own[i])] or order[:1]
     rest = [i for i in order if i not in stay and np.isfinite(own[i])]
     rest = rest[: math.ceil(len(rest) / 2)]

@@ -21,7 +21,7 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.halving import EarlyExit, Gate
 from lora_ensemble.module import BankModule
 from lora_ensemble.notices import say
-from lora_ensemble.plan import Plan, PlannedBank, read_plan, write_plan
+from lora_ensemble.plan import FILE, Plan, PlannedBank, read_plan, write_plan
 from lora_ensemble.pool_writer import overall, print_summary
 from lora_ensemble.progress import SweepProgress, duration
 
@@ -142,8 +142,9 @@ class Sweep(BankRun):
         return replace(plan, banks=[*plan.banks, *banks], why=why or plan.why)
 
     def _forget(self, bank: PlannedBank) -> None:
-        """Let a bank start anew: a checkpoint of before knows scores of members that the pool no longer has."""
-        (self._folder(bank) / "last.ckpt").unlink(missing_ok=True)
+        """Let a bank start anew: what it left knows scores of members that the pool no longer has."""
+        for name in ("last.ckpt", FILE):  # the checkpoint, and the plan of a bank that was trained by itself
+            (self._folder(bank) / name).unlink(missing_ok=True)
 
     def _checked(self, plan: Plan, finished: set[str], there: set[str]) -> Plan:
         """A saved plan held against the pool: what it calls finished and the pool has not is to be trained again.

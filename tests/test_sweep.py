@@ -167,6 +167,11 @@ def test_another_member_of_that_name(
     assert contents(program.pool) == before
 
 
+def test_a_sweep_overwrites_nothing(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("sweep", "--pool.overwrite=true", members=TWO) == 2
+    assert "--pool.overwrite: a sweep trains what is not finished" in capsys.readouterr().err
+
+
 def test_a_member_that_diverged_is_not_tried_again(
     program: Program, steps: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +213,10 @@ def test_an_array_of_jobs(program: Program, steps: list[list[str]], capsys: pyte
     assert contents(program.pool) == undisturbed
     assert program("sweep", "--bank_size=2", members=THREE) == 0
     assert len(steps) == 32
+    assert contents(program.pool) == undisturbed
+    shutil.rmtree(program.pool / "sst" / "r4-c1-qv-lr3e-3-s11711")  # the whole of the second bank
+    assert program("sweep", "--bank_size=2", members=THREE) == 0
+    assert len(steps) == 48
     assert contents(program.pool) == undisturbed
 
 
