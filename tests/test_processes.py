@@ -117,14 +117,17 @@ def test_two_devices_train_the_same_members_as_one(
     assert float(np.abs(moved[1] - moved[0]).max()) > 1e-2
 
 
-def test_two_devices_train_several_banks(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
+@pytest.mark.parametrize("verb", ["fit", "sweep"])
+def test_two_devices_train_several_banks(
+    tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path, verb: str
+) -> None:
     """Both processes follow one plan; a run that was killed in its last bank goes on there."""
     one = Program(tmp_path / "one", tiny("bert"), demo_root)
     two = Program(tmp_path / "two", tiny("bert"), demo_root)
     common = (*STILL, "--trainer.precision=64-true", "--data.batch_size=7")
     assert one("fit", *common, "--bank_size=null") == 0
     ddp = ("--trainer.devices=2", "--trainer.strategy=ddp", "--bank_size=2")
-    result = subprocess.run(command(two.arguments("fit", *common, *ddp)), env=environment(), capture_output=True)
+    result = subprocess.run(command(two.arguments(verb, *common, *ddp)), env=environment(), capture_output=True)
     assert result.returncode == 0, result.stderr.decode()
     assert result.stdout.count(b"4 members in 2 banks of 2") == 1
     a, b = (pool.TaskPool(p.pool, "sst") for p in (one, two))
