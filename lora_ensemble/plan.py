@@ -127,7 +127,7 @@ def read_plan(folder: Path, members: Sequence[str]) -> Plan | None:
             PlannedBank(
                 members=list(b["members"]),
                 finished=b["finished"] and Finished(**b["finished"]),
-                rung=int(b["rung"]),
+                rung=int(b.get("rung", 0)),  # an older version wrote none
             )
             for b in content["banks"]
         ]
@@ -135,8 +135,8 @@ def read_plan(folder: Path, members: Sequence[str]) -> Plan | None:
             banks=banks,
             why=str(content["why"]),
             splits=list(content["splits"]),
-            kept=list(content["kept"]),
-            left=dict(content["left"]),
+            kept=list(content.get("kept", [])),
+            left=dict(content.get("left", {})),
         )
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(
