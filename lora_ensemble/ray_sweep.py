@@ -7,6 +7,7 @@ lie on storage that all nodes share; the driver holds the pool's lock and alone 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 from lora_ensemble.errors import UserError
 from lora_ensemble.plan import Plan, PlannedBank
 from lora_ensemble.progress import duration
+
+_ANSWER_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +62,14 @@ class Cluster:
             raise UserError(f"--ray.address needs ray ({e}); run: pip install 'lora-ensemble[ray]'") from e
         o = self._options
         try:
+            _reach(o.address)
             ray.init(
                 address=None if o.address == "local" else o.address,
                 log_to_driver=True,
                 ignore_reinit_error=True,
                 include_dashboard=False if o.address == "local" else None,
             )
-        except (ConnectionError, RuntimeError, ValueError) as e:
+        except (OSError, RuntimeError, ValueError) as e:
             raise UserError(f"--ray.address {o.address}: no cluster ({' '.join(str(e).split())[:200]})") from e
         # A worker process for each task: what a bank leaves in memory goes with it.
         task = ray.remote(num_cpus=o.cpus, num_gpus=o.gpus, max_retries=0, max_calls=1)(_train_bank)
@@ -101,6 +105,13 @@ class Cluster:
             print(f"bank {number} of {len(plan.banks)} is trained", flush=True)
         died = sum(tried.values()) - len(numbers)
         print(f"{died} workers died; {duration(lost)} of training lost", flush=True)
+
+
+def _reach(address: str) -> None:
+    """``OSError`` where nobody listens at HOST:PORT: ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_WITHIN_S).close()
 
 
 def _without_ray(arguments: Sequence[str]) -> list[str]:
