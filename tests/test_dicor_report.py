@@ -147,8 +147,8 @@ def test_the_numbers_are_those_of_compare(kind, pools, pages, capsys):
         assert [re.match(r"[+-][\d.]+ \w+ noise", cell).group() for cell in row[5:7] if cell != "-"] == gains
     (words,) = [line for line in printed.splitlines() if line.startswith("weighted: honest")]
     assert words in found.text
-    assert "The highest of nine honest estimates is itself flattered a little" in printed
-    assert "The highest of nine honest estimates is itself flattered a little" in found.text
+    assert "The highest of ten honest estimates is itself flattered a little" in printed
+    assert "The highest of ten honest estimates is itself flattered a little" in found.text
     assert "weighted chosen" in rows[METHODS.index("weighted")][0]
     (heading,) = [text for _, _, text in found.all("h1")]
     assert heading.startswith(f"{kind}: weighted, ")
