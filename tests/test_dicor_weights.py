@@ -184,7 +184,7 @@ def test_the_gradient_is_zero_at_scale_and_offsets(seed, n, size):
     labels = random_labels("multiclass", n, seed=seed)
     logits = size * random_logits("multiclass", labels, 1, seed=seed, noise=1)[0].astype(float) * (-1) ** seed
     voice = voices(logits, "multiclass")
-    scale, offsets = scale_and_offsets(voice, labels, "multiclass")
+    scale, offsets = scale_and_offsets(voice, labels, "multiclass", pull=1.0)
     z = np.log(np.maximum(voice, 1e-15))
     off = np.exp(log_softmax(scale * z + offsets, axis=1)) - np.eye(5)[labels]
     assert abs(np.sum(off * z) + scale - 1) < 1e-5 * (1 + n)
