@@ -224,6 +224,10 @@ def test_a_record_that_is_none(content, says, home, fails):
         ({"labels": "01234"}, "labels is '01234'"),
         ({"labels": []}, "multiclass needs them all"),
         ({"size": 2}, "size is 2, but there are 3 members"),
+        ({"scale": None}, "scale is None; expected a number"),
+        ({"strategy": "weighted", "offsets": [0.1, 0.2]}, "offsets is [0.1, 0.2]; expected 5 numbers"),
+        ({"strategy": "weighted", "offsets": [0, 0, 0, 0, None]}, "expected 5 numbers, one for each class"),
+        ({"strategy": "majority", "offsets": [0, 0, 0, 0, 0]}, "offsets are for a classifier of strategy weighted"),
         ({"extra": 2}, "extra"),
     ],
 )

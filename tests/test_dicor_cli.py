@@ -15,7 +15,10 @@ from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score
 
 import lora_ensemble
+from lora_ensemble.dicor.apply import predict
 from lora_ensemble.dicor.cli import main
+from lora_ensemble.dicor.methods import Weighted
+from lora_ensemble.dicor.record import read
 from lora_ensemble.dicor.settings import MethodName
 from lora_ensemble.pool import TaskPool, checksum
 from lora_ensemble.tasks import PRESETS
@@ -50,7 +53,7 @@ def test_select_writes_a_record_of_everything(pool, tmp_path, capsys):
     record = selected(pool, tmp_path / "dicor.json", "--size", 3, "--top-k", 4)
     assert list(record) == [
         "schema", "version", "task", "kind", "labels", "method", "settings", "strategy", "size", "members", "estimate",
-        "best", "omni", "folds", "repeats", "considered", "left_out", "notices", "examples", "pool",
+        "best", "omni", "folds", "repeats", "considered", "left_out", "notices", "examples", "pool", "scale", "offsets",
     ]  # fmt: skip
     assert record["schema"] == 2
     assert record["version"] == lora_ensemble.__version__
@@ -286,7 +289,7 @@ def test_the_test_split_is_scored_with_what_was_chosen_on_dev(tmp_path, capsys):
     assert row.split()[-1] == f"{accuracy_score(test, said[best]['test']):.4f}"
 
 
-@pytest.mark.parametrize("method", ["weighted", "greedy", "dicor-auto"])
+@pytest.mark.parametrize("method", ["weighted", "weighted-offset", "greedy", "dicor-auto"])
 def test_a_record_with_weights_applies_to_what_was_scored(method, pool, tmp_path, capsys):
     args = ["--temperature"] if method == "weighted" else []
     record = selected(pool, tmp_path / "d.json", "--method", method, *args)
@@ -297,10 +300,47 @@ def test_a_record_with_weights_applies_to_what_was_scored(method, pool, tmp_path
     each = [
         softmax(pool_of.logits(m["name"]).astype(float) / (m["temperature"] or 1), axis=1) for m in record["members"]
     ]
-    decided = sum(m["weight"] * p for m, p in zip(record["members"], each, strict=True)).argmax(1)
+    mean = sum(m["weight"] * p for m, p in zip(record["members"], each, strict=True))
+    assert (record["offsets"] is not None) is (method == "weighted-offset")
+    decided = (record["scale"] * np.log(mean) + (record["offsets"] or [0] * 5)).argmax(1)
     rows = (tmp_path / "p.csv").read_text().splitlines()[1:]
     assert [int(row.split(" , ")[1]) for row in rows] == decided.tolist()
     assert sum(m["weight"] for m in record["members"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("task", ["sst", "quora", "sts"])
+def test_a_record_with_offsets_applies_as_the_method_predicts(task, pool, tmp_path, capsys):
+    record = selected(pool, tmp_path / "d.json", "--method", "weighted-offset", task=task)
+    printed = capsys.readouterr().out
+    ensemble, pool_of = read(tmp_path / "d.json"), TaskPool(pool, task)
+    names = [m.name for m in pool_of.members]
+    logits = {s: np.stack([TaskPool(pool, task, split=s).logits(n) for n in names]) for s in ("dev", "test")}
+    examples, ranks = pool_of.examples(), [m.rank for m in pool_of.members]
+    fitted = Weighted(offset=True).fit(
+        logits["dev"], examples.labels, kind=pool_of.kind, names=names, ranks=ranks, ids=examples.ids.tolist()
+    )
+    for split, each in logits.items():
+        found = predict(ensemble, pool, split).decided
+        if task == "sts":
+            np.testing.assert_allclose(found, fitted.predict(each), rtol=1e-9)
+        else:
+            np.testing.assert_array_equal(found, fitted.predict(each))
+    if task == "sts":
+        assert record["offsets"] is None
+        assert "offset by class" not in printed
+    else:
+        assert record["offsets"] == pytest.approx(fitted.choice_.offsets)
+        assert (
+            f"multiplied by {record['scale']:.3f}, then offset by class: 0 {record['offsets'][0]:+.3f}, 1 " in printed
+        )
+
+
+def test_a_record_from_before_offsets_is_read(pool, tmp_path, capsys):
+    record = selected(pool, tmp_path / "d.json", "--method", "weighted")
+    assert (record.pop("scale"), record.pop("offsets")) == (1, None)
+    (tmp_path / "d.json").write_text(json.dumps(record))
+    assert run("apply", "--ensemble", tmp_path / "d.json", "--split", "dev", "--output", tmp_path / "p.csv") == 0
+    assert f"sst dev accuracy {record['estimate']['in_sample']:.4f}" in capsys.readouterr().out
 
 
 def test_exact_copies_are_left_out_with_a_notice(pool, tmp_path, capsys):

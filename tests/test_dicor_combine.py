@@ -1,5 +1,7 @@
 """The mean and the majority: against scikit-learn, against a slow and plain reading of the rules, and each tie rule."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from pool_factory import random_labels, random_logits
 from sklearn.ensemble import VotingClassifier
 from sklearn.preprocessing import LabelEncoder
 
+from lora_ensemble.dicor.choice import Choice, decide, probabilities
 from lora_ensemble.dicor.combine import combine, majority, mean, precedence
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import decisions
@@ -53,6 +56,43 @@ def test_majority_tie_of_equal_ranks_goes_by_dev_score():
 def test_majority_tie_of_equal_ranks_and_scores_goes_by_name():
     assert vote([[0], [1]], ranks=[4, 4], names=["b", "a"]) == [1]
     assert vote([[0], [1]], ranks=[4, 4], names=["a", "b"]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset", "expected"), [(1, 0, [1, 0]), (1, -1, [0, 0]), (1, 1.5, [1, 1]), (3, -1, [1, 0])]
+)
+def test_scale_and_offsets_of_two_classes_by_hand(scale, offset, expected):
+    """The means of p are 1/2 (0.9 + 0.5) = 0.7 and 1/2 (0.1 + 0.3) = 0.2, their logits 0.847 and -1.386."""
+    p = np.array([[[0.9], [0.1]], [[0.5], [0.3]]])
+    found = combine(
+        np.log(p / (1 - p)),
+        kind="binary",
+        strategy="weighted",
+        ranks=[None] * 2,
+        scores=[0.5, 0.5],
+        names=["a", "b"],
+        weights=np.array([0.5, 0.5]),
+        scale=scale,
+        offsets=np.array([0, offset]),
+    )
+    assert found.tolist() == expected
+
+
+def test_scale_and_offsets_of_three_classes_by_hand():
+    """p = 0.5, 0.25, 0.25: halving class 0 and doubling class 2 gives 0.25, 0.25, 0.5. With p^3 it is 4 to 1 to 2."""
+    p = np.array([[[0.75, 0.125, 0.125]], [[0.25, 0.375, 0.375]]])
+    choice = Choice(
+        members=[0, 1],
+        strategy="weighted",
+        weights=np.array([0.5, 0.5]),
+        offsets=np.log([0.5, 1, 2]),
+    )
+    np.testing.assert_allclose(probabilities(np.log(p), choice, kind="multiclass"), [[0.25, 0.25, 0.5]])
+    cubed = dataclasses.replace(choice, scale=3.0)
+    np.testing.assert_allclose(probabilities(np.log(p), cubed, kind="multiclass"), [[4 / 7, 1 / 7, 2 / 7]])
+    names = {"ranks": [None] * 2, "scores": np.ones(2), "names": ["a", "b"]}
+    assert decide(np.log(p), choice, kind="multiclass", **names).tolist() == [2]
+    assert decide(np.log(p), cubed, kind="multiclass", **names).tolist() == [0]
 
 
 def test_scores_that_differ_by_rounding_only_tie():

@@ -121,7 +121,7 @@ def test_no_order_changes_the_estimate(kind, seed, data):
     assume(kind == "regression" or len(np.unique(labels)) > 1)
     names, ids = [f"m{i}" for i in range(5)], np.array([f"e{i}" for i in range(30)])
     members, rows = data.draw(st.permutations(range(5))), data.draw(st.permutations(range(30)))
-    methods = {"dicor": Dicor(), "weighted": Weighted(), "greedy": Greedy(bags=2, example_share=0.8)}
+    methods = {"dicor": Dicor(), "weighted": Weighted(offset=True), "greedy": Greedy(bags=2, example_share=0.8)}
     before = estimate(Dev.of(logits, labels, kind=kind, names=names, ids=ids, epochs=list(each)), methods, repeats=2)
     shuffled = Dev.of(
         logits[members][:, rows],
@@ -148,7 +148,7 @@ def test_the_held_out_labels_are_not_looked_at():
     logits, each, labels = with_epochs("binary", n=60, members=12)
     ids = np.array([f"e{i}" for i in range(60)])
     (fold,) = stratified_folds(ids, labels, "binary", folds=2, repeats=1)
-    methods = {"greedy": Greedy(), "weighted": Weighted(), "dicor": Dicor(similarity="error", size=3)}
+    methods = {"greedy": Greedy(), "weighted": Weighted(offset=True), "dicor": Dicor(similarity="error", size=3)}
     before = estimate(Dev.of(logits, labels, kind="binary", ids=ids, epochs=list(each)), methods, folds=2, repeats=1)
     # Two examples of each class, so that the folds stay as they are: turn the labels of pairs that are held out.
     ones, zeros = (np.flatnonzero((fold == 0) & (labels == c)) for c in (1, 0))
@@ -266,7 +266,8 @@ def test_the_probabilities_that_are_kept_are_those_behind_what_was_decided(kind,
     logits = random_logits(kind, labels, 5, noise=2)
     each = [np.stack([one * 0.3, one]) for one in logits]  # two epochs that decide the same: the first is chosen
     dev = Dev.of(logits, labels, kind=kind, epochs=each)
-    found = estimate(dev, {"weighted": Weighted(top_k=3)}, omni=Omni(strategy=strategy), probabilities=True)
+    methods = {"weighted": Weighted(top_k=3), "weighted-offset": Weighted(offset=True)}
+    found = estimate(dev, methods, omni=Omni(strategy=strategy), probabilities=True)
     for name, one in found.of.items():
         p = one.probabilities
         assert p.shape == (*one.held_out.shape, 5 if kind == "multiclass" else 2)

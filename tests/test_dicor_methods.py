@@ -24,6 +24,8 @@ ALL = [
     Dicor(size=3, similarity="kappa", strategy="majority", trade_off=0.5),
     Weighted(),
     Weighted(temperature=True),
+    Weighted(offset=True),
+    Weighted(offset=True, temperature=True),
     Exhaustive(),
     Greedy(),
     Greedy(criterion="score", sorted_start=True),
@@ -208,6 +210,8 @@ def test_predictions_are_those_of_the_weighted_mean(method, kind):
         mean = probabilities(chosen.mean(0)[None], kind)[0]
     else:
         mean = np.average(probabilities(chosen, kind), axis=0, weights=fitted.weights_)
+        if fitted.choice_.offsets is not None:
+            mean = softmax(fitted.choice_.scale * np.log(mean) + fitted.choice_.offsets, axis=-1)
         expected = mean if kind == "regression" else mean.argmax(-1)
     np.testing.assert_allclose(found, expected, atol=1e-9)
     if kind == "regression":
@@ -240,6 +244,49 @@ def test_no_order_changes_what_is_chosen(kind, method, seed, data):
     assert after.names_ == before.names_
     np.testing.assert_allclose(after.weights_, before.weights_, atol=1e-9)
     np.testing.assert_array_equal(after.predict(logits[members]), before.predict(logits))
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+def test_offsets_mend_what_weights_cannot(kind):
+    """All members lean towards class 0. Accuracy by scikit-learn, on other examples."""
+    labels, other = random_labels(kind, 300), random_labels(kind, 2000, seed=9)
+    both = [random_logits(kind, y, 6, seed=s, noise=1.5) for s, y in enumerate((labels, other))]
+    for logits in both:
+        logits[..., 0] += 2 if kind == "multiclass" else -2
+    plain, offset = (Weighted(offset=o).fit(both[0], labels, kind=kind) for o in (False, True))
+    np.testing.assert_array_equal(offset.weights_, plain.weights_)
+    assert offset.choice_.offsets.argmin() == 0
+    before, after = (accuracy_score(other, one.predict(both[1])) for one in (plain, offset))
+    assert after > before + 0.1
+    with_both = Weighted(offset=True, temperature=True).fit(both[0], labels, kind=kind)
+    assert accuracy_score(other, with_both.predict(both[1])) > before + 0.1
+
+
+def test_a_regression_has_no_offsets():
+    labels = random_labels("regression", 60)
+    logits = random_logits("regression", labels, 5, noise=2)
+    plain, offset = (Weighted(offset=o).fit(logits, labels, kind="regression") for o in (False, True))
+    assert offset.choice_.offsets is None
+    np.testing.assert_array_equal(offset.predict(logits), plain.predict(logits))
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6), to=st.permutations(range(5)))
+def test_other_numbers_for_the_classes_change_no_offset(seed, to):
+    """Class c becomes to[c]; of two classes, each the other."""
+    to = np.array(to)
+    labels = random_labels("multiclass", 40, seed=seed)
+    logits = random_logits("multiclass", labels, 4, seed=seed + 1, noise=2)
+    before = Weighted(offset=True).fit(logits, labels, kind="multiclass")
+    after = Weighted(offset=True).fit(logits[..., np.argsort(to)], to[labels], kind="multiclass")
+    np.testing.assert_allclose(after.choice_.offsets[to], before.choice_.offsets, atol=1e-6)
+    assert after.choice_.scale == pytest.approx(before.choice_.scale, abs=1e-6)
+    labels = random_labels("binary", 40, seed=seed)
+    logits = random_logits("binary", labels, 4, seed=seed + 1, noise=2)
+    before = Weighted(offset=True).fit(logits, labels, kind="binary")
+    after = Weighted(offset=True).fit(-logits, 1 - labels, kind="binary")
+    np.testing.assert_allclose(after.choice_.offsets[::-1], before.choice_.offsets, atol=1e-6)
+    np.testing.assert_allclose(after.predict_proba(-logits)[:, ::-1], before.predict_proba(logits), atol=1e-6)
 
 
 @settings(deadline=None, max_examples=60)

@@ -145,13 +145,15 @@ def test_the_numbers_are_those_of_compare(kind, pools, pages, capsys):
         assert row[4] == cells[7]
         gains = re.findall(r"[+-][\d.]+ (?:within|beyond) noise", line)
         assert [re.match(r"[+-][\d.]+ \w+ noise", cell).group() for cell in row[5:7] if cell != "-"] == gains
-    (words,) = [line for line in printed.splitlines() if line.startswith("weighted: honest")]
+    default = "weighted" if kind == "regression" else "weighted-offset"
+    (words,) = [line for line in printed.splitlines() if line.startswith(f"{default}: honest")]
     assert words in found.text
-    assert "The highest of nine honest estimates is itself flattered a little" in printed
-    assert "The highest of nine honest estimates is itself flattered a little" in found.text
-    assert "weighted chosen" in rows[METHODS.index("weighted")][0]
+    assert "The highest of ten honest estimates is itself flattered a little" in printed
+    assert "The highest of ten honest estimates is itself flattered a little" in found.text
+    assert f"{default} chosen" in rows[METHODS.index(default)][0]
     (heading,) = [text for _, _, text in found.all("h1")]
-    assert heading.startswith(f"{kind}: weighted, ")
+    assert heading.startswith(f"{kind}: {default}, ")
+    assert ("is multiplied by" in found.text) is (kind != "regression")  # scale and offsets
 
 
 def test_of_one_method_alone_none_is_the_highest(pools, capsys):
@@ -243,7 +245,7 @@ def test_the_pages_calibration_is_of_what_was_held_out(pools, pages):
     assert rows[0] == ["method", "ECE", "Brier score", "log-loss"]
     assert rows[2][0] == "Omni"
     assert rows[2][2] == f"{expected:.4f}"
-    assert [row[0] for row in rows[1:]] == ["single best", "Omni", "weighted chosen"]
+    assert [row[0] for row in rows[1:]] == ["single best", "Omni", "weighted-offset chosen"]
 
 
 def test_equation_2_by_hand():

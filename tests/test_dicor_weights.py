@@ -1,4 +1,4 @@
-"""Convex weights against scipy's SLSQP, their constraint against brute force, temperatures against scipy."""
+"""Convex weights against SLSQP, their constraint against brute force, temperatures and offsets against scipy."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_factory import random_labels, random_logits
 from scipy.optimize import minimize, minimize_scalar, nnls
-from scipy.special import log_softmax
+from scipy.special import log_softmax, logsumexp
 from scipy.stats import linregress, pearsonr
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from lora_ensemble.dicor.combine import voices
 from lora_ensemble.dicor.view import losses, true_probabilities
-from lora_ensemble.dicor.weights import convex_weights, project, temperatures
+from lora_ensemble.dicor.weights import convex_weights, project, scale_and_offsets, temperatures
 
 KINDS = ("multiclass", "binary", "regression")
 
@@ -133,3 +134,58 @@ def test_temperatures_are_those_that_scipy_finds(kind):
         )
         assert found[m] == pytest.approx(np.exp(best.x), rel=1e-3)
     assert 2 < found.max() < 15  # these logits are far too sure
+
+
+def test_scale_and_offsets_are_those_of_logistic_regression():
+    """Two classes: logit' = a logit + b, without the pull."""
+    labels = random_labels("binary", 300)
+    logits = 8 * random_logits("binary", labels, 1, seed=1, noise=2)[0].astype(float) - 4
+    scale, offsets = scale_and_offsets(voices(logits, "binary"), labels, "binary", pull=1e-9)
+    expected = LogisticRegression(C=1e12, tol=1e-12, max_iter=1000).fit(logits, labels)
+    assert scale == pytest.approx(expected.coef_[0, 0], rel=1e-4)
+    assert offsets[1] - offsets[0] == pytest.approx(expected.intercept_[0], rel=1e-4)
+    assert abs(expected.coef_[0, 0] - 1) > 0.5  # too sure,
+    assert expected.intercept_[0] > 0.5  # and too often of class 0
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+@pytest.mark.parametrize("pull", [0.1, 1.0, 30.0])
+def test_scale_and_offsets_are_those_that_scipy_finds(kind, pull):
+    labels = random_labels(kind, 120)
+    labels[labels == 4] = 3  # a class that never occurs
+    logits = 2 * random_logits(kind, labels, 1, seed=1, noise=2)[0].astype(float)
+    logits[:, 0] += 1
+    z = log_softmax(logits if kind == "multiclass" else np.hstack([0 * logits, logits]), axis=1)
+
+    def objective(t):
+        u = t[0] * z + t[1:]
+        fit = np.sum(logsumexp(u, axis=1) - u[np.arange(120), labels])
+        return fit + pull / 2 * ((t[0] - 1) ** 2 + np.sum(t[1:] ** 2))
+
+    expected = minimize(objective, np.r_[1.0, np.zeros(z.shape[1])], method="BFGS", options={"gtol": 1e-7}).x
+    scale, offsets = scale_and_offsets(voices(logits, kind), labels, kind, pull=pull)
+    np.testing.assert_allclose([scale, *offsets], expected, atol=1e-5)
+    assert np.abs(offsets).max() > 0.05
+
+
+@pytest.mark.parametrize("pull", [1e-3, 1.0])
+def test_scale_and_offsets_of_one_class_by_hand(pull):
+    """N examples of probability 1/2, all of class 1: q = sigmoid(d), d = b1 - b0 = 2 b1, where N (1 - q) = pull b1."""
+    scale, offsets = scale_and_offsets(np.zeros((7, 1)), np.ones(7, int), "binary", pull=pull)
+    assert scale == pytest.approx(1)  # log p is the same for both classes: nothing is said of the scale
+    assert offsets[0] == pytest.approx(-offsets[1])
+    assert 7 / (1 + np.exp(2 * offsets[1])) == pytest.approx(pull * offsets[1], rel=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), n=st.sampled_from([1, 3, 50]), size=st.sampled_from([0.01, 1.0, 300.0, 1e30]))
+def test_the_gradient_is_zero_at_scale_and_offsets(seed, n, size):
+    """Also for probabilities of 0 and 1, and for members that are always wrong. They count as 1e-15 at least."""
+    labels = random_labels("multiclass", n, seed=seed)
+    logits = size * random_logits("multiclass", labels, 1, seed=seed, noise=1)[0].astype(float) * (-1) ** seed
+    voice = voices(logits, "multiclass")
+    scale, offsets = scale_and_offsets(voice, labels, "multiclass", pull=1.0)
+    z = np.log(np.maximum(voice, 1e-15))
+    off = np.exp(log_softmax(scale * z + offsets, axis=1)) - np.eye(5)[labels]
+    assert abs(np.sum(off * z) + scale - 1) < 1e-5 * (1 + n)
+    np.testing.assert_allclose(off.sum(axis=0) + offsets, 0, atol=1e-6 * (1 + n))

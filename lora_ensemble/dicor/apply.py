@@ -74,6 +74,8 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
         names=[m.name for m in ensemble.members],
         weights=np.array([m.weight for m in ensemble.members]),
         temperatures=temperatures(ensemble),
+        scale=ensemble.scale,
+        offsets=None if ensemble.offsets is None else np.array(ensemble.offsets),
     )
     score = None if examples.labels is None else score_decisions(decided, examples.labels, ensemble.kind)
     return Prediction(examples, decided, score)

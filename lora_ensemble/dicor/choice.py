@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lora_ensemble.dicor.combine import combine, of_voices, shares, voices
+from lora_ensemble.dicor.combine import combine, of_voices, shares, vector_scaled, voices
 from lora_ensemble.dicor.settings import Strategy
 from lora_ensemble.dicor.view import View
-from lora_ensemble.dicor.weights import convex_weights, temperatures
+from lora_ensemble.dicor.weights import convex_weights, scale_and_offsets, temperatures
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Kind, decisions
 
@@ -29,6 +29,10 @@ class Choice:
     """(k,) convex, in the order of ``members``; for the strategy ``weighted`` only."""
     temperatures: np.ndarray | None = None
     """(k,), if the members' logits are divided by them before probabilities are taken."""
+    scale: float = 1.0
+    """What the logarithm of the weighted mean's probabilities is multiplied by, where there are ``offsets``."""
+    offsets: np.ndarray | None = None
+    """(classes,) of sum 0, added to it after that, for a classifier; see ``combine.vector_scaled``."""
     similarities: list[list[float]] = field(default_factory=list)
     """For each chosen member its similarity to each one chosen before it, if the method looked at it."""
     trace: list[float] = field(default_factory=list)
@@ -54,13 +58,16 @@ def decide(
         names=names,
         weights=choice.weights,
         temperatures=choice.temperatures,
+        scale=choice.scale,
+        offsets=choice.offsets,
     )
 
 
 def probabilities(logits: np.ndarray, choice: Choice, *, kind: Kind) -> np.ndarray:
     """Probabilities (N, classes) that the chosen members give, from their logits (k, N, C).
 
-    mean: those of the mean of logits; mean-probability and weighted: their mean; majority: the shares of the votes.
+    mean: those of the mean of logits; mean-probability and weighted: their mean, scaled and offset where
+    the choice says so; majority: the shares of the votes.
     """
     if kind == "regression":
         raise UserError("predict_proba: a regression has values, not probabilities; use predict")
@@ -71,6 +78,8 @@ def probabilities(logits: np.ndarray, choice: Choice, *, kind: Kind) -> np.ndarr
         voice = voices(logits.mean(axis=0, dtype=np.float64), kind)
     else:
         voice = np.average(voices(logits, kind, choice.temperatures), axis=0, weights=choice.weights)
+        if choice.offsets is not None:
+            voice = voices(vector_scaled(voice, kind, choice.scale, choice.offsets), kind)
     return of_voices(voice, kind)
 
 
@@ -81,11 +90,15 @@ def combined(
     *,
     weights: np.ndarray | None = None,
     temperature: bool = False,
+    offset: bool = False,
     similarities: list[list[float]] | None = None,
     trace: list[float] | None = None,
 ) -> Choice:
-    """A ``Choice`` with the weights that the strategy ``weighted`` needs, if there are none, and the temperatures."""
-    degrees = None
+    """A ``Choice`` with the weights that the strategy ``weighted`` needs, if there are none, and the temperatures.
+
+    ``offset``: and with scale and offsets, where weights were found here for a classifier.
+    """
+    degrees, scale, offsets = None, 1.0, None
     if temperature:
         if view.kind == "regression" or strategy in ("mean", "majority"):
             raise UserError(
@@ -103,6 +116,8 @@ def combined(
         )
         true = None if view.kind == "regression" else scaled.true_probabilities
         weights = convex_weights(scaled.voices, view.labels, view.kind, true_probabilities=true)
+        if offset and view.kind != "regression":
+            scale, offsets = scale_and_offsets(np.tensordot(weights, scaled.voices, axes=1), view.labels, view.kind)
         kept = [i for i in range(len(members)) if weights[i] > 0]
         if len(kept) < len(members):  # a member without weight is no member
             members, weights = [members[i] for i in kept], weights[kept]
@@ -113,6 +128,8 @@ def combined(
         strategy=strategy,
         weights=weights,
         temperatures=degrees,
+        scale=scale,
+        offsets=offsets,
         similarities=similarities or [],
         trace=trace or [],
     )

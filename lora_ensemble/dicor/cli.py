@@ -153,6 +153,7 @@ def _score_name(task_pool: TaskPool) -> str:
 def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
     from lora_ensemble.dicor.options import refuse_unheard
+    from lora_ensemble.dicor.report import words
     from lora_ensemble.dicor.settings import DEFAULT_METHOD
     from lora_ensemble.dicor.table import about, number, table, verdict
     from lora_ensemble.pool import TaskPool
@@ -170,6 +171,8 @@ def _select(given: argparse.Namespace) -> None:
     print(f"{'member':<{width}} {_score_name(task_pool):>10} {'weight':>7} {'mean similarity to those above':>32}")
     for m in ensemble.members:
         print(f"{m.name:<{width}} {m.score:>10.4f} {m.weight:>7.4f} {number(m.mean_similarity):>32}")
+    if ensemble.offsets is not None:
+        print(words.offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
     found = comparison.estimates
     print(f"\n{table(found, _score_name(task_pool))}\n\n{verdict(method, found.of[method])}\n{about(found)}")
     print(f"saved {given.output}")

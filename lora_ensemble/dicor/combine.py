@@ -16,6 +16,8 @@ from lora_ensemble.tasks import Kind, decisions
 DECIMALS = 12
 """Scores and similarities are compared to so many decimals. What lies beyond is rounding, which depends on the order of
 the examples; members that tie must tie whatever the order."""
+LEAST_PROBABILITY = 1e-15
+"""A probability is at least this before its logarithm is taken: one example cannot make a loss infinite."""
 
 
 def precedence(scores: Sequence[float] | np.ndarray, names: Sequence[str]) -> list[int]:
@@ -50,6 +52,20 @@ def voices(logits: np.ndarray, kind: Kind, temperatures: np.ndarray | None = Non
 def of_voices(voice: np.ndarray, kind: Kind) -> np.ndarray:
     """Probabilities (N, classes) from a mean of ``voices`` (N, C) of a classifier."""
     return np.hstack([0.5 - voice, 0.5 + voice]) if kind == "binary" else voice
+
+
+def log_probabilities(voice: np.ndarray, kind: Kind) -> np.ndarray:
+    """Their logarithms (N, classes), from a mean of ``voices`` (N, C) of a classifier."""
+    return np.log(np.maximum(of_voices(voice, kind), LEAST_PROBABILITY))
+
+
+def vector_scaled(voice: np.ndarray, kind: Kind, scale: float, offsets: np.ndarray) -> np.ndarray:
+    """Logits (N, C), as a head's, of a mean of ``voices`` (N, C) whose probabilities p become softmax(a log p + b).
+
+    ``scale`` a, ``offsets`` b (classes,). Vector scaling (Guo et al. 2017, section 4.2) with one scale for all classes.
+    """
+    z = scale * log_probabilities(voice, kind) + offsets
+    return z[:, 1:] - z[:, :1] if kind == "binary" else z
 
 
 def shares(decided: np.ndarray, num_classes: int) -> np.ndarray:
@@ -95,13 +111,16 @@ def combine(
     names: Sequence[str],
     weights: np.ndarray | None = None,
     temperatures: np.ndarray | None = None,
+    scale: float = 1.0,
+    offsets: np.ndarray | None = None,
 ) -> np.ndarray:
     """What an ensemble of members with these logits (M, N, C) decides: (N,), as ``tasks.decisions``.
 
     mean: of the logits. mean-probability: of the probabilities (for regression, the values). weighted: the same with
     ``weights`` (M,), convex. ``temperatures`` (M,): a classifier's logits are divided by them before probabilities are
-    taken. majority: of the decisions. The order of the members does not matter. Raises ``UserError`` for a majority of
-    a regression and for weights that are missing.
+    taken. ``scale`` and ``offsets`` (classes,): of a weighted mean, see ``vector_scaled``. majority: of the decisions.
+    The order of the members does not matter. Raises ``UserError`` for a majority of a regression and for weights that
+    are missing.
     """
     # Summed in one order: in another the last bit could be another.
     order = precedence(scores, names)
@@ -113,7 +132,8 @@ def combine(
         each = voices(logits[order], kind, None if temperatures is None else temperatures[order])
         if strategy == "mean-probability" or weights is None:
             return decisions(each.mean(axis=0), kind)
-        return decisions(np.tensordot(weights[order], each, axes=1), kind)
+        together = np.tensordot(weights[order], each, axes=1)
+        return decisions(together if offsets is None else vector_scaled(together, kind, scale, offsets), kind)
     if kind == "regression":
         raise UserError("strategy majority: a regression has values, not classes to vote for; use the mean")
     num_classes = 2 if kind == "binary" else logits.shape[-1]

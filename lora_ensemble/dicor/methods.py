@@ -185,17 +185,22 @@ class Dicor(Method):
 
 @dataclass(kw_only=True)
 class Weighted(Method):
-    """The ``top_k`` best, with convex weights drawn to equal ones (``weights.convex_weights``)."""
+    """The ``top_k`` best, with convex weights drawn to equal ones (``weights.convex_weights``).
+
+    ``offset``: a classifier's mean also gets a scale and an offset for each class (``weights.scale_and_offsets``). A
+    regression gets none: r, its score, looks at neither.
+    """
 
     top_k: int = DEFAULT_TOP_K
     temperature: bool = False
+    offset: bool = False
 
     def candidates(self, members: int) -> int:
         return min(self.top_k, members)
 
     def choose(self, view: View) -> Choice:
         k = self.candidates(len(view))
-        return combined(view, list(range(k)), "weighted", temperature=self.temperature)
+        return combined(view, list(range(k)), "weighted", temperature=self.temperature, offset=self.offset)
 
 
 @dataclass(kw_only=True)

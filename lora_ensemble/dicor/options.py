@@ -25,6 +25,7 @@ LISTENS: dict[MethodName, tuple[str, ...]] = {
     "greedy-score": ("size", "top_k"),
     "greedy-bagged": ("size", "top_k"),
     "weighted": ("top_k", "temperature"),
+    "weighted-offset": ("top_k", "temperature"),
     "exhaustive": ("size", "top_k", "strategy"),
 }
 
@@ -64,8 +65,9 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
             trade_off=s.DEFAULT_TRADE_OFF if o.trade_off is None else o.trade_off,
             temperature=bool(o.temperature),
         ), []
-    if name == "weighted":
-        return Weighted(top_k=top_k or s.DEFAULT_TOP_K, temperature=bool(o.temperature)), []
+    if name in ("weighted", "weighted-offset"):
+        offset = name == "weighted-offset"
+        return Weighted(top_k=top_k or s.DEFAULT_TOP_K, temperature=bool(o.temperature), offset=offset), []
     if name == "exhaustive":
         return Exhaustive(size=most, top_k=top_k or s.EXHAUSTIVE_TOP_K, strategy=o.strategy or "mean-probability"), []
     return Greedy(

@@ -83,6 +83,10 @@ class Ensemble:
     """Fingerprint of the dev examples."""
     pool: str
     """Path of the pool, relative to the folder of this file."""
+    scale: float = 1.0
+    """Of the logarithm of the weighted mean's probabilities, where there are ``offsets``; old records have neither."""
+    offsets: list[float] | None = None
+    """Of the classes, added to it after that; None: the mean decides as it is."""
 
     def to_json(self) -> str:
         """JSON text."""
@@ -164,6 +168,8 @@ def make(comparison: Comparison, method: str, *, folder: Path) -> Ensemble:
         notices=found.notices,
         examples=task_pool.members[0].examples["dev"],
         pool=os.path.relpath(task_pool.pool.resolve(), folder.resolve()),
+        scale=one.choice.scale,
+        offsets=None if one.choice.offsets is None else one.choice.offsets.tolist(),
     )
 
 
@@ -200,6 +206,14 @@ def _check(ensemble: Ensemble) -> None:
         raise ValueError(f"labels is {labels!r}; expected a list of texts")
     if ensemble.kind == "multiclass" and len(labels) < 2:
         raise ValueError(f"labels is {labels!r}; multiclass needs them all")
+    if not _finite(ensemble.scale):
+        raise ValueError(f"scale is {ensemble.scale!r}; expected a number")
+    if (offsets := ensemble.offsets) is not None:
+        if ensemble.kind == "regression" or ensemble.strategy != "weighted":
+            raise ValueError("offsets are for a classifier of strategy weighted")
+        classes = 2 if ensemble.kind == "binary" else len(labels)
+        if not isinstance(offsets, list) or len(offsets) != classes or not all(_finite(b) for b in offsets):
+            raise ValueError(f"offsets is {offsets!r}; expected {classes} numbers, one for each class")
     if not ensemble.members or ensemble.size != len(ensemble.members):
         raise ValueError(f"size is {ensemble.size!r}, but there are {len(ensemble.members)} members")
     if len({member.name for member in ensemble.members}) < ensemble.size:
@@ -215,6 +229,10 @@ def _check(ensemble: Ensemble) -> None:
             right = (value is None and key == "temperature") or (isinstance(value, int | float) and value > 0)
             if not right:
                 raise ValueError(f"member {member.name}: {key} is {value!r}; expected a number above 0")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def about(estimates: Estimates) -> str:
 
 def _highest(methods: int) -> str:
     """What taking the best of several honest estimates does to it."""
-    count = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}.get(methods, str(methods))
+    count = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}.get(methods, str(methods))
     return f"The highest of {count} honest estimates is itself flattered a little: it was taken for being the highest."
 
 

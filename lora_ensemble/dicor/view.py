@@ -10,12 +10,9 @@ from functools import cached_property
 
 import numpy as np
 
-from lora_ensemble.dicor.combine import DECIMALS, voices
+from lora_ensemble.dicor.combine import DECIMALS, LEAST_PROBABILITY, voices
 from lora_ensemble.dicor.settings import Criterion
 from lora_ensemble.tasks import Kind, decisions, score_decisions
-
-LEAST_PROBABILITY = 1e-15
-"""A probability is at least this before its logarithm is taken: one example cannot make a loss infinite."""
 
 
 def true_probabilities(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np.ndarray:

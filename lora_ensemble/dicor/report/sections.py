@@ -67,8 +67,13 @@ def ensemble(facts: Facts) -> str:
     header = ["member", "rank r", "scaling c", "targets", "lr", "seed", facts.score_name, "weight", "temperature"]
     header += [f"mean {facts.similarity} similarity to those above"]
     more = f" The first {MOST_SHOWN} of {len(names)} are shown." if len(names) > MOST_SHOWN else ""
-    return table(header, rows, caption=f"Members of {facts.method}, in the order of choice") + paragraph(
-        words.MEMBERS_TABLE + more, look="note"
+    moved = ""
+    if choice.offsets is not None:
+        moved = paragraph(words.offsets(choice.scale, choice.offsets.tolist(), task_pool.labels))
+    return (
+        table(header, rows, caption=f"Members of {facts.method}, in the order of choice")
+        + moved
+        + paragraph(words.MEMBERS_TABLE + more, look="note")
     )
 
 

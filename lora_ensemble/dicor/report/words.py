@@ -5,6 +5,8 @@ N in the formulas is the number of members, as in the reports.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lora_ensemble.dicor.settings import Strategy
 from lora_ensemble.tasks import Kind
 
@@ -15,6 +17,13 @@ def decides(strategy: Strategy, kind: Kind) -> str:
         return "the majority of its members' decisions"
     of = "values" if kind == "regression" else "logits" if strategy == "mean" else "probabilities"
     return f"{'a weighted' if strategy == 'weighted' else 'the'} mean of its members' {of}"
+
+
+def offsets(scale: float, values: Sequence[float], labels: Sequence[str]) -> str:
+    """Scale and offsets of an ensemble's mean, in words; ``labels`` are the classes' names, or none."""
+    names = labels or [str(c) for c in range(len(values))]
+    each = ", ".join(f"{name} {value:+.3f}" for name, value in zip(names, values, strict=True))
+    return f"The logarithm of the mean's probabilities is multiplied by {scale:.3f}, then offset by class: {each}."
 
 
 MEMBERS_TABLE = (
