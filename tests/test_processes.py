@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,19 @@ def test_killed_in_mid_training_and_resumed(tmp_path: Path, tiny: Callable[[str]
 def test_control_c_says_how_to_go_on(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
     program = Program(tmp_path, tiny("bert"), demo_root)
     process = subprocess.Popen(
-        command(program.arguments("fit", "--trainer.max_epochs=1000")), env=environment(), stdout=subprocess.PIPE
+        command(program.arguments("fit", "--trainer.max_epochs=1000")),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        # A shell's background job ignores Ctrl-C, and so would all that it starts.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    try:
-        wait_for(lambda: len(checkpoint_times(program)) > 0, process)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    with process:
+        try:
+            wait_for(lambda: len(checkpoint_times(program)) > 0, process)
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode != 0
     assert b"--ckpt_path last goes on" in said
     assert not pool.MemberRecord.read(next((program.pool / "sst").glob("head*/member.json"))).finished
