@@ -41,7 +41,7 @@ def test_a_node_dies(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Pat
     """Three banks on two nodes; the sweep ends complete, with the pool of one that ran without Ray."""
     pytest.importorskip("ray", reason="the extra [ray] is not installed")
     program = Program(tmp_path, tiny("bert"), demo_root)
-    how = ("--bank_size=4", "--trainer.logger=false", "--trainer.max_epochs=16")
+    how = ("--bank_size=4", "--trainer.logger=false", "--trainer.max_epochs=40")
     assert program("sweep", *how, members=TWELVE) == 0
     undisturbed, program.pool = contents(program.pool), tmp_path / "ray"
     shutil.rmtree(tmp_path / "runs")
@@ -49,7 +49,7 @@ def test_a_node_dies(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Pat
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", CLUSTER, str(tmp_path / "runs"), *driver],
-        capture_output=True, text=True, timeout=420, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True, text=True, timeout=600, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
     )  # fmt: skip
     print(f"{time.monotonic() - started:.0f} s\n{done.stdout}\n{done.stderr}")
     assert done.returncode == 0

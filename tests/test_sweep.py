@@ -432,29 +432,27 @@ def run(arguments: list[str]) -> None:
     os._exit(main(arguments))
 
 
-def test_sigterm(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint is of the last step, and the sweep goes on from there, bit for bit."""
-    log = program.folder / "log"
-    monkeypatch.setenv("SWEEP_LOG", str(log))
-    long = ("--trainer.max_epochs=6",)
-    assert program("sweep", *long, members=TWO) == 0
+def test_sigterm(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the fourth step of the second epoch: the checkpoint is of that step, and the sweep goes on bit for bit."""
+    assert program("sweep", members=TWO) == 0
     undisturbed, program.pool = contents(program.pool), program.folder / "ended"
-    (run_dir,) = (program.folder / "runs").iterdir()
     shutil.rmtree(program.folder / "runs")
-    process = start(program.arguments("sweep", *long, members=TWO))
-    checkpoint = run_dir / "checkpoint" / "last.ckpt"
-    while process.is_alive() and not checkpoint.is_file():
-        time.sleep(0.01)
-    first = torch.load(checkpoint, weights_only=True)["global_step"]
-    time.sleep(0.05)
-    process.terminate()
-    process.join()
-    assert process.exitcode == 128 + signal.SIGTERM
-    assert "interrupted: the same command goes on" in log.read_text()
-    stopped = torch.load(checkpoint, weights_only=True)["global_step"]
-    assert first <= stopped < 48
-    assert stopped % 8  # in mid-epoch
-    assert program("sweep", *long, members=TWO) == 0
+    step, done = BankModule.training_step, []
+
+    def ended(self: BankModule, *args: Any) -> Any:
+        done.append(1)
+        if len(done) == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BankModule, "training_step", ended)
+        assert program("sweep", members=TWO) == 128 + signal.SIGTERM
+    assert len(done) == 12
+    assert "interrupted: the same command goes on" in capsys.readouterr().out
+    checkpoint = program.run_dir() / "checkpoint" / "last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 12
+    assert program("sweep", members=TWO) == 0
     assert contents(program.pool) == undisturbed
 
 
