@@ -29,7 +29,7 @@ from lora_ensemble.dicor.choice import Choice, decide
 from lora_ensemble.dicor.estimate import estimate
 from lora_ensemble.dicor.greedy import Greedy
 from lora_ensemble.dicor.members import Dev
-from lora_ensemble.dicor.methods import Best, Dicor, Method
+from lora_ensemble.dicor.methods import Best, Dicor, Method, Weighted
 from lora_ensemble.dicor.splits import FOLDS
 from lora_ensemble.tasks import Kind, decisions, score, score_decisions
 
@@ -84,6 +84,8 @@ def methods(world: World) -> dict[str, Method]:
         "dicor": Dicor(size=4, top_k=15, similarity="pearson", strategy="mean"),
         "greedy by score": Greedy(steps=10, criterion="score"),
         "greedy by loss": Greedy(steps=10, criterion="loss"),
+        "weighted": Weighted(),
+        "weighted-offset": Weighted(offset=True),
     }
 
 
