@@ -58,11 +58,27 @@ def _told(base_model: str) -> Iterator[None]:
 
 
 def load_tokenizer(base_model: str) -> Any:
-    """The encoder's own tokeniser; ``UserError`` where it cannot be loaded."""
+    """The encoder's own tokeniser; ``UserError`` where it cannot be loaded or cannot pad."""
     from transformers import AutoTokenizer
 
     with _told(base_model):
-        return AutoTokenizer.from_pretrained(location(base_model))
+        tokenizer = AutoTokenizer.from_pretrained(location(base_model))
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"model.base_model: the tokeniser of {base_model!r} has no padding token")
+    return tokenizer
+
+
+def longest_input(base_model: str, tokenizer: Any) -> int:
+    """How many tokens the encoder takes at most."""
+    from transformers import AutoConfig
+
+    with _told(base_model):
+        config = AutoConfig.from_pretrained(location(base_model))
+    most = getattr(config, "max_position_embeddings", None) or 10**9
+    # RoBERTa counts positions from padding_idx + 1.
+    if family_of(config.model_type).positions_after_padding:
+        most -= config.pad_token_id + 1
+    return min(most, tokenizer.model_max_length or 10**9)
 
 
 def load_classifier(

@@ -17,13 +17,13 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from lora_ensemble import packing
-from lora_ensemble.base_model import load_tokenizer
+from lora_ensemble.base_model import load_tokenizer, longest_input
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import derived_seed
 from lora_ensemble.notices import say
 from lora_ensemble.readers import Split, fingerprint, read_split, shared_texts
 from lora_ensemble.tasks import PRESETS, Task
+from lora_ensemble.tokens import Tokens
 
 
 class TokenisedSplit:
@@ -35,27 +35,12 @@ class TokenisedSplit:
     def __init__(self, split: Split, tokenizer: Any, *, max_length: int) -> None:
         self.ids, self.labels = split.ids, split.labels
         self.fingerprint = fingerprint(split)
-        texts = [list(column) for column in split.texts]
-        settings = {"return_token_type_ids": True, "return_attention_mask": False}
-        # verbose=False: the warning about length would come although the cut is made and said below.
-        tokens = tokenizer(*texts, truncation=False, verbose=False, **settings)
-        rows: list[list[int]] = tokens["input_ids"]
-        types: list[list[int]] = tokens["token_type_ids"]
-        too_long = [i for i, row in enumerate(rows) if len(row) > max_length]
+        self._tokens = Tokens(split.texts, tokenizer, max_length=max_length)
+        self.lengths = self._tokens.lengths
         self.notices = list(split.notices)
-        if too_long:
-            first = ", ".join(str(split.ids[i]) for i in too_long[:3])
-            self.notices.append(
-                f"{len(too_long)} of {len(rows)} examples cut to {max_length} tokens (first ids: {first})"
-            )
-            long = [[column[i] for i in too_long] for column in texts]
-            cut = tokenizer(*long, truncation="longest_first", max_length=max_length, **settings)
-            for place, i in enumerate(too_long):
-                rows[i], types[i] = cut["input_ids"][place], cut["token_type_ids"][place]
-        self.lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
-        self._start = np.concatenate([[0], np.cumsum(self.lengths)])
-        self._tokens = np.fromiter((t for row in rows for t in row), np.int32, int(self._start[-1]))
-        self._types = np.fromiter((t for row in types for t in row), np.int8, int(self._start[-1]))
+        if cut := self._tokens.cut:
+            first = ", ".join(str(split.ids[i]) for i in cut[:3])
+            self.notices.append(f"{len(cut)} of {len(self)} examples cut to {max_length} tokens (first ids: {first})")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,14 +48,7 @@ class TokenisedSplit:
     def batch(self, rows: np.ndarray) -> dict[str, Any]:
         """The examples ``rows`` (B,) as one packed row of T tokens: ``input_ids`` and ``token_type_ids`` (T,),
         :func:`packing.layout`, ``labels`` (B,) where known, and ``rows`` (B,), which stays on the host."""
-        lengths = self.lengths[rows]
-        source = np.repeat(self._start[rows] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-        batch = {
-            "input_ids": packing.fill(torch.from_numpy(self._tokens[source].astype(np.int64))),
-            "token_type_ids": packing.fill(torch.from_numpy(self._types[source].astype(np.int64))),
-            "rows": np.asarray(rows, np.int64),
-            **packing.layout(lengths),
-        }
+        batch = {**self._tokens.row(rows), "rows": np.asarray(rows, np.int64)}
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[rows])
         return batch
@@ -218,8 +196,6 @@ class BankData(pl.LightningDataModule):
         raw = read_split(task, split, self.root, need_labels=need_labels)
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.base_model)
-            if self._tokenizer.pad_token_id is None:
-                raise UserError(f"model.base_model: the tokeniser of {self.base_model!r} has no padding token")
         limit = self._limit()
         tokenised = TokenisedSplit(raw, self._tokenizer, max_length=limit)
         if split == "train":
@@ -232,16 +208,7 @@ class BankData(pl.LightningDataModule):
         return tokenised
 
     def _limit(self) -> int:
-        from transformers import AutoConfig
-
-        from lora_ensemble.base_model import location
-
-        config = AutoConfig.from_pretrained(location(self.base_model))
-        most = getattr(config, "max_position_embeddings", None) or 10**9
-        # RoBERTa counts positions from padding_idx + 1.
-        if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-            most -= config.pad_token_id + 1
-        most = min(most, self._tokenizer.model_max_length or 10**9)
+        most = longest_input(self.base_model, self._tokenizer)
         if self.max_length is not None and self.max_length > most:
             raise UserError(f"data.max_length: {self.max_length}; {self.base_model} takes at most {most} tokens")
         return self.max_length or most
