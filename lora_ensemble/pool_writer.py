@@ -161,6 +161,7 @@ class PoolWriter(pl.Callback):
                 labels=task.labels,
                 finished=finished,
                 examples={"dev": pool.fingerprint(dev.ids, dev.labels)},
+                text=task.text,
                 train_fingerprint=train[task.name].fingerprint,
                 base_model=hub_id(module.base_model),
                 revision=getattr(module.bank.config, "_commit_hash", None),

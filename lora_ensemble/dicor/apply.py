@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_ensemble.dicor.combine import combine
 from lora_ensemble.dicor.record import Ensemble
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import (
@@ -41,7 +40,7 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
     Only its own members are looked at. Raises ``UserError`` naming the member that is missing, that was trained again
     since the selection, that has no logits for the split, or whose logits were damaged or belong to other examples.
     """
-    records = [_member(ensemble, pool, i) for i in range(ensemble.size)]
+    records = [chosen_record(ensemble, pool, i) for i in range(ensemble.size)]
     missing = [r.name for r in records if split not in r.examples or logits_file(split) not in r.files]
     if missing:
         raise UserError(
@@ -65,31 +64,14 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
             path = member_folder(pool, ensemble.task, r.name) / logits_file(split)
             raise UserError(f"{path}: shape {one.shape}; expected {shape}: the examples by the outputs of the task")
         logits.append(one)
-    decided = combine(
-        np.stack(logits),
-        kind=ensemble.kind,
-        strategy=ensemble.strategy,
-        ranks=[m.rank for m in ensemble.members],
-        scores=[m.score for m in ensemble.members],
-        names=[m.name for m in ensemble.members],
-        weights=np.array([m.weight for m in ensemble.members]),
-        temperatures=temperatures(ensemble),
-        scale=ensemble.scale,
-        offsets=None if ensemble.offsets is None else np.array(ensemble.offsets),
-    )
+    decided = ensemble.decide(np.stack(logits))
     score = None if examples.labels is None else score_decisions(decided, examples.labels, ensemble.kind)
     return Prediction(examples, decided, score)
 
 
-def temperatures(ensemble: Ensemble) -> np.ndarray | None:
-    """(M,), 1 for a member that has none; None where no member has one."""
-    found = [m.temperature for m in ensemble.members]
-    return None if all(t is None for t in found) else np.array([t or 1.0 for t in found])
-
-
-def _member(ensemble: Ensemble, pool: Path, i: int) -> MemberRecord:
-    """The record of the i-th member, still the one that was chosen."""
-    chosen = ensemble.members[i]
+def chosen_record(ensemble: Ensemble, pool: Path, index: int) -> MemberRecord:
+    """The pool's record of one of the ensemble's members; ``UserError`` unless it is still the one that was chosen."""
+    chosen = ensemble.members[index]
     folder = member_folder(pool, ensemble.task, chosen.name)
     record = read_record(pool, ensemble.task, chosen.name)
     if record is None:

@@ -15,6 +15,7 @@ from typing import Any, TextIO, get_args
 import numpy as np
 
 from lora_ensemble import __version__
+from lora_ensemble.dicor.choice import Choice, decide
 from lora_ensemble.dicor.compare import Comparison
 from lora_ensemble.dicor.estimate import Estimate
 from lora_ensemble.dicor.interval import LEVEL, Interval
@@ -87,6 +88,31 @@ class Ensemble:
     """Of the logarithm of the weighted mean's probabilities, where there are ``offsets``; old records have neither."""
     offsets: list[float] | None = None
     """Of the classes, added to it after that; None: the mean decides as it is."""
+
+    @property
+    def choice(self) -> Choice:
+        """What was chosen, members counted as they stand in ``members``."""
+        degrees = [m.temperature for m in self.members]
+        return Choice(
+            members=list(range(self.size)),
+            strategy=self.strategy,
+            weights=np.array([m.weight for m in self.members]) if self.strategy == "weighted" else None,
+            temperatures=None if all(t is None for t in degrees) else np.array([t or 1.0 for t in degrees]),
+            scale=self.scale,
+            offsets=None if self.offsets is None else np.array(self.offsets),
+        )
+
+    def decide(self, logits: np.ndarray) -> np.ndarray:
+        """What its members' logits (M, N, C), in the order of ``members``, decide together: (N,), as
+        ``tasks.decisions``."""
+        return decide(
+            logits,
+            self.choice,
+            kind=self.kind,
+            ranks=[m.rank for m in self.members],
+            scores=np.array([m.score for m in self.members]),
+            names=[m.name for m in self.members],
+        )
 
     def to_json(self) -> str:
         """JSON text."""

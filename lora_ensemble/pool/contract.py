@@ -62,6 +62,8 @@ class MemberRecord:
     """The dev score of every epoch; None where it is undefined."""
     examples: dict[str, str] = field(default_factory=dict)
     """Split name to fingerprint of the examples its logits belong to."""
+    text: list[str] = field(default_factory=list)
+    """The text columns it reads, two for a pair; empty where that is not known."""
     train_fingerprint: str | None = None
     """Fingerprint of the training examples (ids, texts and labels)."""
     base_model: str | None = None

@@ -1,0 +1,232 @@
+"""A chosen ensemble at work: text in, decisions out, all its members in one pass over one encoder. No lightning.
+
+Axes: M members, N texts, C outputs of a head.
+
+>>> ensemble = Ensemble.load("dicor.json")  # doctest: +SKIP
+>>> ensemble.predict(["A gripping film.", "Two hours of nothing."])  # doctest: +SKIP
+array(['4', '0'], dtype='<U1')
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from lora_ensemble import pool
+from lora_ensemble.bank_io import restore_members
+from lora_ensemble.base_model import load_classifier, load_tokenizer, longest_input
+from lora_ensemble.dicor import record
+from lora_ensemble.dicor.apply import chosen_record
+from lora_ensemble.dicor.choice import probabilities
+from lora_ensemble.errors import UserError
+from lora_ensemble.lora import Member
+from lora_ensemble.model import Bank
+from lora_ensemble.pool import MemberRecord
+from lora_ensemble.tasks import Task
+from lora_ensemble.tokens import Tokens
+
+Precision = Literal["32", "bf16"]
+Text = str | Sequence[str]
+"""What a task reads: a text, or two of them as a pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Members that one pass serves: of one encoder, and reading texts up to one length."""
+
+    bank: Bank
+    tokenizer: Any
+    max_length: int
+    places: list[int]
+    """Where the bank's members stand in the ensemble."""
+
+
+class Ensemble:
+    """The members of ``dicor.json`` over one encoder; see :meth:`load`.
+
+    Any number of threads may ask it; they are served one after another, since one pass uses all cores.
+    """
+
+    def __init__(self, chosen: record.Ensemble, parts: list[_Part], *, text: list[str], precision: Precision) -> None:
+        self.record = chosen
+        """What ``dicor select`` wrote."""
+        self.text = text
+        """Names of the text columns that it reads, two for a pair; empty where the members do not say."""
+        self._parts, self._precision = parts, precision
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        pool: str | Path | None = None,
+        device: str = "auto",
+        precision: Precision = "32",
+    ) -> Ensemble:
+        """Restore the members that ``dicor select`` chose.
+
+        ``path``: the record that it wrote. ``pool``: where the members are, if no longer where the record says.
+        ``device``: cpu, cuda, cuda:1, ...; auto: a GPU where there is one. ``precision``: 32 or bf16, of the matrix
+        products. Members trained in bf16 have seen their dev logits in bf16; both answer the same but for rounding.
+
+        Raises ``UserError`` naming what is missing: a member, its weights (predictions made elsewhere have none), its
+        base model, the device.
+        """
+        if precision not in get_args(Precision):
+            raise UserError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
+        chosen = record.read(Path(path))
+        folder = Path(path).resolve().parent / chosen.pool if pool is None else Path(pool)
+        where = _device(device)
+        records = [chosen_record(chosen, folder, i) for i in range(chosen.size)]
+        _check_weights(records, folder)
+        text = _text_columns(records, folder)
+        task = Task(name=chosen.task, kind=chosen.kind, text=text or ["text"], label_names=chosen.labels)
+        together: dict[Any, list[int]] = {}
+        for i, r in enumerate(records):
+            # A fully fine-tuned encoder is one member's own.
+            key = (r.base_model, r.settings.get("max_length"), None if r.finetune != "full" else r.name)
+            together.setdefault(key, []).append(i)
+        parts = [_part([records[i] for i in places], folder, task, places, where) for places in together.values()]
+        return cls(chosen, parts, text=text, precision=precision)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels in the order of :meth:`predict_proba`'s columns; empty for a regression."""
+        return self.record.labels
+
+    @property
+    def members(self) -> list[str]:
+        """Names of the members, in the order of :meth:`logits`."""
+        return [m.name for m in self.record.members]
+
+    def logits(self, texts: Sequence[Text], *, progress: Callable[[int], object] | None = None) -> np.ndarray:
+        """What each member says: (M, N, C) float32.
+
+        ``texts``: N texts, or N pairs of texts. ``progress``: told how many texts are done after each pass. Raises
+        ``UserError`` for what is no text, or a text where pairs are read.
+        """
+        columns = self._columns(texts)
+        c = len(self.labels) if self.record.kind == "multiclass" else 1
+        out = np.empty((self.record.size, len(texts), c), np.float32)
+        if not len(texts):
+            return out
+        with self._lock, torch.inference_mode():
+            for number, part in enumerate(self._parts):
+                tokens = Tokens(columns, part.tokenizer, max_length=part.max_length)
+                for rows in _passes(tokens.lengths, TOKENS // len(part.places)):
+                    out[np.ix_(np.array(part.places), rows)] = self._pass(part.bank, tokens.row(rows))
+                    if progress is not None and number == len(self._parts) - 1:
+                        progress(len(rows))
+        return out
+
+    def _pass(self, bank: Bank, row: dict[str, Any]) -> np.ndarray:
+        device = bank.weights.device
+        batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            (logits,) = bank({self.record.task: batch}).values()
+        return logits.float().cpu().numpy()
+
+    def decision(self, texts: Sequence[Text]) -> np.ndarray:
+        """What the ensemble decides, by the strategy of its record: (N,) class numbers, or values of a regression."""
+        return self.record.decide(self.logits(texts))
+
+    def predict(self, texts: Sequence[Text]) -> np.ndarray:
+        """The same with the class numbers as labels: (N,) unicode, or float64 for a regression."""
+        return self.named(self.decision(texts))
+
+    def named(self, decided: np.ndarray) -> np.ndarray:
+        """Decisions (N,) as :meth:`predict` gives them."""
+        return decided if self.record.kind == "regression" else np.array(self.labels)[decided]
+
+    def predict_proba(self, texts: Sequence[Text]) -> np.ndarray:
+        """Probabilities (N, classes): of a majority, the shares of the votes. ``UserError`` for a regression."""
+        return self.probabilities(self.logits(texts))
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """The same from :meth:`logits`."""
+        return probabilities(logits, self.record.choice, kind=self.record.kind)
+
+    def _columns(self, texts: Sequence[Text]) -> list[list[str]]:
+        """One list of N strings for each text column, stripped as the training texts were."""
+        if isinstance(texts, str):
+            raise UserError("texts is one text; expected a list of them")
+        rows = [(text,) if isinstance(text, str) else text for text in texts]
+        width = len(self.text) or (len(rows[0]) if rows and isinstance(rows[0], list | tuple) else 1)
+        for i, row in enumerate(rows):
+            if not isinstance(row, list | tuple) or not all(isinstance(text, str) for text in row):
+                raise UserError(f"texts[{i}] is {texts[i]!r:.80}; expected {_ASKED[width]}")
+            if len(row) != width:
+                named = f" ({', '.join(self.text)})" if self.text else ""
+                raise UserError(f"texts[{i}] has {len(row)} texts; expected {_ASKED[width]}{named}")
+        return [[row[column].strip() for row in rows] for column in range(width)]
+
+
+TOKENS = 16384
+"""Tokens of a pass, those of all members together."""
+
+_ASKED = {1: "a text", 2: "a pair of texts"}
+
+
+def _passes(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Numbers of the texts of each pass: sorted by length, about ``budget`` tokens together, at least one text."""
+    order = np.argsort(lengths, kind="stable")[::-1]  # the longest first: what memory it takes shows at once
+    number = np.cumsum(lengths[order]) // max(budget, 1)
+    return np.split(order, np.flatnonzero(np.diff(number)) + 1) if len(order) else []
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
+        reason = str(e).splitlines()[0]
+        raise UserError(f"device is {name!r}: it cannot be used ({reason}); expected cpu, cuda, cuda:1 or auto") from e
+    return device
+
+
+def _check_weights(records: list[MemberRecord], folder: Path) -> None:
+    without = [r.name for r in records if not {pool.ADAPTER, pool.FULL} & set(r.files)]
+    if without:
+        raise UserError(
+            f"{folder / records[0].task}: {len(without)} of {len(records)} members have no weights, only predictions "
+            f"({', '.join(without[:3])}{', ...' * (len(without) > 3)}), and cannot read new text; select from a pool "
+            "without them"
+        )
+
+
+def _text_columns(records: list[MemberRecord], folder: Path) -> list[str]:
+    known = {tuple(r.text): r.name for r in records if r.text}
+    if len({len(columns) for columns in known}) > 1:
+        one, two = list(known.items())[:2]
+        raise UserError(
+            f"{folder / records[0].task}: {one[1]} reads {', '.join(one[0])} and {two[1]} reads {', '.join(two[0])}; "
+            "members of an ensemble must read the same"
+        )
+    return list(next(iter(known), ()))
+
+
+def _part(records: list[MemberRecord], folder: Path, task: Task, places: list[int], device: torch.device) -> _Part:
+    """A bank of these members on the device, ready to answer."""
+    base_model, full = records[0].base_model, records[0].finetune == "full"
+    if base_model is None:
+        raise UserError(f"{folder / task.name / records[0].name}: it does not say what its base model is")
+    tokenizer = load_tokenizer(base_model)
+    classifier, fresh = load_classifier(base_model, num_labels=task.num_outputs)
+    members = [
+        Member(name=r.name, rank=r.rank, scaling=r.scaling, lr=r.lr or 0.0, targets=r.targets, seed=r.seed or 0)
+        for r in records
+    ]
+    bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=full)
+    restore_members(bank, folder, base_model=base_model)
+    longest = records[0].settings.get("max_length") or longest_input(base_model, tokenizer)
+    bank.eval().requires_grad_(False).to(device)
+    return _Part(bank=bank, tokenizer=tokenizer, max_length=longest, places=places)

@@ -1,0 +1,123 @@
+"""Pools of members with weights, for what reads new text: random adapters and heads, nothing is trained.
+
+What the members say is computed by plain transformers and PEFT, one text after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pool_factory import LABELS, random_labels
+
+from lora_ensemble.bank_io import weight_files
+from lora_ensemble.base_model import load_classifier
+from lora_ensemble.families import accepts_token_types
+from lora_ensemble.lora import MemberConfig, expand_members
+from lora_ensemble.model import Bank
+from lora_ensemble.pool import MemberRecord, member_folder, write_examples, write_member
+from lora_ensemble.tasks import Kind, Task
+
+WORDS = ["good", "bad", "film", "the", "a", "story", "slow", "bright", "very", "not", "of", "music", "night"]
+ENTRIES = (
+    MemberConfig(rank=2, targets="qkv", scaling=2.0, seed=1),
+    MemberConfig(rank=5, targets="all-linear", seed=2),
+    MemberConfig(rank=3, targets="all-linear", scaling=0.5, seed=3),
+    MemberConfig(targets="none", seed=4),
+)
+
+
+def texts_of(n: int, columns: int, *, seed: int = 0, longest: int = 20) -> list[Any]:
+    """n texts, or n pairs, of 1 to ``longest`` words."""
+    rng = np.random.default_rng(seed)
+
+    def one() -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(1, longest)))
+
+    return [one() if columns == 1 else (one(), one()) for _ in range(n)]
+
+
+def write_pool(
+    pool: Path,
+    base: Path,
+    kind: Kind,
+    *,
+    columns: int = 1,
+    entries: Sequence[MemberConfig] = ENTRIES,
+    finetune: str = "lora",
+    n: int = 24,
+    max_length: int | None = None,
+) -> list[Any]:
+    """Write the entries' members of task "mine" with dev logits on n texts, which are returned."""
+    task = Task(name="mine", kind=kind, text=["one", "two"][:columns], label_names=LABELS[kind])
+    texts, labels = texts_of(n, columns), random_labels(kind, n)
+    members = expand_members(list(entries), finetune=finetune)
+    classifier, fresh = load_classifier(str(base), num_labels=task.num_outputs)
+    bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=finetune == "full")
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(len(members))
+        for i in range(len(members)):
+            # On what the member trains, and on nothing else: a block of zeros stays one.
+            adapter, heads = bank.member_state(i)
+            for t in [*adapter.A.values(), *adapter.B.values(), *heads["mine"].values()]:
+                t.add_(torch.randn(t.shape, generator=generator) * 0.2)
+            bank.load_member(i, adapter, heads)
+        if finetune == "full":
+            for p in bank.encoder.parameters():
+                p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    print_ = write_examples(pool, "mine", "dev", [f"d{i}" for i in range(n)], labels)
+    for i, member in enumerate(members):
+        record = MemberRecord(
+            name=member.name,
+            task="mine",
+            kind=kind,
+            labels=task.labels,
+            finished=True,
+            examples={"dev": print_},
+            text=task.text,
+            base_model=str(base),
+            finetune=finetune,
+            rank=member.rank,
+            scaling=member.scaling,
+            targets=member.targets,
+            lr=member.lr,
+            seed=member.seed,
+            settings={"max_length": max_length},
+        )
+        files = weight_files(bank, i, task, base_model=str(base), revision=None)
+        # Written twice: the second time with what PEFT makes of the first.
+        record = write_member(pool, record, {**files, "dev.logits.npy": np.zeros((n, task.num_outputs), np.float32)})
+        logits = peft_logits(member_folder(pool, "mine", member.name), base, texts, task.num_outputs, max_length or 90)
+        write_member(pool, record, {**files, "dev.logits.npy": logits})
+    return texts
+
+
+def peft_logits(folder: Path, base: Path, texts: Sequence[Any], outputs: int, max_length: int = 90) -> np.ndarray:
+    """(N, C) float32 logits of one member's folder, each text by itself, by transformers and PEFT alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if (folder / "adapter_config.json").is_file():
+        plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs)
+        model: Any = PeftModel.from_pretrained(plain, str(folder))
+        types = accepts_token_types(plain.base_model)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        types = accepts_token_types(model.base_model)
+    model.eval()
+    rows = []
+    for text in texts:
+        tokens = tokenizer(
+            *([text] if isinstance(text, str) else text),
+            truncation="longest_first",
+            max_length=max_length,
+            return_tensors="pt",
+            return_token_type_ids=types,
+        )
+        with torch.no_grad():
+            rows.append(model(**tokens).logits[0].numpy())
+    return np.stack(rows).astype(np.float32)
