@@ -1,4 +1,4 @@
-"""``lora-ensemble fit|validate|test|predict``: LightningCLI with the pool, the run's folder and one-line errors."""
+"""``lora-ensemble fit|sweep|validate|test|predict``: LightningCLI with the pool, a run's folder, one-line errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lora_ensemble import __version__, plan
+from lora_ensemble import __version__
 from lora_ensemble.banks import BankRun, check_bank_size, evaluation_banks, let_go
 from lora_ensemble.curves import MemberTable, default_loggers
 from lora_ensemble.data import BankData
@@ -29,6 +29,7 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.halving import EarlyExit
 from lora_ensemble.module import BankModule, check_precision
 from lora_ensemble.notices import say
+from lora_ensemble.plan import FILE as PLAN_FILE
 from lora_ensemble.pool_writer import PoolWriter
 from lora_ensemble.ray_sweep import Cluster, RayOptions, planned
 from lora_ensemble.restart import TimedCheckpoint
@@ -72,31 +73,8 @@ class _SaveConfig(SaveConfigCallback):
                 logger.log_hyperparams(json.loads(self.parser.dump(self.config, format="json", skip_none=False)))
 
 
-class SweepTrainer(pl.Trainer):
-    """A Trainer, so that LightningCLI knows the arguments of ``sweep``."""
-
-    def sweep(
-        self,
-        model: BankModule,
-        datamodule: BankData,
-        early_exit: EarlyExit | None = None,
-        plan_only: bool = False,
-        bank: int | None = None,
-        ray: RayOptions | None = None,
-    ) -> None:
-        """Train what the pool has not finished, and go on where a run of these settings stopped.
-
-        Args:
-            early_exit: Lets members that cannot catch up leave their bank.
-            plan_only: Write the plan of banks, say how many there are, and stop.
-            bank: Train this bank of the plan alone, counted from 1: for an array of jobs. Then sweep once more.
-            ray: Train the banks as tasks of a Ray cluster.
-        """
-        raise NotImplementedError("CLI.sweep does it, with a Trainer for each bank")
-
-
 class CLI(LightningCLI):
-    """LightningCLI with ``--pool.*`` and ``--experiment``."""
+    """LightningCLI with ``sweep``, ``--pool.*``, ``--experiment`` and ``--bank_size``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -110,7 +88,7 @@ class CLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The pool, the experiment's name, and what the model takes from the data."""
+        """The pool, the experiment's name, the size of banks, and what the model takes from the data."""
         parser.add_lightning_class_args(PoolWriter, "pool")
         parser.add_argument(
             "--experiment", type=str | None, default=None, help="Groups runs in Weights & Biases; default: the tasks."
@@ -159,7 +137,7 @@ class CLI(LightningCLI):
         fit, logger = self._trains, config.trainer.logger
         if logger is None or logger is True:
             use = fit and not config.trainer.fast_dev_run
-            again = resumed or (sweep and (self.run_dir / plan.FILE).is_file())
+            again = resumed or (sweep and (self.run_dir / PLAN_FILE).is_file())
             logger = default_loggers(self.run_dir, experiment=experiment, resumed=again) if use else False
         else:
             logger = self._get(self.config_init, "trainer").logger
@@ -220,7 +198,14 @@ class CLI(LightningCLI):
         bank: int | None = None,
         ray: RayOptions | None = None,
     ) -> None:
-        """Train what the pool has not finished, and go on where it stopped."""
+        """Train what the pool has not finished, and go on where a run of these settings stopped.
+
+        Args:
+            early_exit: Lets members that cannot catch up leave their bank.
+            plan_only: Write the plan of banks, say how many there are, and stop.
+            bank: Train this bank of the plan alone, counted from 1: for an array of jobs. Then sweep once more.
+            ray: Train the banks as tasks of a Ray cluster.
+        """
         train = None
         if plan_only:
             train = planned
@@ -275,6 +260,13 @@ class CLI(LightningCLI):
             "trainer": {k: v for k, v in plain["trainer"].items() if k not in _NOT_THE_RUN},
         }
         return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+class SweepTrainer(pl.Trainer):
+    """What ``sweep`` takes beside what ``fit`` does"""  # a heading of sweep --help
+
+    # LightningCLI reads a command's arguments off the Trainer's method, and then calls its own.
+    sweep = CLI.sweep
 
 
 def _check_checkpoint(path: str) -> None:

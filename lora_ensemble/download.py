@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import io
@@ -11,8 +10,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from lora_ensemble.arguments import Parser
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import PRESETS, SPLITS, Task
 
@@ -25,45 +25,24 @@ class Source:
 
     dataset: str
     config: str | None
-    splits: tuple[str, str, str]
-    """Names of train, dev and test."""
     text: tuple[str, ...]
     """Its text columns, in the order of the preset's."""
     label: str
     """Its label column; -1 where it is not public."""
+    splits: tuple[str, str, str] = ("train", "validation", "test")
+    """Names of train, dev and test."""
 
 
 SOURCES = {
-    "sst": Source(
-        dataset="SetFit/sst5", config=None, splits=("train", "validation", "test"), text=("text",), label="label"
-    ),
-    "quora": Source(
-        dataset="nyu-mll/glue",
-        config="qqp",
-        splits=("train", "validation", "test"),
-        text=("question1", "question2"),
-        label="label",
-    ),
-    "sts": Source(
-        dataset="nyu-mll/glue",
-        config="stsb",
-        splits=("train", "validation", "test"),
-        text=("sentence1", "sentence2"),
-        label="label",
-    ),
+    "sst": Source(dataset="SetFit/sst5", config=None, text=("text",), label="label"),
+    "quora": Source(dataset="nyu-mll/glue", config="qqp", text=("question1", "question2"), label="label"),
+    "sts": Source(dataset="nyu-mll/glue", config="stsb", text=("sentence1", "sentence2"), label="label"),
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def run(args: Sequence[str]) -> int:
     """Run ``data``; returns the exit code. ``UserError`` for what the user can put right."""
-    parser = _Parser(prog="lora-ensemble data")
+    parser = Parser(prog="lora-ensemble data")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     download_ = commands.add_parser(
         "download",

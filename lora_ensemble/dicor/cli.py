@@ -9,9 +9,10 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, get_args
+from typing import TYPE_CHECKING, get_args
 
 from lora_ensemble import __version__
+from lora_ensemble.arguments import Parser
 from lora_ensemble.dicor import import_command, report_command
 from lora_ensemble.dicor.settings import MethodName, Similarity, Strategy
 from lora_ensemble.errors import UserError
@@ -22,15 +23,8 @@ if TYPE_CHECKING:
     from lora_ensemble.pool import TaskPool
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="dicor",
         description="Pick from a pool of members a few that are good and disagree, and let them decide together.",
         epilog="Scores and similarities are those of the dev logits in the pool. Nothing is trained here.",
@@ -39,7 +33,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     import_command.add_parser(commands)
 
-    settings = _Parser(add_help=False)
+    settings = Parser(add_help=False)
     settings.add_argument("--pool", type=Path, required=True, metavar="DIR", help="the folder that training wrote")
     settings.add_argument(
         "--size",

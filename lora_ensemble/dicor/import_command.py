@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-_Parser = TypeVar("_Parser", bound=argparse.ArgumentParser)
+    from lora_ensemble.arguments import Parser
+
 FORMS = ("auto", "logits", "probabilities", "decisions")
 KINDS = ("multiclass", "binary", "regression")
 
@@ -21,7 +22,7 @@ each class, named after its label (p_0, p_1, ...), or one column: of the positiv
 column "model" and an .npz of several arrays are several members. Pickles are never loaded."""
 
 
-def add_parser(commands: _SubParsersAction[_Parser]) -> None:
+def add_parser(commands: _SubParsersAction[Parser]) -> None:
     """Add the command to those of ``dicor``."""
     parser = commands.add_parser("import", help="predictions of any model become members", description=DESCRIPTION)
     add = parser.add_argument

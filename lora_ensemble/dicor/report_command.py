@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import TYPE_CHECKING, get_args
 
 from lora_ensemble.dicor.settings import MethodName
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+    from lora_ensemble.arguments import Parser
     from lora_ensemble.dicor.options import Options
 
-_Parser = TypeVar("_Parser", bound=argparse.ArgumentParser)
 
-
-def add_parser(commands: _SubParsersAction[_Parser], settings: _Parser) -> None:
+def add_parser(commands: _SubParsersAction[Parser], settings: Parser) -> None:
     """Add the command to those of ``dicor``; ``settings`` has the options that it shares with ``compare``."""
     parser = commands.add_parser(
         "report",

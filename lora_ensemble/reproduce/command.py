@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
+from lora_ensemble.arguments import Parser
 from lora_ensemble.errors import UserError
 from lora_ensemble.progress import duration
 from lora_ensemble.reproduce.grids import config_files, work_of
@@ -21,16 +22,9 @@ from lora_ensemble.tasks import PRESETS, SPLITS
 BASE_MODELS: dict[Scale, str] = {"full": "bert-base-uncased", "small": "all-MiniLM-L6-v2"}
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = _Parser(
+    p = Parser(
         prog="lora-ensemble reproduce",
         description="Train every system of a report's tables, and put its tables and ours side by side. Interrupted, "
         "the same command goes on.",

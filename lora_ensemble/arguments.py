@@ -1,0 +1,15 @@
+"""A command line whose mistakes are one line."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from lora_ensemble.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a ``UserError``, where argparse prints its usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
