@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -12,8 +13,15 @@ from lora_ensemble.errors import UserError
 # A full disk, a folder that may not be written, a file where a folder should be.
 _NOT_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
+_OWN = {
+    "reproduce": "lora_ensemble.reproduce.command",
+    "data": "lora_ensemble.download",
+    "infer": "lora_ensemble.ensemble.infer",
+}
+"""Commands that are not LightningCLI's: the module whose ``run`` takes the arguments and returns the exit code."""
+
 USAGE = """\
-usage: lora-ensemble {fit,sweep,validate,test,predict,reproduce,data} [options]
+usage: lora-ensemble {fit,sweep,validate,test,predict,infer,reproduce,data} [options]
 
 Train many small LoRA models (members) over one frozen BERT at once and keep what they say in a pool;
 dicor then picks an accurate, diverse ensemble from the pool (see dicor --help).
@@ -24,6 +32,7 @@ commands:
   validate   score the pool's members on dev
   test       score the pool's members on a labelled test split
   predict    add the members' logits on a split (data.predict_split, default test) to the pool
+  infer      let a chosen ensemble decide about new text
   reproduce  oyeniyi or tolkunov: train every system of a report, and compare its tables with ours
   data       download: the public data sets behind the presets, in the course's format
 
@@ -52,14 +61,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"lora-ensemble {__version__}")
         return 0
     try:
-        if argv[0] == "reproduce":
-            from lora_ensemble.reproduce import command
-
-            return command.run(argv[1:])
-        if argv[0] == "data":
-            from lora_ensemble import download
-
-            return download.run(argv[1:])
+        if argv[0] in _OWN:
+            return int(importlib.import_module(_OWN[argv[0]]).run(argv[1:]))
         from lora_ensemble.cli import run
 
         return run(None if args is None else argv)

@@ -17,8 +17,8 @@ from pool_factory import make_pool
 from scipy.special import expit, log_softmax, softmax
 from trained_pool import ENTRIES, peft_logits, texts_of, write_pool
 
+from lora_ensemble import Ensemble
 from lora_ensemble.dicor.cli import main as dicor
-from lora_ensemble.ensemble import Ensemble
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import MemberConfig
 from lora_ensemble.tasks import Kind
