@@ -18,7 +18,7 @@ from lora_ensemble.errors import UserError
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PARQUET_MAGIC = b"PAR1"
-_NO_DELIMITER = "\x1f"  # a header of one column: the whole line is the cell, its commas included
+NO_DELIMITER = "\x1f"  # a header of one column: the whole line is the cell, its commas included
 _QUOTED_CELL = re.compile(r'"(?:[^"]|"")*"')
 
 
@@ -95,11 +95,11 @@ def _read_delimited(path: Path, text: str, wanted: Sequence[str] | None) -> Tabl
     first = next((i for i, line in enumerate(lines) if line.strip()), None)
     if first is None:
         raise UserError(f"{path}: empty file; expected a header line with the names of the columns")
-    delimiter = _delimiter(path, lines[first])
-    header, used, _ = _record(lines, first, delimiter, None)
+    delimiter = delimiter_of(path, lines[first])
+    header, used, _ = record_at(lines, first, delimiter, None)
     header = [name.strip() for name in header]
     start = first + used
-    width = _width(lines, start, delimiter, len(header))
+    width = width_of(lines, start, delimiter, len(header))
     rows: list[list[str]] = []
     broken: dict[int, str] = {}
     starts, stray, spanning = [], [], []
@@ -110,7 +110,7 @@ def _read_delimited(path: Path, text: str, wanted: Sequence[str] | None) -> Tabl
             i += 1
             continue
         if '"' in line:
-            cells, used, has_stray = _record(lines, i, delimiter, width)
+            cells, used, has_stray = record_at(lines, i, delimiter, width)
             if has_stray:
                 stray.append(number)
             if used > 1:
@@ -151,26 +151,27 @@ def _positions(path: Path, found: list[str], wanted: Sequence[str] | None) -> di
     return {name: found.index(name) for name in wanted if name in found}
 
 
-def _delimiter(path: Path, header: str) -> str:
+def delimiter_of(path: Path, header: str) -> str:
+    """What separates the fields of a file with this header; what no file holds, where it has one column."""
     # By content, since the course's .csv files are tab-separated.
     if "\t" in header:
         return "\t"
     if path.suffix.lower() == ".tsv":
-        return _NO_DELIMITER
-    return "," if "," in header else ";" if ";" in header else _NO_DELIMITER
+        return NO_DELIMITER
+    return "," if "," in header else ";" if ";" in header else NO_DELIMITER
 
 
-def _width(lines: list[str], start: int, delimiter: str, header: int) -> int:
+def width_of(lines: list[str], start: int, delimiter: str, header: int) -> int:
     """Fields per row: those of the header, or one more if the first row has a nameless index in front."""
     first = next((i for i in range(start, len(lines)) if lines[i].strip()), None)
     if first is not None and header > 1:
         for width in (header, header + 1):
-            if len(_record(lines, first, delimiter, width)[0]) == width:
+            if len(record_at(lines, first, delimiter, width)[0]) == width:
                 return width
     return header
 
 
-def _record(lines: list[str], i: int, delimiter: str, width: int | None) -> tuple[list[str], int, bool]:
+def record_at(lines: list[str], i: int, delimiter: str, width: int | None) -> tuple[list[str], int, bool]:
     """The record that starts in line ``i``: its cells, how many lines it takes, whether a stray quote was kept.
 
     Quoting is believed where it gives ``width`` cells. Otherwise the quote is text: an opening quote that is never
@@ -204,6 +205,16 @@ def _quoted_record(lines: list[str], i: int, delimiter: str) -> tuple[list[str],
         return next(reader), reader.line_num
     except csv.Error:
         return None
+
+
+def goes_on(lines: list[str], i: int, delimiter: str) -> bool:
+    """Whether a quote that opens in the record that starts in line ``i`` is not closed in these lines."""
+    reader = csv.reader((lines[j] + "\n" for j in range(i, len(lines))), delimiter=delimiter, strict=True)
+    try:
+        next(reader)
+    except csv.Error as e:
+        return "end of data" in str(e)
+    return False
 
 
 def _unquoted(cell: str) -> str:
