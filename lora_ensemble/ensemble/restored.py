@@ -119,8 +119,9 @@ class Ensemble:
             return out
         with self._lock, torch.inference_mode():
             for number, part in enumerate(self._parts):
+                budget = TOKENS.get(part.bank.weights.device.type, TOKENS["cpu"])
                 tokens = Tokens(columns, part.tokenizer, max_length=part.max_length)
-                for rows in _passes(tokens.lengths, TOKENS // len(part.places)):
+                for rows in _passes(tokens.lengths, budget // len(part.places)):
                     out[np.ix_(np.array(part.places), rows)] = self._pass(part.bank, tokens.row(rows))
                     if progress is not None and number == len(self._parts) - 1:
                         progress(len(rows))
@@ -168,8 +169,8 @@ class Ensemble:
         return [[row[column].strip() for row in rows] for column in range(width)]
 
 
-TOKENS = 16384
-"""Tokens of a pass, those of all members together."""
+TOKENS = {"cpu": 1024, "cuda": 65536}
+"""Tokens of a pass, those of all members together: on a CPU more are no faster, and take more memory."""
 
 _ASKED = {1: "a text", 2: "a pair of texts"}
 
