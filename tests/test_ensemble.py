@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import threading
 from collections import Counter
@@ -19,6 +20,7 @@ from trained_pool import ENTRIES, peft_logits, texts_of, write_pool
 
 from lora_ensemble import Ensemble
 from lora_ensemble.dicor.cli import main as dicor
+from lora_ensemble.ensemble import restored
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import MemberConfig
 from lora_ensemble.tasks import Kind
@@ -180,6 +182,17 @@ def test_bf16_is_near(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     texts = texts_of(20, 1, seed=4)
     exact, near = Ensemble.load(file).logits(texts), Ensemble.load(file, precision="bf16").logits(texts)
     assert 1e-5 < np.abs(exact - near).max() < 0.05 * np.abs(exact).max()  # bf16 keeps 8 bits
+
+
+def test_the_examples_in_the_docstrings(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pool(tmp_path / "pool", tiny("bert"), "multiclass")
+    select(tmp_path / "pool", "--method", "omni")
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(restored)
+    assert result.attempted > 5
+    assert result.failed == 0
 
 
 @pytest.mark.parametrize("texts", [[], ["good"]])

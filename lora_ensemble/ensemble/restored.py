@@ -2,9 +2,16 @@
 
 Axes: M members, N texts, C outputs of a head.
 
->>> ensemble = Ensemble.load("dicor.json")  # doctest: +SKIP
->>> ensemble.predict(["A gripping film.", "Two hours of nothing."])  # doctest: +SKIP
-array(['4', '0'], dtype='<U1')
+>>> ensemble = Ensemble.load("dicor.json")
+>>> ensemble.labels
+['0', '1', '2', '3', '4']
+>>> texts = ["A bright and gripping story.", "Slow, and not good."]
+>>> ensemble.predict(texts).shape
+(2,)
+>>> ensemble.predict_proba(texts).shape
+(2, 5)
+>>> ensemble.logits(texts).shape == (len(ensemble.members), 2, 5)
+True
 """
 
 from __future__ import annotations
