@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -47,6 +48,23 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(BankModule, "training_step", counted)
     return made
+
+
+@contextlib.contextmanager
+def at_step(number: int, happens: Callable[[], object]) -> Iterator[list[int]]:
+    """Let something happen at the start of a training step, counted from 1; gives the steps that were begun."""
+    begun: list[int] = []
+    step = BankModule.training_step
+
+    def patched(self: BankModule, *args: Any) -> Any:
+        begun.append(len(begun) + 1)
+        if len(begun) == number:
+            happens()
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BankModule, "training_step", patched)
+        yield begun
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -97,23 +115,18 @@ def test_a_member_that_is_gone_is_trained_again(program: Program, steps: list[li
     assert f"sst/{last}/member.json" in again
 
 
-def test_a_pool_that_is_gone_is_made_again(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_that_is_gone_is_made_again(program: Program) -> None:
     """Deleted while the sweep was interrupted, whose checkpoint remembers better scores than any to come."""
     assert program("sweep", members=TWO) == 0
     whole = contents(program.pool)
     shutil.rmtree(program.folder / "runs")
     shutil.rmtree(program.pool)
-    step = BankModule.training_step
 
-    def interrupted(self: BankModule, batch: Any, index: int) -> Any:
-        if self.current_epoch == 1:
-            raise KeyboardInterrupt
-        return step(self, batch, index)
+    def interrupted() -> None:
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(BankModule, "training_step", interrupted)
-        with pytest.raises(SystemExit):  # Lightning's own way out
-            program("sweep", members=TWO)
+    with at_step(9, interrupted), pytest.raises(SystemExit):  # in the second epoch; Lightning's own way out
+        program("sweep", members=TWO)
     assert len(list((program.pool / "sst").glob("r*"))) == 2
     shutil.rmtree(program.pool)
     assert program("sweep", members=TWO) == 0
@@ -346,20 +359,15 @@ def test_out_of_memory(program: Program, monkeypatch: pytest.MonkeyPatch, capsys
     assert sorted(r.name for r in pool.TaskPool(program.pool, "sst").members) == sorted(NAMES)
 
 
-def test_a_lost_device(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_device(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert program("sweep", members=TWO) == 0
     undisturbed, program.pool = contents(program.pool), program.folder / "lost"
     shutil.rmtree(program.folder / "runs")
-    step, done = BankModule.training_step, []
 
-    def lost(self: BankModule, *args: Any) -> Any:
-        done.append(1)
-        if len(done) == 12:
-            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
-        return step(self, *args)
+    def lost() -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(BankModule, "training_step", lost)
+    with at_step(12, lost):
         assert program("sweep", members=TWO) == 2
     assert "the device failed (CUDA error: unspecified launch failure); the same command goes on" in (
         capsys.readouterr().err
@@ -432,23 +440,14 @@ def run(arguments: list[str]) -> None:
     os._exit(main(arguments))
 
 
-def test_sigterm(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigterm(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     """In the fourth step of the second epoch: the checkpoint is of that step, and the sweep goes on bit for bit."""
     assert program("sweep", members=TWO) == 0
     undisturbed, program.pool = contents(program.pool), program.folder / "ended"
     shutil.rmtree(program.folder / "runs")
-    step, done = BankModule.training_step, []
-
-    def ended(self: BankModule, *args: Any) -> Any:
-        done.append(1)
-        if len(done) == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BankModule, "training_step", ended)
+    with at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM)) as begun:
         assert program("sweep", members=TWO) == 128 + signal.SIGTERM
-    assert len(done) == 12
+    assert begun[-1] == 12
     assert "interrupted: the same command goes on" in capsys.readouterr().out
     checkpoint = program.run_dir() / "checkpoint" / "last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 12
