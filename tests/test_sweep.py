@@ -21,7 +21,6 @@ from test_banks import EXACT, FIVE, NAMES, fail_once
 from test_cli import Program
 
 from lora_ensemble import pool
-from lora_ensemble.halving import survivors
 from lora_ensemble.main import main
 from lora_ensemble.module import BankModule
 from lora_ensemble.sweep import Sweep
@@ -252,6 +251,8 @@ def test_jobs_that_make_no_sense(
     assert program("sweep", "--plan_only=true", members=TWO) == 0
     assert program("sweep", "--bank=2", members=TWO) == 2
     assert "--bank 2: the plan has 1 banks" in capsys.readouterr().err
+    assert program("sweep", "--bank=0", members=TWO) == 2  # not the last one
+    assert "--bank 0: the plan has 1 banks" in capsys.readouterr().err
     monkeypatch.setattr("lora_ensemble.sweep._WAIT", 0.0)
     with pool.sole_process(program.run_dir() / "checkpoint", "trains this bank"):
         assert program("sweep", "--bank=1", members=TWO) == 2
@@ -259,27 +260,6 @@ def test_jobs_that_make_no_sense(
 
 
 # Early exit
-
-
-def test_survivors_worked_out_by_hand() -> None:
-    """Four members: the best two stay. Of the others' better half, nobody or the first."""
-    alike = {"sst": np.array([[1.0, 2, 3, 4], [1, 2, 3, 5], [1, 2, 4, 3], [4, 1, 3, 2]])[..., None]}
-    assert survivors([0.5, 0.4, 0.3, 0.2], [], alike, keep=0.5, reserve=0) == [0, 1]
-    assert survivors([0.2, 0.3, 0.4, 0.5], [], alike, keep=0.5, reserve=0) == [2, 3]
-    assert survivors([0.5, 0.4, 0.3, 0.2], [], alike, keep=0.5, reserve=0.25) == [0, 1, 2]
-    # Elsewhere four were better than all but one of these: the best half of all eight is those four and member 0.
-    assert survivors([0.8, 0.4, 0.3, 0.2], [0.9, 0.7, 0.6, 0.1], alike, keep=0.5, reserve=0) == [0]
-    assert survivors([0.5, 0.4, 0.3, 0.2], [0.9] * 4, alike, keep=0.5, reserve=0) == [0]  # at least one
-    assert survivors([0.5, float("nan"), 0.5, 0.5], [], alike, keep=0.5, reserve=0) == [0, 2, 3]  # ties stay
-    assert survivors([float("nan")] * 4, [], alike, keep=0.5, reserve=0.5) == [0]
-
-
-def test_the_reserve_is_unlike_those_that_stay() -> None:
-    """Of the better half of the rest (members 1 and 2), member 2 is the opposite of the best one."""
-    logits = {"sts": np.array([[1.0, 2, 3], [1, 2, 3.1], [3, 2, 1], [1, 3, 2], [2, 1, 3]])[..., None]}
-    scores = [0.9, 0.5, 0.4, 0.3, 0.2]
-    assert survivors(scores, [], logits, keep=0.2, reserve=0.2) == [0, 2]
-    assert survivors(scores, [], logits, keep=0.2, reserve=0.4) == [0, 1, 2]
 
 
 def test_members_leave_and_the_others_are_what_they_would_have_been(
