@@ -38,6 +38,7 @@ from lora_ensemble.dicor.members import Dev, view_of
 from lora_ensemble.dicor.methods import Method, Omni
 from lora_ensemble.dicor.options import METHODS, Options, method_of
 from lora_ensemble.dicor.splits import stratified_folds
+from lora_ensemble.dicor.view import Sums
 from lora_ensemble.pool import TaskPool, task_names
 from lora_ensemble.tasks import Kind, score_decisions
 from peers import autogluon, peers
@@ -113,9 +114,9 @@ class Seen:
 class Contest:
     """All draws of one task."""
 
-    def __init__(self, task_pool: TaskPool, repeats: int, extra: dict[str, Method] | None = None) -> None:
+    def __init__(self, task_pool: TaskPool, repeats: int) -> None:
         self.dev, self.kind = dev_of(task_pool), task_pool.kind
-        self.repeats, self.extra = repeats, extra or {}
+        self.repeats = repeats
         self.of: dict[str, Seen] = defaultdict(Seen)
         self.counts = np.zeros(len(self.dev.labels))
         self.same: dict[str, list[tuple[bool, float]]] = defaultdict(list)
@@ -126,7 +127,7 @@ class Contest:
         one = draw(self.dev, number)
         self.counts[one.rows] += 1
         n = len(one.dev)
-        methods = {**ours(self.kind, n), **self.extra}
+        methods = ours(self.kind, n)
         omni = methods["omni"]
         assert isinstance(omni, Omni)
         found = estimate(one.dev, methods, omni=omni, repeats=self.repeats)
@@ -175,9 +176,8 @@ class Contest:
             weights[choice.members] = choice.weights
             sums = view.sums("loss" if by == "loss" else "score")
 
-            def worth(w: np.ndarray, sums: object = sums) -> float:
-                each: np.ndarray = sums.each  # type: ignore[attr-defined]
-                return float(sums.value(np.tensordot(w, each, axes=1), 1))  # type: ignore[attr-defined]
+            def worth(w: np.ndarray, sums: Sums = sums) -> float:
+                return sums.value(np.tensordot(w, sums.each, axes=1), 1)
 
             self.same[by].append((bool(np.allclose(weights, theirs.weights_)), worth(weights) - worth(theirs.weights_)))
 

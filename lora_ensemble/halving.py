@@ -86,15 +86,16 @@ def _correlation(logits: Mapping[str, np.ndarray]) -> np.ndarray:
 class Gate(pl.Callback):
     """Stops a bank where members have to leave it, at the end of an epoch, after its checkpoint was written.
 
-    ``others``: from a number of dev evaluations to the scores that members elsewhere had then. ``rung``: the last one
-    that the bank has been through.
+    ``rung``: the last one that the bank has been through. ``others``: from a rung to the scores that members elsewhere
+    had there.
     """
 
     def __init__(self, rule: EarlyExit, writer: PoolWriter, *, rung: int, others: Callable[[int], list[float]]) -> None:
-        self._rule, self._writer, self._rung, self._others = rule, writer, rung, others
+        self._rule, self._writer, self._others = rule, writer, others
+        self.rung = rung
+        """The last one that the bank has been through."""
         self.stayed: list[int] | None = None
         """Indices of the members that stay, once the bank was stopped."""
-        self.rung = rung
         self.epochs = 0
         """Epochs that were trained until then."""
 
@@ -109,12 +110,12 @@ class Gate(pl.Callback):
     def _decide(self, trainer: pl.Trainer, epochs: int) -> None:
         done = self._writer.evaluations
         rung = max((r for r in self._rule.rungs if r <= done), default=0)
-        if rung <= self._rung or epochs == trainer.max_epochs:
+        if rung <= self.rung or epochs == trainer.max_epochs:
             return
         scores, logits = self._writer.at(rung)
         stay = survivors(scores, self._others(rung), logits, keep=self._rule.keep, reserve=self._rule.reserve)
-        self._rung = rung
+        self.rung = rung
         if len(stay) < len(scores):
-            self.stayed, self.rung, self.epochs = stay, rung, epochs
+            self.stayed, self.epochs = stay, epochs
             self._writer.paused = True
             trainer.should_stop = True

@@ -98,6 +98,19 @@ def _logits_bytes(module: BankModule, data: BankData, trainer: pl.Trainer) -> in
     return numbers * (3 * 4 + 2 * max(trainer.max_epochs or 1, 1))
 
 
+def train_step(module: BankModule, optimizer: BankAdamW, batch: dict[str, Any]) -> None:
+    """A step of training by itself, without a Trainer; the batch is on the module's device."""
+    logits = module.bank(batch)
+    losses: list[Tensor] = [
+        member_losses(logits[t.name], batch[t.name]["labels"], t.kind).sum()
+        for t in module.tasks
+        if len(batch[t.name]["labels"])
+    ]
+    optimizer.zero_grad()
+    torch.stack(losses).sum().backward()
+    optimizer.step()
+
+
 class _Trial:
     """Trains a few members for a step on each of the largest batches, evaluates the longest examples, and measures."""
 
@@ -149,16 +162,7 @@ class _Trial:
             assert optimizer.alive.all()
             module.bank.weights.grad = torch.zeros_like(module.bank.weights)
             for batch in [brought(b) for b in self.batches]:
-                logits = module.bank(batch)
-                losses: list[Tensor] = [
-                    member_losses(logits[t.name], batch[t.name]["labels"], t.kind).sum()
-                    for t in module.tasks
-                    if len(batch[t.name]["labels"])
-                ]
-                optimizer.zero_grad()
-                torch.stack(losses).sum().backward()
-                optimizer.step()
-                del logits, losses
+                train_step(module, optimizer, batch)
 
     def _evaluate(self, module: BankModule) -> None:
         module.eval()

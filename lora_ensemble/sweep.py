@@ -26,7 +26,8 @@ from lora_ensemble.pool_writer import overall, print_summary
 from lora_ensemble.progress import SweepProgress, duration
 
 Train = Callable[[Plan, list[int], Callable[[PlannedBank], Path]], None]
-"""From a plan, the numbers of the banks to train and a bank's folder to nothing: when it returns, they are trained."""
+"""From a plan, the numbers of the banks to train and a bank's folder to nothing: has others train them, or only says
+what there is to train."""
 _WAIT = 60.0
 """Seconds to wait for a process that is about to die with its node."""
 
@@ -56,7 +57,8 @@ class Sweep(BankRun):
         """
         self._early_exit, started = early_exit, time.monotonic()
         if bank is not None:
-            self._one(bank)
+            plan = self._one(bank)
+            self._report(plan, time.monotonic() - started, of=plan.members)
             return
         tasks = [t.name for t in self.module.tasks]
         with pool.sole_sweep(self._pool, tasks) if rank_zero_only.rank == 0 else contextlib.nullcontext():
@@ -70,8 +72,8 @@ class Sweep(BankRun):
             plan = self._through(plan, "last", True)
         self._report(plan, time.monotonic() - started)
 
-    def _one(self, number: int) -> None:
-        """Train one bank of the plan, which is not written; what became of the bank goes into a plan of its own."""
+    def _one(self, number: int) -> Plan:
+        """Train one bank of the plan, which is not written; what became of the bank is a plan of its own."""
         plan = read_plan(self.run_dir, [m.name for m in self.module.members])
         if plan is None:
             raise UserError(f"--bank {number}: there is no plan in {self.run_dir} yet; run it with --plan_only true")
@@ -80,8 +82,7 @@ class Sweep(BankRun):
         bank = plan.banks[number - 1]
         self._everyone, self._own = plan, self._folder(bank)
         own = read_plan(self._own, bank.members) or Plan(banks=[bank])
-        own = self._through(own, "last", True)
-        self._report(own, 0.0, of=bank.members)
+        return self._through(own, "last", True)
 
     def _with_their_own(self, plan: Plan) -> Plan:
         """The plan, with what became of banks that were trained by processes of their own."""
@@ -214,11 +215,10 @@ class Sweep(BankRun):
             if name in bank.members:
                 continue
             records = [pool.read_record(self._pool, t.name, name) for t in self.module.tasks]
-            whole = [r for r in records if r is not None and len(r.epoch_scores) >= rung]
-            if len(whole) == len(records):
-                at = {r.task: (r.epoch_scores[rung - 1], r.kind) for r in whole}
-                if all(score is not None for score, _ in at.values()):
-                    scores.append(overall({task: (float(s or 0.0), kind) for task, (s, kind) in at.items()}))
+            there = [r for r in records if r is not None and len(r.epoch_scores) >= rung]
+            at = {r.task: (s, r.kind) for r in there if (s := r.epoch_scores[rung - 1]) is not None}
+            if len(at) == len(records):
+                scores.append(overall(at))
         return scores
 
     def _stopped(self, plan: Plan, bank: PlannedBank, module: BankModule) -> Plan | None:

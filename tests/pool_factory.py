@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from lora_ensemble.pool import MemberRecord, write_examples, write_member
+from lora_ensemble.errors import UserError
+from lora_ensemble.pool import MemberRecord, TaskPool, write_examples, write_member
 from lora_ensemble.tasks import Kind
 
 LABELS: dict[Kind, list[str]] = {
@@ -78,3 +83,54 @@ def make_pool(
             **lora,
         )
     return pool
+
+
+# One binary task by hand, and what is done to it
+
+IDS = ["a", "b", "c", "d"]
+TRUTH = np.array([0, 1, 1, 0])
+LOGITS = np.array([[-1.5], [2.0], [0.25], [-3.0]], np.float32)  # (N, C)
+
+
+def two_members(pool: Path) -> Path:
+    """One binary task, ``quora``, with two finished members, ``m0`` and ``m1``, who contradict each other."""
+    for name, sign in (("m0", 1), ("m1", -1)):
+        add_member(pool, "quora", "binary", name, {"dev": sign * LOGITS}, {"dev": IDS}, {"dev": TRUTH})
+    return pool
+
+
+def edit(pool: Path, member: str, /, **changes: object) -> Path:
+    """Change keys of a member.json by hand; a key set to ``...`` is removed."""
+    path = pool / "quora" / member / "member.json"
+    raw = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+    return path
+
+
+def sha256(path: Path) -> str:
+    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def put(pool: Path, name: str, array: np.ndarray, file: str = "dev.logits.npy") -> Path:
+    """Another array and the checksum that goes with it: not tampered with, but wrong."""
+    path = pool / "quora" / name / file
+    np.save(path, array)
+    return sign(pool, name, path)
+
+
+def sign(pool: Path, name: str, path: Path) -> Path:
+    files = json.loads((path.parent / "member.json").read_text())["files"]
+    edit(pool, name, files={**files, path.name: sha256(path)})
+    return path
+
+
+def refused(*says: object) -> pytest.RaisesExc[UserError]:
+    """Exactly one line that holds all of ``says``, in order."""
+    return pytest.raises(UserError, match="(?s)^[^\n]*" + "[^\n]*".join(re.escape(str(s)) for s in says) + "[^\n]*$")
+
+
+def open_and_read(pool: Path) -> None:
+    opened = TaskPool(pool, "quora")
+    opened.examples()
+    for record in opened.members:
+        opened.logits(record.name)

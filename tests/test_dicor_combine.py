@@ -152,6 +152,24 @@ def test_mean_worked_out_by_hand_and_then_decided():
     assert combine(logits, strategy="majority", **others).tolist() == [0]
 
 
+def test_weights_and_temperatures_stay_with_their_members_whatever_the_scores():
+    """sigmoid(2) = 0.88 and sigmoid(-2) = 0.12: 0.9 of the one and 0.1 of the other are 0.80."""
+    logits = np.array([[[2.0]], [[-2.0]]])
+    how = {"kind": "binary", "ranks": [None, None], "names": ["a", "b"]}
+    for scores in ([0.9, 0.1], [0.1, 0.9]):
+        weighted = combine(logits, strategy="weighted", scores=scores, weights=np.array([0.9, 0.1]), **how)
+        assert weighted.tolist() == [1]
+        # sigmoid(2) and sigmoid(-2 / 100) = 0.495
+        hot = np.array([1.0, 100.0])
+        assert combine(logits, strategy="mean-probability", scores=scores, temperatures=hot, **how).tolist() == [1]
+
+
+def test_a_logit_that_no_probability_can_show_still_decides():
+    """sigmoid(1e-20) is 1/2 in float64."""
+    how = {"kind": "binary", "strategy": "mean-probability", "ranks": [None], "scores": [0.5], "names": ["a"]}
+    assert combine(np.array([[[1e-20], [-1e-20]]]), **how).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("kind", ["multiclass", "binary", "regression"])
 def test_mean_is_decided_as_the_task_decides(kind):
     logits = random_logits(kind, random_labels(kind, 50), 6)

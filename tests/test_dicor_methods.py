@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from by_others import probabilities, worth
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pool_factory import random_labels, random_logits
-from scipy.special import expit, softmax
-from scipy.stats import pearsonr
-from sklearn.metrics import accuracy_score, log_loss
+from scipy.special import softmax
+from sklearn.metrics import accuracy_score
 
 from lora_ensemble.dicor.greedy import Greedy
 from lora_ensemble.dicor.methods import Best, Dicor, Exhaustive, Omni, Weighted
@@ -37,24 +37,6 @@ def for_kind(method, kind):
     """Whether a method makes sense for a kind."""
     needs_classes = method.get_params().get("temperature") or method.get_params().get("strategy") == "majority"
     return kind != "regression" or not needs_classes
-
-
-def probabilities(logits, kind):
-    """(M, N, classes) with scipy, or the values."""
-    if kind == "multiclass":
-        return softmax(logits.astype(float), axis=-1)
-    if kind == "binary":
-        return np.concatenate([expit(-logits.astype(float)), expit(logits.astype(float))], axis=-1)
-    return logits[..., 0].astype(float)
-
-
-def worth(prediction, labels, kind, criterion):
-    """The higher the better, by scikit-learn and scipy."""
-    if kind == "regression":
-        return pearsonr(prediction, labels).statistic if criterion == "score" else -np.mean((prediction - labels) ** 2)
-    if criterion == "score":
-        return accuracy_score(labels, prediction.argmax(-1))
-    return -log_loss(labels, prediction, labels=np.arange(prediction.shape[-1]))
 
 
 def autogluon_loop(predictions, labels, kind, criterion, steps):

@@ -4,12 +4,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from by_others import probabilities, worth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_factory import random_labels, random_logits
-from scipy.special import expit, softmax
-from scipy.stats import pearsonr
-from sklearn.metrics import accuracy_score, log_loss, mean_squared_error
 from sklearn.metrics.pairwise import cosine_similarity
 
 from lora_ensemble.dicor.estimate import estimate
@@ -60,21 +58,14 @@ def test_the_mean_similarity_counts_not_the_largest_nor_the_least_nor_the_last()
 
 def brute_force(logits, labels, names, kind, similarity, size, top_k):
     """The rules read aloud, with scikit-learn's and scipy's scores, losses and similarities."""
-    x = logits.astype(float)
-    if kind == "regression":
-        values = x[..., 0]
-        scores = [pearsonr(v, labels).statistic for v in values]
-        loss = [mean_squared_error(labels, v) for v in values]
-    elif kind == "binary":
-        decided, values = (x[..., 0] > 0).astype(int), x[..., 0]
-        loss = [log_loss(labels, expit(v), labels=[0, 1]) for v in values]
-    else:
-        decided, values = x.argmax(-1), (x - x.mean(-1, keepdims=True)).reshape(len(x), -1)
-        loss = [log_loss(labels, softmax(v, axis=1), labels=range(5)) for v in x]
-    if kind != "regression":
-        scores = [accuracy_score(labels, d) for d in decided]
-        if similarity == "cosine":
-            values = np.eye(5)[decided].reshape(len(x), -1)
+    p = probabilities(logits, kind)
+    scores, loss = ([sign * worth(one, labels, kind, by) for one in p] for by, sign in (("score", 1), ("loss", -1)))
+    values = logits.astype(float)
+    if kind == "multiclass":
+        values = values - values.mean(-1, keepdims=True)
+    values = values.reshape(len(values), -1)
+    if kind != "regression" and similarity == "cosine":
+        values = np.eye(p.shape[-1])[p.argmax(-1)].reshape(len(values), -1)
     alike = cosine_similarity(values) if similarity == "cosine" else np.corrcoef(values)
     defined = [m for m in range(len(names)) if not np.isnan(scores[m])]
     left = sorted(defined, key=lambda m: (-round(scores[m], 9), round(loss[m], 9), names[m]))[:top_k]

@@ -50,6 +50,15 @@ def by_scipy(logits, labels, kind, shrink):
     return found.x
 
 
+def test_weights_are_drawn_to_equal_ones_by_a_shrink_of_1():
+    labels = random_labels("multiclass", 80)
+    logits = random_logits("multiclass", labels, 6, seed=1, noise=2)
+    true = true_probabilities(logits, labels, "multiclass")
+    found = convex_weights(voices(logits, "multiclass"), labels, "multiclass", true_probabilities=true)
+    np.testing.assert_allclose(found, by_scipy(logits, labels, "multiclass", 1.0), atol=1e-4)
+    assert np.abs(found - by_scipy(logits, labels, "multiclass", 10.0)).max() > 0.01
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shrink", [0.1, 10.0])
 @pytest.mark.parametrize(("k", "n"), [(2, 30), (6, 300), (12, 80)])
@@ -168,10 +177,11 @@ def test_scale_and_offsets_are_those_that_scipy_finds(kind, pull):
     assert np.abs(offsets).max() > 0.05
 
 
-@pytest.mark.parametrize("pull", [1e-3, 1.0])
+@pytest.mark.parametrize("pull", [1e-3, 1.0, 10.0])
 def test_scale_and_offsets_of_one_class_by_hand(pull):
     """N examples of probability 1/2, all of class 1: q = sigmoid(d), d = b1 - b0 = 2 b1, where N (1 - q) = pull b1."""
-    scale, offsets = scale_and_offsets(np.zeros((7, 1)), np.ones(7, int), "binary", pull=pull)
+    given = {} if pull == 10 else {"pull": pull}  # the default
+    scale, offsets = scale_and_offsets(np.zeros((7, 1)), np.ones(7, int), "binary", **given)
     assert scale == pytest.approx(1)  # log p is the same for both classes: nothing is said of the scale
     assert offsets[0] == pytest.approx(-offsets[1])
     assert 7 / (1 + np.exp(2 * offsets[1])) == pytest.approx(pull * offsets[1], rel=1e-6)

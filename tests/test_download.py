@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, capsys: pytest.CaptureF
     noted = json.loads((tmp_path / "downloaded.json").read_text())
     assert sorted(noted) == sorted(SOURCES)
     assert noted["quora"]["config"] == "qqp"
+    content = (tmp_path / "quora-dev.csv").read_bytes()
+    assert noted["quora"]["files"]["quora-dev.csv"] == hashlib.sha256(content).hexdigest()[:16]
 
 
 def test_a_second_time_changes_nothing_and_other_files_are_not_overwritten(tmp_path: Path) -> None:

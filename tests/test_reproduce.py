@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from test_cli import Program
 
 from lora_ensemble.lora import MemberConfig, expand_members
 from lora_ensemble.main import main
-from lora_ensemble.reproduce import command, papers
-from lora_ensemble.reproduce.grids import config_files, config_folder, work_of
+from lora_ensemble.pool import MemberRecord
+from lora_ensemble.reproduce import command, papers, results, timing
+from lora_ensemble.reproduce.figures import low_and_high
+from lora_ensemble.reproduce.grids import Work, config_files, config_folder, work_of
 from lora_ensemble.reproduce.markdown import table
 from lora_ensemble.tasks import overall_score
 
@@ -161,6 +164,53 @@ def test_a_table() -> None:
     assert table(["model", "sst"], [["a", "0.1"], ["bc", "-"]]) == (
         "| model | sst |\n|-------|----:|\n| a     | 0.1 |\n| bc    |   - |"
     )
+
+
+def test_a_column_is_of_numbers_where_nothing_else_stands_in_it() -> None:
+    assert table(["a", "b"], [["0.5 (p 0.1)", "x"], ["-", "1"]]).splitlines()[1] == "|------------:|---|"
+    assert table(["a"], []).splitlines()[1] == "|---|"
+
+
+def test_how_long_a_part_takes_by_hand() -> None:
+    speed = timing.Speed(device="", seconds=0.01, tokens={"a": 5.0, "b": 2.0}, examples={"a": (100, 10), "b": (40, 20)})
+    work = Work(members=5, heads_only=2, full=False, epochs=3, steps_per_epoch=None, learning_rates=[])
+    assert timing.steps(work, ("a", "b"), speed.examples) == 3 * 13  # 100 examples in batches of 8
+    assert timing.steps(replace(work, steps_per_epoch=4), ("a", "b"), speed.examples) == 3 * 4
+    # Three members: 39 steps of 8 × (5 + 2) tokens, three times 10 × 5 + 20 × 2 of dev at a third. Two heads: the
+    # encoder once over 110 × 5 + 60 × 2 tokens, at a third.
+    assert timing.seconds(work, ("a", "b"), speed) == pytest.approx(0.01 * (3 * (2184 + 90) + 670 / 3))
+    full = replace(work, members=1, heads_only=0, full=True)
+    assert timing.seconds(full, ("a",), speed) == pytest.approx(0.01 * (2 * 39 * 8 * 5 + 50))
+
+
+def test_the_members_of_figure_4() -> None:
+    """Most have scaling 3; of those the least and the largest rank, of equals by name. A head alone has no rank."""
+    given = [
+        ("a", 2, 3.0),
+        ("b", 1, 1.0),
+        ("c", 9, 3.0),
+        ("d", 9, 3.0),
+        ("e", 20, 1.0),
+        ("f", 2, 3.0),
+        ("g", None, None),
+    ]
+    records = [MemberRecord(name=n, task="sst", kind="multiclass", rank=r, scaling=c) for n, r, c in given]
+    assert [r.name for r in low_and_high(records)] == ["a", "d"]
+    even = [records[i] for i in (4, 1, 2, 0)]  # two of each scaling: the lesser one
+    assert [r.name for r in low_and_high(even)] == ["b", "e"]
+
+
+def test_oyeniyis_claims_by_hand() -> None:
+    """With these scores the overall one is x for a member that has x, x and 2x - 1; who diverged has none."""
+    of = dict.fromkeys(papers.OYENIYI_DEV, 0.5) | {"4-kqv-r48": 0.7, "9-all-1-r4": 0.6, "11-all-1-r100": None}
+    scores = {n: {"sst": x, "quora": x, "sts": None if x is None else 2 * x - 1} for n, x in of.items()}
+    beats, ranks, layers, _, best = results._oyeniyi_claims(scores).splitlines()
+    assert ": 2 of 10 do here (not 2-kqv-r4, 3-kqv-r32, 5-pooler-r4, " in beats  # as good as the baseline is not better
+    assert "11-all-1-r100)." in beats
+    assert "4 to 48 on key, query, value 0.500 → 0.700;" in ranks
+    assert ranks.endswith("and to 100 -.")
+    assert layers.endswith("all but the output layer 0.600.")
+    assert best == "* *Model 9 is best*: here it is 4-kqv-r48 (0.700); model 9 has 0.600."
 
 
 def test_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

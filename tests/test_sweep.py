@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -20,7 +21,6 @@ from test_banks import EXACT, FIVE, NAMES, fail_once
 from test_cli import Program
 
 from lora_ensemble import pool
-from lora_ensemble.halving import survivors
 from lora_ensemble.main import main
 from lora_ensemble.module import BankModule
 from lora_ensemble.sweep import Sweep
@@ -47,6 +47,23 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(BankModule, "training_step", counted)
     return made
+
+
+@contextlib.contextmanager
+def at_step(number: int, happens: Callable[[], object]) -> Iterator[list[int]]:
+    """Let something happen at the start of a training step, counted from 1; gives the steps that were begun."""
+    begun: list[int] = []
+    step = BankModule.training_step
+
+    def patched(self: BankModule, *args: Any) -> Any:
+        begun.append(len(begun) + 1)
+        if len(begun) == number:
+            happens()
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BankModule, "training_step", patched)
+        yield begun
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -97,23 +114,18 @@ def test_a_member_that_is_gone_is_trained_again(program: Program, steps: list[li
     assert f"sst/{last}/member.json" in again
 
 
-def test_a_pool_that_is_gone_is_made_again(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_that_is_gone_is_made_again(program: Program) -> None:
     """Deleted while the sweep was interrupted, whose checkpoint remembers better scores than any to come."""
     assert program("sweep", members=TWO) == 0
     whole = contents(program.pool)
     shutil.rmtree(program.folder / "runs")
     shutil.rmtree(program.pool)
-    step = BankModule.training_step
 
-    def interrupted(self: BankModule, batch: Any, index: int) -> Any:
-        if self.current_epoch == 1:
-            raise KeyboardInterrupt
-        return step(self, batch, index)
+    def interrupted() -> None:
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(BankModule, "training_step", interrupted)
-        with pytest.raises(SystemExit):  # Lightning's own way out
-            program("sweep", members=TWO)
+    with at_step(9, interrupted), pytest.raises(SystemExit):  # in the second epoch; Lightning's own way out
+        program("sweep", members=TWO)
     assert len(list((program.pool / "sst").glob("r*"))) == 2
     shutil.rmtree(program.pool)
     assert program("sweep", members=TWO) == 0
@@ -239,6 +251,8 @@ def test_jobs_that_make_no_sense(
     assert program("sweep", "--plan_only=true", members=TWO) == 0
     assert program("sweep", "--bank=2", members=TWO) == 2
     assert "--bank 2: the plan has 1 banks" in capsys.readouterr().err
+    assert program("sweep", "--bank=0", members=TWO) == 2  # not the last one
+    assert "--bank 0: the plan has 1 banks" in capsys.readouterr().err
     monkeypatch.setattr("lora_ensemble.sweep._WAIT", 0.0)
     with pool.sole_process(program.run_dir() / "checkpoint", "trains this bank"):
         assert program("sweep", "--bank=1", members=TWO) == 2
@@ -246,27 +260,6 @@ def test_jobs_that_make_no_sense(
 
 
 # Early exit
-
-
-def test_survivors_worked_out_by_hand() -> None:
-    """Four members: the best two stay. Of the others' better half, nobody or the first."""
-    alike = {"sst": np.array([[1.0, 2, 3, 4], [1, 2, 3, 5], [1, 2, 4, 3], [4, 1, 3, 2]])[..., None]}
-    assert survivors([0.5, 0.4, 0.3, 0.2], [], alike, keep=0.5, reserve=0) == [0, 1]
-    assert survivors([0.2, 0.3, 0.4, 0.5], [], alike, keep=0.5, reserve=0) == [2, 3]
-    assert survivors([0.5, 0.4, 0.3, 0.2], [], alike, keep=0.5, reserve=0.25) == [0, 1, 2]
-    # Elsewhere four were better than all but one of these: the best half of all eight is those four and member 0.
-    assert survivors([0.8, 0.4, 0.3, 0.2], [0.9, 0.7, 0.6, 0.1], alike, keep=0.5, reserve=0) == [0]
-    assert survivors([0.5, 0.4, 0.3, 0.2], [0.9] * 4, alike, keep=0.5, reserve=0) == [0]  # at least one
-    assert survivors([0.5, float("nan"), 0.5, 0.5], [], alike, keep=0.5, reserve=0) == [0, 2, 3]  # ties stay
-    assert survivors([float("nan")] * 4, [], alike, keep=0.5, reserve=0.5) == [0]
-
-
-def test_the_reserve_is_unlike_those_that_stay() -> None:
-    """Of the better half of the rest (members 1 and 2), member 2 is the opposite of the best one."""
-    logits = {"sts": np.array([[1.0, 2, 3], [1, 2, 3.1], [3, 2, 1], [1, 3, 2], [2, 1, 3]])[..., None]}
-    scores = [0.9, 0.5, 0.4, 0.3, 0.2]
-    assert survivors(scores, [], logits, keep=0.2, reserve=0.2) == [0, 2]
-    assert survivors(scores, [], logits, keep=0.2, reserve=0.4) == [0, 1, 2]
 
 
 def test_members_leave_and_the_others_are_what_they_would_have_been(
@@ -346,20 +339,15 @@ def test_out_of_memory(program: Program, monkeypatch: pytest.MonkeyPatch, capsys
     assert sorted(r.name for r in pool.TaskPool(program.pool, "sst").members) == sorted(NAMES)
 
 
-def test_a_lost_device(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_device(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert program("sweep", members=TWO) == 0
     undisturbed, program.pool = contents(program.pool), program.folder / "lost"
     shutil.rmtree(program.folder / "runs")
-    step, done = BankModule.training_step, []
 
-    def lost(self: BankModule, *args: Any) -> Any:
-        done.append(1)
-        if len(done) == 12:
-            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
-        return step(self, *args)
+    def lost() -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(BankModule, "training_step", lost)
+    with at_step(12, lost):
         assert program("sweep", members=TWO) == 2
     assert "the device failed (CUDA error: unspecified launch failure); the same command goes on" in (
         capsys.readouterr().err
@@ -432,23 +420,14 @@ def run(arguments: list[str]) -> None:
     os._exit(main(arguments))
 
 
-def test_sigterm(program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigterm(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     """In the fourth step of the second epoch: the checkpoint is of that step, and the sweep goes on bit for bit."""
     assert program("sweep", members=TWO) == 0
     undisturbed, program.pool = contents(program.pool), program.folder / "ended"
     shutil.rmtree(program.folder / "runs")
-    step, done = BankModule.training_step, []
-
-    def ended(self: BankModule, *args: Any) -> Any:
-        done.append(1)
-        if len(done) == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BankModule, "training_step", ended)
+    with at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM)) as begun:
         assert program("sweep", members=TWO) == 128 + signal.SIGTERM
-    assert len(done) == 12
+    assert begun[-1] == 12
     assert "interrupted: the same command goes on" in capsys.readouterr().out
     checkpoint = program.run_dir() / "checkpoint" / "last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 12

@@ -5,7 +5,7 @@ Axes: M members, N examples, C outputs of a head, E epochs, R repeats of K folds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,31 +137,32 @@ class _Omni:
     def decided(self, members: np.ndarray, scores: np.ndarray, fold: np.ndarray, folds: int) -> np.ndarray:
         """(R + 1, N) of those members that were added; ``scores`` (S + 1, M) break the paper's ties."""
         decided = np.empty((len(fold) + 1, fold.shape[1]), np.float64 if self.dev.kind == "regression" else np.int64)
-        for s, of_split in enumerate(np.nan_to_num(scores, nan=-np.inf)):
-            out = fold[s // folds] == s % folds if s < self.splits else np.ones(fold.shape[1], bool)
-            row = decided[s // folds if s < self.splits else -1]
+        scores = np.nan_to_num(scores, nan=-np.inf)
+        for s, row, out in self._parts(fold, folds):
             if self.strategy == "majority":
-                votes = self.votes[s if len(self.votes) > 1 else 0]
-                row[out] = self._majority(votes, members, np.flatnonzero(out), of_split)
+                decided[row, out] = self._majority(_at(self.votes, s), members, out, scores[s])
                 continue
-            mean = self.total[s if len(self.total) > 1 else 0] / max(len(members), 1)
-            said = decisions(mean, self.dev.kind)
-            row[out] = standardised(said[out]) if s < self.splits else said[out]
+            said = decisions(_at(self.total, s)[out] / max(len(members), 1), self.dev.kind)
+            decided[row, out] = standardised(said) if s < self.splits else said
         return decided
 
     def probabilities(self, members: np.ndarray, fold: np.ndarray, folds: int) -> np.ndarray:
         """(R + 1, N, classes) of those members that were added, as ``choice.probabilities``."""
         found = np.empty((len(fold) + 1, fold.shape[1], self.classes))
-        for s in range(self.splits + 1):
-            out = fold[s // folds] == s % folds if s < self.splits else np.ones(fold.shape[1], bool)
-            row = found[s // folds if s < self.splits else -1]
+        for s, row, out in self._parts(fold, folds):
             if self.strategy == "majority":
-                row[out] = shares(self.votes[s if len(self.votes) > 1 else 0][members][:, out], self.classes)
+                found[row, out] = shares(_at(self.votes, s)[members][:, out], self.classes)
                 continue
-            mean = self.total[s if len(self.total) > 1 else 0][out] / max(len(members), 1)
+            mean = _at(self.total, s)[out] / max(len(members), 1)
             voice = mean if self.strategy == "mean-probability" else voices(mean, self.dev.kind)
-            row[out] = of_voices(voice, self.dev.kind)
+            found[row, out] = of_voices(voice, self.dev.kind)
         return found
+
+    def _parts(self, fold: np.ndarray, folds: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Each split, the row of its repeat, and the examples that it holds out; at last the whole of dev."""
+        for s in range(self.splits):
+            yield s, s // folds, np.flatnonzero(fold[s // folds] == s % folds)
+        yield self.splits, len(fold), np.arange(fold.shape[1])
 
     def _majority(
         self, votes: np.ndarray, members: np.ndarray, columns: np.ndarray, scores: np.ndarray, most: int = 4_000_000
@@ -181,13 +182,18 @@ class _Omni:
         return np.concatenate(parts)
 
 
+def _at(sums: np.ndarray, split: int) -> np.ndarray:
+    """What was kept for a split: it is the same for all where no member's epochs were."""
+    return np.asarray(sums[split if len(sums) > 1 else 0])
+
+
 def standardised(decided: np.ndarray) -> np.ndarray:
     """Values (N,) of one held-out part less their mean, over their standard deviation; class numbers as they are.
 
     r does not look at an ensemble's scale. But the parts of dev are decided by different ensembles, and r over all
     parts would take a difference of their scales for an error. This way it is about the mean of the parts' own r, for
     labels are spread over the parts evenly. (By the mean and deviation on the choosing part, the error of these two
-    would count as the ensemble's: in simulations r came out lower by 0.002.)
+    would count as the ensemble's.)
     """
     if not np.issubdtype(decided.dtype, np.floating):
         return decided

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from lora_ensemble.bank_io import restore_members
 from lora_ensemble.base_model import hub_id
@@ -46,9 +47,8 @@ def embeddings(pool: Path, task: str, records: Sequence[MemberRecord], root: Pat
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     found = np.zeros((len(records), len(data.splits["dev"][task]), module.bank.config.hidden_size), np.float32)
     for batch in data.val_dataloader():
-        part = batch[task]
-        here = {k: v.to(module.device) if isinstance(v, torch.Tensor) else v for k, v in part.items()}
-        found[:, part["rows"]] = module.bank.read(here).float().cpu().numpy()
+        part = move_data_to_device(batch[task], module.device)
+        found[:, part["rows"]] = module.bank.read(part).float().cpu().numpy()
     return found
 
 
@@ -93,14 +93,12 @@ def figure(pool: Path, task: str, root: Path, base_model: str, path: Path) -> Pa
         canvas.subplots(1, 2), records, embeddings(pool, task, records, root, base_model), strict=True
     ):
         at = TSNE(init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=0).fit_transform(points)
-        discrete = task_pool.kind != "regression"
-        colours = {"cmap": "viridis", "c": labels, "s": 7, "linewidths": 0}
-        dots = axes.scatter(at[:, 0], at[:, 1], **colours)
+        dots = axes.scatter(at[:, 0], at[:, 1], c=labels, cmap="viridis", s=7, linewidths=0)
         axes.set_title(f"{record.name}\n{task_pool.name} dev {record.score:.3f}", fontsize=10)
         axes.set_xticks([])
         axes.set_yticks([])
     bar = canvas.colorbar(dots, ax=canvas.axes, shrink=0.8, label="label")
-    if discrete:
+    if task_pool.kind != "regression":
         bar.set_ticks(sorted(set(labels.tolist())))
         bar.set_ticklabels(task_pool.labels)
     canvas.suptitle(f"{task}: what the head reads, t-SNE (Tolkunov, figure 4)", fontsize=12, fontweight="bold")

@@ -39,9 +39,9 @@ Our test predictions are written in the course's format; where the files have no
 
 
 def write_results(paper: PaperName, scale: Scale, output: Path, *, base_model: str, predict: Predict) -> list[Path]:
-    """Print and write the tables, the test predictions and the figures; returns the files.
+    """Print and write the tables, and write the test predictions; returns the files.
 
-    Raises ``UserError`` where a pool lacks what the tables need.
+    ``predict`` is called where a pool has no test logits yet. ``UserError`` where one lacks what the tables need.
     """
     sections = [f"# {PAPERS[paper].title}: the report and this run", _differences(paper, scale, output, base_model)]
     made = _oyeniyi if paper == "oyeniyi" else _tolkunov
@@ -61,9 +61,7 @@ def _fmt(value: float | None, *, sign: bool = False) -> str:
 
 
 def _overall(scores: Mapping[str, float | None]) -> float:
-    return overall_score(
-        {t: (math.nan if scores[t] is None else float(scores[t] or 0.0), PRESETS[t].kind) for t in TASKS}
-    )
+    return overall_score({t: (math.nan if (score := scores[t]) is None else score, PRESETS[t].kind) for t in TASKS})
 
 
 def _row(scores: Mapping[str, float | None]) -> list[str]:

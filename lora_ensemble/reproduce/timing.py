@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from lora_ensemble.data import BankData
 from lora_ensemble.lora import MemberConfig
-from lora_ensemble.module import BankModule, member_losses
+from lora_ensemble.module import BankModule
 from lora_ensemble.optim import BankAdamW
+from lora_ensemble.probe import train_step
 from lora_ensemble.reproduce.grids import Work
 
 _MEMBERS, _STEPS, _SAMPLE = 4, 3, 512
@@ -34,7 +36,7 @@ class Speed:
 def measure(root: Path, tasks: tuple[str, ...], base_model: str, *, precision: str, device: str) -> Speed:
     """Read the data, and train a small bank for a few steps.
 
-    Raises ``UserError`` where data are missing or wrong, with the file and what to do.
+    ``UserError`` where data are missing or wrong, with the file and what to do.
     """
     data = BankData(base_model=base_model, root=str(root), tasks=tasks)
     data.setup("fit")
@@ -43,16 +45,10 @@ def measure(root: Path, tasks: tuple[str, ...], base_model: str, *, precision: s
     optimizer = BankAdamW(module.bank.weights, [m.lr for m in module.members])
     times, batches = [], data.train_dataloader()
     for step, batch in zip(range(_STEPS + 1), batches, strict=False):
-        here = {
-            n: {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for n, b in batch.items()
-        }
+        here = move_data_to_device(batch, device)
         started = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16, enabled="bf16" in precision):
-            logits = module.bank(here)
-            losses = [member_losses(logits[t.name], here[t.name]["labels"], t.kind).sum() for t in data.tasks]
-        optimizer.zero_grad()
-        torch.stack(losses).sum().backward()
-        optimizer.step()
+            train_step(module, optimizer, here)
         if device == "cuda":
             torch.cuda.synchronize()
         tokens = sum(int(data.splits["train"][n].lengths[b["rows"]].sum()) for n, b in batch.items())

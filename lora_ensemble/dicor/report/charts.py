@@ -142,7 +142,7 @@ def by_size(facts: Facts) -> Drawing:
         if edge:
             d.add(Line(edge, colour, area=True))
     for curve, colour, shape in looks:
-        points = [(n, e) for n, e in zip(curve.sizes, curve.estimates, strict=True)]
+        points = list(zip(curve.sizes, curve.estimates, strict=True))
         d.add(Line([axes.at(n, e.in_sample) for n, e in points if e.in_sample == e.in_sample], colour, 1.4, DASHES[2]))
         d.add(Line([axes.at(n, e.honest.value) for n, e in points if e.honest], colour, 2))
         for n, e in points:
