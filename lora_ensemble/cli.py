@@ -319,7 +319,7 @@ class CLI(LightningCLI):
 
 
 class OurTrainer(pl.Trainer):
-    """What this command takes beside what ``fit`` does"""  # a heading of --help
+    """The Trainer's own flags"""  # a heading of --help
 
     # LightningCLI reads a command's arguments off the Trainer's method, and then calls its own.
     distill = CLI.distill
