@@ -1,8 +1,9 @@
-"""``lora-ensemble fit|sweep|validate|test|predict``: LightningCLI with the pool, a run's folder, one-line errors."""
+"""``lora-ensemble fit|distill|sweep|...``: LightningCLI with the pool, a run's folder, one-line errors."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -25,8 +28,10 @@ from lora_ensemble import __version__
 from lora_ensemble.banks import BankRun, check_bank_size, evaluation_banks, let_go
 from lora_ensemble.curves import MemberTable, default_loggers
 from lora_ensemble.data import BankData
+from lora_ensemble.distill import Distillation
 from lora_ensemble.errors import UserError
 from lora_ensemble.halving import EarlyExit
+from lora_ensemble.lora import MemberConfig
 from lora_ensemble.module import BankModule, check_precision
 from lora_ensemble.notices import say
 from lora_ensemble.plan import FILE as PLAN_FILE
@@ -74,12 +79,14 @@ class _SaveConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """LightningCLI with ``sweep``, ``--pool.*``, ``--experiment`` and ``--bank_size``."""
+    """LightningCLI with ``distill``, ``sweep``, ``--pool.*``, ``--experiment`` and ``--bank_size``."""
+
+    _distillation: Distillation | None = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and ``sweep``."""
-        return {**LightningCLI.subcommands(), "sweep": {"model", "datamodule"}}
+        """Lightning's, and our own."""
+        return {**LightningCLI.subcommands(), **{verb: {"model", "datamodule"} for verb in ("distill", "sweep")}}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """The parser with one-line errors."""
@@ -107,6 +114,8 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check what would fail only after the model was loaded."""
         super().parse_arguments(parser, args)
+        if self.config.subcommand == "distill":
+            self._parse_as_the_ensemble(parser, args)
         self._arguments = list(sys.argv[1:] if args is None else args)
         config = self.config[self.config.subcommand]
         check_precision(config.trainer.precision)
@@ -122,6 +131,26 @@ class CLI(LightningCLI):
             EarlyExit(**vars(config.early_exit)).check()
         if self.config.subcommand != "sweep" and config.get("weights_only") is None:
             config.weights_only = True  # a checkpoint is never unpickled
+
+    def _parse_as_the_ensemble(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse again with other defaults: students are trained as the ensemble's best member was."""
+        given = self.config.distill
+        self._distillation = Distillation(
+            given.ensemble,
+            ensemble_pool=given.ensemble_pool,
+            unlabelled=[given.unlabelled] if isinstance(given.unlabelled, str) else given.unlabelled or [],
+            soft_weight=given.soft_weight,
+        )
+        try:
+            self._parser("distill").set_defaults(self._distillation.defaults())
+        except ArgumentError as e:
+            reason = " ".join(str(e).split())
+            raise UserError(f"--ensemble: its best member has settings that are none ({reason})") from e
+        super().parse_arguments(parser, args)
+        model = self.config.distill.model
+        entries = None if model.members is None else [MemberConfig(**vars(entry)) for entry in model.members]
+        students = self._distillation.named(entries, finetune=model.finetune)
+        model.members = tuple(Namespace(**dataclasses.asdict(s)) for s in students)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer for all members in one bank, with this run's folder, its checkpoint and its curves."""
@@ -151,7 +180,7 @@ class CLI(LightningCLI):
 
     @property
     def _trains(self) -> bool:
-        return self.subcommand in ("fit", "sweep")
+        return self.subcommand in ("fit", "distill", "sweep")
 
     @staticmethod
     def _writes_checkpoints(config: Any) -> bool:
@@ -187,6 +216,33 @@ class CLI(LightningCLI):
         weights_only: bool | None = None,
     ) -> None:
         """Train all members, in as many banks as it takes."""
+        self._run(BankRun, model, datamodule).fit(ckpt_path, weights_only)
+
+    def distill(
+        self,
+        model: BankModule,
+        datamodule: BankData,
+        ensemble: str,
+        ensemble_pool: str | None = None,
+        unlabelled: list[str] | str | None = None,
+        soft_weight: float = 0.5,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train a student of an ensemble: on what its members say on average, and on the labels.
+
+        Settings that are not given are those of the ensemble's best member.
+
+        Args:
+            ensemble: What ``dicor select`` wrote.
+            ensemble_pool: Where its members are, if no longer where it says.
+            unlabelled: A file, or several, of texts without labels, with the task's text columns.
+            soft_weight: Weight of the ensemble's prediction against the label: 0 to 1.
+        """
+        assert self._distillation is not None
+        config = self.config[self.subcommand]
+        keep = None if config.trainer.fast_dev_run else self.run_dir.parent.parent / "soft"
+        self._distillation.teach(datamodule, self.trainer, keep=keep)
         self._run(BankRun, model, datamodule).fit(ckpt_path, weights_only)
 
     def sweep(
@@ -262,10 +318,11 @@ class CLI(LightningCLI):
         return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-class SweepTrainer(pl.Trainer):
-    """What ``sweep`` takes beside what ``fit`` does"""  # a heading of sweep --help
+class OurTrainer(pl.Trainer):
+    """The Trainer's own flags"""  # a heading of --help
 
     # LightningCLI reads a command's arguments off the Trainer's method, and then calls its own.
+    distill = CLI.distill
     sweep = CLI.sweep
 
 
@@ -308,7 +365,7 @@ def _start(args: Sequence[str] | None) -> None:
     CLI(
         BankModule,
         BankData,
-        trainer_class=SweepTrainer,
+        trainer_class=OurTrainer,
         save_config_callback=_SaveConfig,
         seed_everything_default=11711,
         auto_configure_optimizers=False,

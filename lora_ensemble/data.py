@@ -27,7 +27,7 @@ from lora_ensemble.tokens import Tokens
 
 
 class TokenisedSplit:
-    """A split's tokens in flat arrays, its ids and its labels.
+    """A split's tokens in flat arrays, its ids and its labels, which may be soft (``BankData.teach``).
 
     ``max_length``: longest example in tokens; longer ones are cut, the longer sentence of a pair first.
     """
@@ -47,7 +47,7 @@ class TokenisedSplit:
 
     def batch(self, rows: np.ndarray) -> dict[str, Any]:
         """The examples ``rows`` (B,) as one packed row of T tokens: ``input_ids`` and ``token_type_ids`` (T,),
-        :func:`packing.layout`, ``labels`` (B,) where known, and ``rows`` (B,), which stays on the host."""
+        :func:`packing.layout`, ``labels`` (B, ...) where known, and ``rows`` (B,), which stays on the host."""
         batch = {**self._tokens.row(rows), "rows": np.asarray(rows, np.int64)}
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[rows])
@@ -182,8 +182,10 @@ class BankData(pl.LightningDataModule):
         self.steps_per_epoch, self.seed, self.predict_split = steps_per_epoch, seed, predict_split
         self.splits: dict[str, dict[str, TokenisedSplit]] = {}
         """Split name to task name to examples."""
+        self.taught: dict[str, Any] = {}
+        """What :meth:`teach` was given, in words: it goes into the settings of the members that are trained here."""
         self._tokenizer: Any = None
-        self._train_texts: dict[str, Split] = {}
+        self._texts: dict[str, dict[str, Split]] = {}
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the splits that a stage needs, once."""
@@ -198,14 +200,31 @@ class BankData(pl.LightningDataModule):
             self._tokenizer = load_tokenizer(self.base_model)
         limit = self._limit()
         tokenised = TokenisedSplit(raw, self._tokenizer, max_length=limit)
-        if split == "train":
-            self._train_texts[task.name] = raw
-        elif split == "dev" and task.name in self._train_texts:
-            shared = shared_texts(self._train_texts[task.name], raw)
+        if split in ("train", "dev"):
+            self._texts.setdefault(split, {})[task.name] = raw
+        if split == "dev" and task.name in self._texts.get("train", {}):
+            shared = shared_texts(self._texts["train"][task.name], raw)
             if shared:
                 tokenised.notices.append(f"{shared} of {len(raw.ids)} examples also stand in train")
         say("\n  ".join([f"{task.name} {split}: {len(tokenised)} examples", *tokenised.notices]))
         return tokenised
+
+    def texts(self, split: str, task: str) -> Split:
+        """The train or dev split of a task as it was read."""
+        return self._texts[split][task]
+
+    def teach(self, task: str, labels: np.ndarray, unlabelled: Split, how: dict[str, Any]) -> None:
+        """Train a task on other labels than its own, and on ``unlabelled`` texts (U of them) behind its own N.
+
+        ``labels``: (N + U, C) probabilities of the classes, or (N + U,) of class 1 or values. ``how``: ``taught``.
+        """
+        own, first = self.texts("train", task), self.splits["train"][task]
+        texts = [[*a, *b] for a, b in zip(own.texts, unlabelled.texts, strict=True)]
+        whole = Split(np.concatenate([own.ids, unlabelled.ids]), texts, labels)
+        taught = TokenisedSplit(whole, self._tokenizer, max_length=self._limit())
+        # What a record calls its training data; the rest is in ``how``, and soft labels round otherwise elsewhere.
+        taught.fingerprint = first.fingerprint
+        self.splits["train"][task], self.taught = taught, how
 
     def _limit(self) -> int:
         most = longest_input(self.base_model, self._tokenizer)

@@ -136,6 +136,18 @@ def _member(
     return member
 
 
+def entry_of(member: Member) -> MemberConfig:
+    """The entry of ``model.members`` that describes this member alone."""
+    return MemberConfig(
+        rank=member.rank or 1,  # a member without one adapts nothing; its entry says so by its targets
+        scaling=member.scaling or 1.0,
+        lr=member.lr,
+        targets=member.targets or NO_TARGETS,
+        seed=member.seed,
+        name=member.name,
+    )
+
+
 def derived_seed(seed: int, purpose: str) -> int:
     """An independent 63-bit seed for each purpose, the same on every machine."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1

@@ -21,13 +21,14 @@ _OWN = {
 """Commands that are not LightningCLI's: the module whose ``run`` takes the arguments and returns the exit code."""
 
 USAGE = """\
-usage: lora-ensemble {fit,sweep,validate,test,predict,infer,reproduce,data} [options]
+usage: lora-ensemble {fit,distill,sweep,validate,test,predict,infer,reproduce,data} [options]
 
 Train many small LoRA models (members) over one frozen BERT at once and keep what they say in a pool;
 dicor then picks an accurate, diverse ensemble from the pool (see dicor --help).
 
 commands:
   fit        train a bank of members; a member that improved on dev goes into the pool
+  distill    train one member on what a chosen ensemble says on average, and on the labels
   sweep      fit that goes on by itself: train what the pool has not finished yet
   validate   score the pool's members on dev
   test       score the pool's members on a labelled test split
@@ -43,7 +44,7 @@ common options (all of them, with their meaning: lora-ensemble fit --help):
   --model.members LIST          rank, scaling, lr, targets, seed of each; a setting that is a list is a grid
   --bank_size N                 members that train at once; auto (the default): as many as fit the device's memory
   --pool.dir DIR                where members go (default: checkpoints/pool)
-  --ckpt_path last              fit: resume the run of these settings
+  --ckpt_path last              fit, distill: resume the run of these settings
   --trainer.precision bf16-mixed, --trainer.devices 2, --trainer.logger false, ...   the Trainer's own flags
 
   -h, --help                    show this help

@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_ensemble.base_model import hub_id, load_classifier
 from lora_ensemble.errors import UserError
 from lora_ensemble.frozen import FrozenReads
-from lora_ensemble.lora import NO_TARGETS, Member, MemberConfig, derived_seed, expand_members
+from lora_ensemble.lora import Member, MemberConfig, derived_seed, entry_of, expand_members
 from lora_ensemble.model import Bank
 from lora_ensemble.notices import say
 from lora_ensemble.optim import BankAdamW, clip_rows
@@ -28,15 +28,17 @@ from lora_ensemble.tasks import Kind, Task, score
 
 
 def member_losses(logits: Tensor, labels: Tensor, kind: Kind) -> Tensor:
-    """Loss of every member on every example: logits (M, B, C), labels (B,). Returns (M, B).
+    """Loss of every member on every example: logits (M, B, C), labels (B,) or soft labels. Returns (M, B).
 
-    Cross-entropy, binary cross-entropy with logits, or squared error (both reports). Never below float32.
+    Cross-entropy, binary cross-entropy with logits, or squared error (both reports). Never below float32. Soft labels
+    are probabilities: of the classes (B, C) for multiclass, of class 1 (B,) for binary.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if kind == "multiclass":
         m, b, c = logits.shape
-        losses = F.cross_entropy(logits.reshape(m * b, c), labels.expand(m, b).reshape(-1), reduction="none")
-        return losses.view(m, b)
+        target = labels if labels.dim() == 1 else labels.to(logits.dtype)
+        target = target.expand(m, *target.shape).flatten(0, 1)
+        return F.cross_entropy(logits.reshape(m * b, c), target, reduction="none").view(m, b)
     target = labels.to(logits.dtype).expand(logits.shape[:2])
     if kind == "binary":
         return F.binary_cross_entropy_with_logits(logits[..., 0], target, reduction="none")
@@ -139,22 +141,10 @@ class BankModule(pl.LightningModule):
 
     def with_members(self, members: Sequence[Member]) -> BankModule:
         """A new module with the same settings for other members."""
-        # A Member without a rank adapts nothing; its entry says so by its targets.
-        entries = tuple(
-            MemberConfig(
-                rank=m.rank or 1,
-                scaling=m.scaling or 1.0,
-                lr=m.lr,
-                targets=m.targets or NO_TARGETS,
-                seed=m.seed,
-                name=m.name,
-            )
-            for m in members
-        )
         return BankModule(
             self.tasks,
             self.base_model,
-            members=entries,
+            members=tuple(entry_of(m) for m in members),
             finetune=self.finetune,
             seed=self.seed,
             **self.training_settings,

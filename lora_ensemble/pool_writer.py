@@ -152,6 +152,7 @@ class PoolWriter(pl.Callback):
             if trainer.gradient_clip_algorithm is None
             else str(trainer.gradient_clip_algorithm.value),
             "limit_train_batches": trainer.limit_train_batches,
+            **data.taught,
         }
         return [
             pool.MemberRecord(
@@ -364,8 +365,8 @@ def _difference(found: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed:
             return f"{key} was {a!r}, is now {b!r}"
     if found.examples.get("dev") != wanted.examples.get("dev"):
         return "the dev examples were others"
-    for key in wanted.settings:
-        a, b = found.settings.get(key), wanted.settings[key]
+    for key in dict.fromkeys([*wanted.settings, pool.DISTILLED]):
+        a, b = found.settings.get(key), wanted.settings.get(key)
         if a != b and not (resumed and key in _MAY_DIFFER_ON_RESUME):
             return f"{key} was {a!r}, is now {b!r}"
     return ""

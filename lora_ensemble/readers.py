@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,22 @@ def read_split(task: Task, split: str, root: Path | None, *, need_labels: bool) 
         raise UserError(f"{table.where}: no usable examples{''.join('; ' + n for n in notices) or ': no rows'}")
     numbers = None if labels is None else _read_labels(task, table, labels, rows, notices)
     return Split(_read_ids(task, table, rows), [[column[r] for r in rows] for column in texts], numbers, notices)
+
+
+def read_texts(task: Task, path: Path) -> Split:
+    """Read texts without labels from a file that has the task's text columns; the ids are the file's name and the row.
+
+    Rows with an empty text are skipped, and ``notices`` says so. ``UserError`` as :func:`read_split`.
+    """
+    nameless = replace(task, id=None)
+    table = read_table(path, task.text)
+    _check_columns(nameless, table, need_labels=False)
+    texts = [_text_column(table, name) for name in task.text]
+    notices = list(table.notices)
+    rows = _usable_rows(nameless, table, texts, None, True, notices)
+    if not rows:
+        raise UserError(f"{table.where}: no usable texts{''.join('; ' + n for n in notices) or ': no rows'}")
+    return Split(np.array([f"{path.name}:{r}" for r in rows]), [[c[r] for r in rows] for c in texts], None, notices)
 
 
 def fingerprint(split: Split) -> str:

@@ -113,7 +113,7 @@ def broken_rules(module: str, source: str) -> list[str]:
         "encode",
     )
     without_lightning = tuple(own + name for name in plain)
-    above = (f"{own}reproduce", f"{own}main", f"{own}__main__", f"{own}dicor.__main__")  # both stages
+    above = (f"{own}reproduce", f"{own}distill", f"{own}main", f"{own}__main__", f"{own}dicor.__main__")  # both stages
     starts = (f"{own}main", f"{own}__main__", f"{own}dicor.__main__")  # what starts a command line
     broken = []
     for name in sorted(imports(source, module)):

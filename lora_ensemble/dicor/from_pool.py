@@ -6,13 +6,14 @@ Axes: M members, N examples of a split, C outputs of a head, E epochs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import overload
 
 import numpy as np
 
 from lora_ensemble.dicor.members import Dev
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import EPOCHS, TaskPool, logits_file, map_array, member_folder, read_array
+from lora_ensemble.pool import DISTILLED, EPOCHS, TaskPool, logits_file, map_array, member_folder, read_array
 
 SMALL = 32_000_000
 
@@ -64,7 +65,7 @@ def dev_of(task_pool: TaskPool) -> Dev:
         raise UserError(f"{where}: the dev examples have no labels, so there is no score to choose by")
     records = task_pool.members
     file = logits_file(task_pool.split)
-    return Dev.of(
+    dev = Dev.of(
         Files(task_pool),
         examples.labels,
         kind=task_pool.kind,
@@ -74,6 +75,11 @@ def dev_of(task_pool: TaskPool) -> Dev:
         epochs=[_epochs(task_pool, i) for i in range(len(records))],
         fingerprints=[r.files.get(file, r.name) for r in records],
     )
+    students = sum(DISTILLED in r.settings for r in records)
+    if not students:
+        return dev
+    said = f"{students} member{'s were' if students > 1 else ' was'} distilled from an ensemble that was chosen on dev"
+    return replace(dev, notices=[*dev.notices, f"{said}: their scores, honest ones too, flatter a little"])
 
 
 def _epochs(task_pool: TaskPool, i: int) -> np.ndarray | None:

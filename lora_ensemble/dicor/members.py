@@ -36,7 +36,7 @@ class Dev:
     columns: list[int]
     """For each member its place in what ``of`` was given."""
     notices: list[str] = field(default_factory=list)
-    """What was left out, in words."""
+    """What was left out, and what else is to be known, in words."""
 
     @classmethod
     def of(

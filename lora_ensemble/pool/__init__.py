@@ -11,6 +11,7 @@ module, and this is its door.
 from lora_ensemble.pool.contract import (
     ADAPTER,
     ADAPTER_CONFIG,
+    DISTILLED,
     EPOCHS,
     EXAMPLES,
     FULL,
@@ -41,6 +42,7 @@ from lora_ensemble.pool.swap import sole_process, sole_sweep, write_member
 __all__ = [
     "ADAPTER",
     "ADAPTER_CONFIG",
+    "DISTILLED",
     "EPOCHS",
     "EXAMPLES",
     "FULL",

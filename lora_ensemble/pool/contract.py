@@ -32,6 +32,8 @@ FULL_CONFIG = "config.json"
 FULL = "model.safetensors"
 EPOCHS = "dev.epochs.npy"
 EXAMPLES = "examples"
+DISTILLED = "distilled"
+"""The key of a record's settings that says which ensemble a member was taught by."""
 NEW, OLD, LOCK, SWEEP = ".new.", ".old.", ".lock", ".sweep"
 
 
