@@ -17,11 +17,12 @@ _OWN = {
     "reproduce": "lora_ensemble.reproduce.command",
     "data": "lora_ensemble.download",
     "infer": "lora_ensemble.ensemble.infer",
+    "serve": "lora_ensemble.ensemble.serve.command",
 }
 """Commands that are not LightningCLI's: the module whose ``run`` takes the arguments and returns the exit code."""
 
 USAGE = """\
-usage: lora-ensemble {fit,distill,sweep,validate,test,predict,infer,reproduce,data} [options]
+usage: lora-ensemble COMMAND [options]
 
 Train many small LoRA models (members) over one frozen BERT at once and keep what they say in a pool;
 dicor then picks an accurate, diverse ensemble from the pool (see dicor --help).
@@ -34,6 +35,7 @@ commands:
   test       score the pool's members on a labelled test split
   predict    add the members' logits on a split (data.predict_split, default test) to the pool
   infer      let a chosen ensemble decide about new text
+  serve      the same over HTTP, with a page to try it
   reproduce  oyeniyi or tolkunov: train every system of a report, and compare its tables with ours
   data       download: the public data sets behind the presets, in the course's format
 

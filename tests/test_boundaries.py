@@ -34,6 +34,11 @@ def test_dicors_help_needs_nothing_at_all(args):
     assert loaded(dicor(*args), (*HEAVY, "numpy", "scipy", "matplotlib", "safetensors")) == []
 
 
+def test_serves_help_needs_no_torch():
+    help_ = "from lora_ensemble.main import main\ntry: main(['serve', '--help'])\nexcept SystemExit: pass"
+    assert loaded(help_, (*HEAVY, "numpy", "fastapi", "uvicorn")) == []
+
+
 def test_dicor_needs_no_torch(tmp_path):
     make_pool(tmp_path / "pool", "sst", "multiclass")
     names = (*HEAVY, "scipy", "matplotlib", "numpy")
@@ -164,6 +169,7 @@ def test_dependencies_point_one_way(module):
         ("model", "import lightning.pytorch as pl"),
         ("ensemble", "from wandb import init"),
         ("ensemble.infer", "import lightning.pytorch as pl"),
+        ("ensemble.serve.app", "import wandb"),
         ("bank_io", "from lightning.pytorch import Trainer"),
         ("sweep", "from lora_ensemble.cli import main"),
     ],
