@@ -17,11 +17,12 @@ _OWN = {
     "reproduce": "lora_ensemble.reproduce.command",
     "data": "lora_ensemble.download",
     "infer": "lora_ensemble.ensemble.infer",
+    "export": "lora_ensemble.ensemble.export",
 }
 """Commands that are not LightningCLI's: the module whose ``run`` takes the arguments and returns the exit code."""
 
 USAGE = """\
-usage: lora-ensemble {fit,sweep,validate,test,predict,infer,reproduce,data} [options]
+usage: lora-ensemble {fit,sweep,validate,test,predict,infer,export,reproduce,data} [options]
 
 Train many small LoRA models (members) over one frozen BERT at once and keep what they say in a pool;
 dicor then picks an accurate, diverse ensemble from the pool (see dicor --help).
@@ -33,6 +34,7 @@ commands:
   test       score the pool's members on a labelled test split
   predict    add the members' logits on a split (data.predict_split, default test) to the pool
   infer      let a chosen ensemble decide about new text
+  export     an ensemble, or one model, as a folder to take away, or on the hub
   reproduce  oyeniyi or tolkunov: train every system of a report, and compare its tables with ours
   data       download: the public data sets behind the presets, in the course's format
 
