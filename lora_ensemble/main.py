@@ -18,6 +18,7 @@ _OWN = {
     "data": "lora_ensemble.download",
     "infer": "lora_ensemble.ensemble.infer",
     "serve": "lora_ensemble.ensemble.serve.command",
+    "export": "lora_ensemble.ensemble.export",
 }
 """Commands that are not LightningCLI's: the module whose ``run`` takes the arguments and returns the exit code."""
 
@@ -36,6 +37,7 @@ commands:
   predict    add the members' logits on a split (data.predict_split, default test) to the pool
   infer      let a chosen ensemble decide about new text
   serve      the same over HTTP, with a page to try it
+  export     an ensemble, or one model, as a folder to take away, or on the hub
   reproduce  oyeniyi or tolkunov: train every system of a report, and compare its tables with ours
   data       download: the public data sets behind the presets, in the course's format
 

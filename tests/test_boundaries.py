@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 from pool_factory import make_pool
+from trained_pool import write_pool
 
 import lora_ensemble
+from lora_ensemble.dicor.cli import main as dicor_main
 
 PACKAGE = Path(lora_ensemble.__file__).parent
 HEAVY = ("torch", "transformers", "lightning", "wandb")
+TRAINING = ("lightning", "wandb", "jsonargparse", "peft", "torchmetrics", "pytorch_lightning")
+ALL = ("torch", "transformers", *TRAINING, "pyarrow", "scipy", "sklearn", "matplotlib", "datasets", "ray", "yaml")
 
 
 def loaded(statement: str, names: tuple[str, ...], *, path: Path | None = None) -> list[str]:
@@ -64,6 +68,23 @@ def test_the_report_needs_neither_torch_nor_matplotlib(tmp_path):
     make_pool(tmp_path / "pool", "sst", "multiclass")
     report = dicor("report", "--pool", tmp_path / "pool", "--task", "sst", "--output", tmp_path / "report.html")
     assert loaded(report, (*HEAVY, "matplotlib", "numpy")) == ["numpy"]
+
+
+def test_an_ensemble_answers_without_what_training_needs(tiny, tmp_path):
+    """Of third parties torch, transformers, numpy and safetensors do, and what these bring themselves."""
+    pool, record, out = tmp_path / "pool", tmp_path / "dicor.json", tmp_path / "out"
+    write_pool(pool, tiny("bert"), "multiclass")
+    select = ["select", "--pool", str(pool), "--task", "mine", "--method", "omni", "--output", str(record)]
+    assert dicor_main(select) == 0
+    bring = loaded("import torch\nfrom transformers import AutoModelForSequenceClassification as A, BertModel", ALL)
+    predict = "from lora_ensemble import Ensemble\nassert len(Ensemble.load({!r}).predict(['good', 'bad'])) == 2"
+    export = (
+        f"from lora_ensemble.main import main\nassert main({['export', '--ensemble', str(record)]!r} + {{!r}}) == 0"
+    )
+    assert set(loaded(predict.format(str(record)), ALL)) == set(bring)
+    assert set(loaded(export.format(["--output", str(out)]), ALL)) == set(bring)
+    assert set(loaded(predict.format(str(out)), ALL)) == set(bring)
+    assert not {*TRAINING, "pyarrow"} & set(bring)
 
 
 @pytest.mark.parametrize("name", HEAVY)

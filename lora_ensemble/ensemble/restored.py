@@ -17,7 +17,7 @@ True
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +31,7 @@ from lora_ensemble.base_model import load_classifier, load_tokenizer, longest_in
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.apply import chosen_record
 from lora_ensemble.dicor.choice import probabilities
+from lora_ensemble.ensemble.folder import Base, read_bases, record_file
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import Member
 from lora_ensemble.model import Bank
@@ -79,7 +80,8 @@ class Ensemble:
     ) -> Ensemble:
         """Restore the members that ``dicor select`` chose.
 
-        ``path``: the record that it wrote. ``pool``: where the members are, if no longer where the record says.
+        ``path``: the record that it wrote, or a folder that ``lora-ensemble export`` wrote, which brings its members
+        and base models along. ``pool``: where the members are, if no longer where the record says.
         ``device``: cpu, cuda, cuda:1, ...; auto: a GPU where there is one. ``precision``: 32 or bf16, of the matrix
         products. Members trained in bf16 have seen their dev logits in bf16; both answer the same but for rounding.
 
@@ -88,19 +90,24 @@ class Ensemble:
         """
         if precision not in get_args(Precision):
             raise UserError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
-        chosen = record.read(Path(path))
-        folder = Path(path).resolve().parent / chosen.pool if pool is None else Path(pool)
+        file = record_file(Path(path))
+        chosen = record.read(file)
+        home = file.resolve().parent
+        folder = home / chosen.pool if pool is None else Path(pool)
         where = _device(device)
         records = [chosen_record(chosen, folder, i) for i in range(chosen.size)]
-        _check_weights(records, folder)
-        text = _text_columns(records, folder)
+        check_weights(records, folder)
+        bases = read_bases(home)
+        text = text_columns(records, folder)
         task = Task(name=chosen.task, kind=chosen.kind, text=text or ["text"], label_names=chosen.labels)
         together: dict[Any, list[int]] = {}
         for i, r in enumerate(records):
             # A fully fine-tuned encoder is one member's own.
             key = (r.base_model, r.settings.get("max_length"), None if r.finetune != "full" else r.name)
             together.setdefault(key, []).append(i)
-        parts = [_part([records[i] for i in places], folder, task, places, where) for places in together.values()]
+        parts = [
+            _part([records[i] for i in places], folder, task, places, where, bases) for places in together.values()
+        ]
         return cls(chosen, parts, text=text, precision=precision)
 
     @property
@@ -201,7 +208,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _check_weights(records: list[MemberRecord], folder: Path) -> None:
+def check_weights(records: list[MemberRecord], folder: Path) -> None:
+    """``UserError`` where members have predictions alone; it names them."""
     without = [r.name for r in records if not {pool.ADAPTER, pool.FULL} & set(r.files)]
     if without:
         raise UserError(
@@ -211,7 +219,8 @@ def _check_weights(records: list[MemberRecord], folder: Path) -> None:
         )
 
 
-def _text_columns(records: list[MemberRecord], folder: Path) -> list[str]:
+def text_columns(records: list[MemberRecord], folder: Path) -> list[str]:
+    """Names of the columns that all members read; none where they do not say. ``UserError`` where they differ."""
     known = {tuple(r.text): r.name for r in records if r.text}
     if len({len(columns) for columns in known}) > 1:
         one, two = list(known.items())[:2]
@@ -222,19 +231,27 @@ def _text_columns(records: list[MemberRecord], folder: Path) -> list[str]:
     return list(next(iter(known), ()))
 
 
-def _part(records: list[MemberRecord], folder: Path, task: Task, places: list[int], device: torch.device) -> _Part:
-    """A bank of these members on the device, ready to answer."""
+def _part(
+    records: list[MemberRecord],
+    folder: Path,
+    task: Task,
+    places: list[int],
+    device: torch.device,
+    bases: Mapping[str, Base],
+) -> _Part:
+    """A bank of these members on the device, ready to answer. ``bases``: those of an exported folder."""
     base_model, full = records[0].base_model, records[0].finetune == "full"
     if base_model is None:
         raise UserError(f"{folder / task.name / records[0].name}: it does not say what its base model is")
-    tokenizer = load_tokenizer(base_model)
-    classifier, fresh = load_classifier(base_model, num_labels=task.num_outputs)
+    source = bases[base_model].where if base_model in bases else base_model
+    tokenizer = load_tokenizer(source)
+    classifier, fresh = load_classifier(source, num_labels=task.num_outputs)
     members = [
         Member(name=r.name, rank=r.rank, scaling=r.scaling, lr=r.lr or 0.0, targets=r.targets, seed=r.seed or 0)
         for r in records
     ]
     bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=full)
     restore_members(bank, folder, base_model=base_model)
-    longest = records[0].settings.get("max_length") or longest_input(base_model, tokenizer)
+    longest = records[0].settings.get("max_length") or longest_input(source, tokenizer)
     bank.eval().requires_grad_(False).to(device)
     return _Part(bank=bank, tokenizer=tokenizer, max_length=longest, places=places)

@@ -1,0 +1,225 @@
+"""``lora-ensemble export``: a member, an ensemble, or one model made of an ensemble, as a folder to take away."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_ensemble.arguments import Parser
+from lora_ensemble.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_ensemble.dicor import record
+    from lora_ensemble.ensemble.folder import Base
+    from lora_ensemble.pool import MemberRecord
+
+DESCRIPTION = """\
+A whole ensemble as a folder that Ensemble.load reads anywhere (--ensemble FILE), one model made of its LoRA members
+(--ensemble FILE --merge), or one member (--member NAME --pool DIR --task T). Each has a model card, README.md."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Write the folder, and say what is in it; returns the exit code. ``UserError`` for a mistake of the user's."""
+    args = _parser().parse_args(list(argv))
+    _check(args)
+    api = None
+    if args.push:
+        from lora_ensemble.ensemble import push
+
+        api = push.check(args.push)
+
+    from lora_ensemble.ensemble.folder import whole_folder
+
+    with whole_folder(args.output, overwrite=args.overwrite) as folder:
+        said = _member(args, folder) if args.member else _ensemble(args, folder)
+    for line in said:
+        print(line)
+    print(f"saved {args.output} ({sum(f.stat().st_size for f in args.output.rglob('*') if f.is_file()) / 1e6:.1f} MB)")
+    if api is not None:
+        print(f"pushed to {push.push(api, args.output, args.push, private=args.private)}")
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="lora-ensemble export", description=DESCRIPTION)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
+    add("--ensemble", type=Path, metavar="FILE", help="what dicor select wrote, or an exported folder")
+    add("--pool", type=Path, metavar="DIR", help="the pool, if not where the record says")
+    add("--without-base", action="store_true", help="leave the base model out; it is then taken from the hub")
+    add("--with-examples", action="store_true", help="also ids and labels of dev, for dicor apply")
+    add("--merge", action="store_true", help="one model of all LoRA members: adapters side by side, heads averaged")
+    add("--rank", type=int, metavar="R", help="with --merge: cut to the best R ranks (SVD)")
+    add("--measure-on", type=Path, metavar="FILE", help="with --merge: measure on it what is lost against the ensemble")
+    add("--text", nargs="+", default=[], metavar="COLUMN", help="text columns of that file (default: the members')")
+    add("--label", metavar="COLUMN", help="its label column (default: the preset's, or label)")
+    add("--member", metavar="NAME", help="one member of --pool and --task")
+    add("--task", help="the member's task")
+    add("--format", choices=("peft", "merged"), help="of one model: PEFT's (default), or a plain transformers model")
+    add("--overwrite", action="store_true", help="replace a folder that this command wrote")
+    add("--push", metavar="USER/NAME", help="send the folder to the Hugging Face hub, too")
+    add("--private", action="store_true", help="with --push: as a private repository, if it is new")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """``UserError`` for options that do not go together."""
+    if (args.ensemble is None) == (args.member is None):
+        raise UserError("export: expected either --ensemble FILE, or --member NAME with --pool DIR and --task T")
+    if args.member and not (args.pool and args.task):
+        raise UserError(f"--member {args.member}: also needs --pool DIR and --task T")
+    of_ensemble = ("without_base", "with_examples", "merge")
+    of_merge = ("rank", "measure_on", "text", "label")
+    for names, wanted, why in (
+        (of_ensemble, args.ensemble, "is for --ensemble"),
+        (of_merge, args.merge, "is for --merge"),
+        (("task",), args.member, "is for --member"),
+        (("private",), args.push, "is for --push"),
+        (("format",), args.member or args.merge, "is for --member and --merge"),
+        (("without_base", "with_examples"), not args.merge, "is for a whole ensemble, not for --merge"),
+        (("text", "label"), args.measure_on, "is for --measure-on"),
+    ):
+        for name in names:
+            if getattr(args, name) and not wanted:
+                raise UserError(f"--{name.replace('_', '-')}: {why}")
+    if args.rank is not None and args.rank < 1:
+        raise UserError(f"--rank {args.rank}: expected a rank of at least 1")
+
+
+def _member(args: argparse.Namespace, folder: Path) -> list[str]:
+    from lora_ensemble import pool
+    from lora_ensemble.ensemble import card
+    from lora_ensemble.ensemble.folder import CARD, find_bases
+    from lora_ensemble.ensemble.restored import check_weights
+    from lora_ensemble.ensemble.single import known_columns, member_of, plain_model, write_merged, write_peft
+    from lora_ensemble.tasks import Task
+
+    r = pool.read_record(args.pool, args.task, args.member)
+    if r is None:
+        names = [r.name for r in pool.read_records(args.pool, args.task)]
+        found = ", ".join(names[:3]) + ", ..." * (len(names) > 3) or "none"
+        where = pool.member_folder(args.pool, args.task, args.member)
+        raise UserError(f"{where}: no such member; members of this task: {found}")
+    check_weights([r], args.pool)
+    (base,) = find_bases([r], {}).values()
+    text = known_columns(r.task, r.kind, r.text)
+    task = Task(name=r.task, kind=r.kind, text=text or ["text"], label_names=r.labels)
+    single = member_of(args.pool, r, task, base)
+    merged = args.format == "merged"
+    if merged:
+        write_merged(folder, single, plain_model(single))
+    else:
+        write_peft(folder, single)
+    if not r.finished:
+        why = "it diverged" if r.diverged else "its training had not ended"
+        print(f"lora-ensemble: notice: {r.name} is not finished: {why}", file=sys.stderr)
+    page = card.single_card(
+        args.output.name,
+        task,
+        base,
+        [r],
+        text=text,
+        merged_format=merged,
+        max_length=single.max_length,
+        examples=r.examples.get("dev"),
+        about=card.about_member(r),
+    )
+    (folder / CARD).write_text(page, encoding="utf-8")
+    return [f"{r.name}: {'merged into its base model' if merged else 'a PEFT adapter'} over {base.name}"]
+
+
+def _ensemble(args: argparse.Namespace, folder: Path) -> list[str]:
+    from lora_ensemble.dicor import record
+    from lora_ensemble.dicor.apply import chosen_record
+    from lora_ensemble.ensemble import bundle, card
+    from lora_ensemble.ensemble.folder import CARD, find_bases, read_bases, record_file
+    from lora_ensemble.ensemble.restored import check_weights, text_columns
+    from lora_ensemble.ensemble.single import known_columns
+
+    file = record_file(args.ensemble)
+    chosen = record.read(file)
+    home = file.resolve().parent
+    members = home / chosen.pool if args.pool is None else args.pool
+    records = [chosen_record(chosen, members, i) for i in range(chosen.size)]
+    check_weights(records, members)
+    bases = find_bases(records, read_bases(home))
+    text = known_columns(chosen.task, chosen.kind, text_columns(records, members))
+    if args.merge:
+        return _merge(args, folder, chosen, members, records, text, bases)
+    bundle.write_ensemble(
+        folder,
+        chosen,
+        members,
+        records,
+        text=text,
+        bases=bases,
+        with_base=not args.without_base,
+        with_examples=args.with_examples,
+    )
+    page = card.ensemble_card(
+        args.output.name,
+        chosen,
+        records,
+        text=text,
+        max_length=min(bundle.longest_of(r, bases) for r in records),
+        bases=bases,
+        with_base=not args.without_base,
+        with_examples=args.with_examples,
+    )
+    (folder / CARD).write_text(page, encoding="utf-8")
+    return [f"{chosen.size} members of {chosen.task}, chosen by {chosen.method}"]
+
+
+def _merge(
+    args: argparse.Namespace,
+    folder: Path,
+    chosen: record.Ensemble,
+    members: Path,
+    records: list[MemberRecord],
+    text: list[str],
+    bases: Mapping[str, Base],
+) -> list[str]:
+    from lora_ensemble.ensemble import card
+    from lora_ensemble.ensemble.folder import CARD
+    from lora_ensemble.ensemble.merge import check_mergeable, merge_members
+    from lora_ensemble.ensemble.single import plain_model, write_merged, write_peft
+    from lora_ensemble.tasks import Task
+
+    check_mergeable(records, members)
+    (base,) = bases.values()
+    task = Task(name=chosen.task, kind=chosen.kind, text=text or ["text"], label_names=chosen.labels)
+    made = merge_members(chosen, members, records, task, base, rank=args.rank)
+    merged = args.format == "merged"
+    if not merged:
+        write_peft(folder, made.single)
+    model, loss = None, None
+    if merged or args.measure_on:
+        model = plain_model(made.single)
+    if args.measure_on:
+        from lora_ensemble.ensemble.measure import measure
+        from lora_ensemble.ensemble.restored import Ensemble
+
+        ensemble = Ensemble.load(args.ensemble, pool=args.pool)
+        loss = measure(model, made.single, ensemble, args.measure_on, text=args.text, label=args.label).sentences()
+    if merged:
+        write_merged(folder, made.single, model)
+    how = [f"adapters side by side, rank {made.full_rank}, weighted as in the ensemble", "heads averaged"]
+    if made.rank < made.full_rank:
+        how.append(f"cut to rank {made.rank} by SVD, which keeps {made.kept:.2%} of the change's squared norm")
+    page = card.single_card(
+        args.output.name,
+        task,
+        base,
+        records,
+        text=text,
+        merged_format=merged,
+        max_length=made.single.max_length,
+        examples=chosen.examples,
+        about=card.about_merge(chosen, how, loss),
+    )
+    (folder / CARD).write_text(page, encoding="utf-8")
+    said = [f"{chosen.size} members of {chosen.task} as one model: " + "; ".join(how)]
+    return [*said, *(loss or ["loss against the ensemble: not measured (--measure-on FILE measures it)"])]

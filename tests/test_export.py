@@ -1,0 +1,583 @@
+"""What is exported answers as the pool's members do: under PEFT, plain transformers, and without the pool."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILY_NAMES
+from pool_factory import make_pool
+from safetensors.numpy import load_file
+from scipy.special import expit, softmax
+from test_ensemble import select
+from trained_pool import ENTRIES, peft_logits, texts_of, write_pool
+
+from lora_ensemble import Ensemble
+from lora_ensemble.ensemble import export, folder
+from lora_ensemble.errors import UserError
+from lora_ensemble.lora import MemberConfig
+from lora_ensemble.main import main
+from lora_ensemble.tasks import Kind
+
+FIRST = "r2-c2-qkv-lr1e-4-s1"
+KINDS: list[Kind] = ["multiclass", "binary", "regression"]
+C = {"multiclass": 5, "binary": 1, "regression": 1}
+
+
+def ran(*args: object) -> None:
+    assert export.run([str(a) for a in args]) == 0
+
+
+def answers(at: Path, texts: list[Any]) -> np.ndarray:
+    """(N, C) logits of a transformers folder with its own tokeniser, by plain transformers."""
+    return peft_logits(at, at, texts, C["multiclass"])
+
+
+# An ensemble's folder
+
+
+def test_the_folder_is_complete(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """Two base models, a fully fine-tuned member, a short one; moved, with pool, record and base models gone."""
+    texts = texts_of(12, 2, seed=2, longest=40)
+    home, pool = tmp_path / "home", tmp_path / "home" / "pool"
+    home.mkdir()
+    for family in ("bert", "electra"):
+        shutil.copytree(tiny(family), home / "bases" / family)
+    groups: list[tuple[str, Any]] = [
+        ("bert", {"entries": ENTRIES[:2]}),
+        ("electra", {"entries": ENTRIES[2:]}),
+        ("bert", {"entries": (MemberConfig(lr=1e-5),), "finetune": "full"}),
+        ("bert", {"entries": (MemberConfig(name="short"),), "max_length": 10}),
+    ]
+    for family, how in groups:
+        write_pool(pool, home / "bases" / family, "binary", columns=2, **how)
+    file = select(pool, "--method", "omni")
+    names = Ensemble.load(file).members
+    assert len(names) == 6
+    expected = np.stack(
+        [
+            peft_logits(
+                pool / "mine" / name,
+                tiny("electra" if name.startswith(("r3", "head")) else "bert"),
+                texts,
+                1,
+                max_length=10 if name == "short" else 90,
+            )
+            for name in names
+        ]
+    )
+    ran("--ensemble", file, "--output", tmp_path / "out")
+    (tmp_path / "far").mkdir()
+    shutil.move(tmp_path / "out", tmp_path / "far" / "moved")
+    shutil.rmtree(home)
+    moved = tmp_path / "far" / "moved"
+    for given in (moved, moved / "dicor.json"):
+        ensemble = Ensemble.load(given)
+        assert (ensemble.members, ensemble.text) == (names, ["one", "two"])
+        np.testing.assert_allclose(ensemble.logits(texts), expected, rtol=0, atol=2e-5)
+    ran("--ensemble", moved, "--output", tmp_path / "again")  # and it can leave again
+    np.testing.assert_allclose(Ensemble.load(tmp_path / "again").logits(texts), expected, rtol=0, atol=2e-5)
+
+    config = json.loads((moved / "config.json").read_text())
+    assert config["format"] == "lora-ensemble"
+    assert (config["task"], config["kind"], config["labels"]) == ("mine", "binary", ["0", "1"])
+    assert (config["text"], config["members"], config["max_length"]) == (["one", "two"], names, 10)
+    assert config["bases"] == {
+        n: {"folder": f"base/{n}", "on_hub": False, "revision": None} for n in ("bert", "electra")
+    }
+    # Nothing of the machine that wrote it, nothing of the examples, and no half of a member.
+    for path in [p for p in moved.rglob("*") if p.is_file()]:
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+        assert path.suffix in (".json", ".md", ".safetensors", ".npy"), path
+    for path in moved.glob("members/mine/*/member.json"):
+        listed = json.loads(path.read_text())
+        assert {*listed["files"], "member.json"} == {p.name for p in path.parent.iterdir()}
+        assert list(listed["examples"]) == ["dev"]
+
+
+def test_only_dev_comes_along(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """With examples if asked for; other splits and the epochs stay."""
+    from lora_ensemble.dicor.cli import main as dicor
+    from lora_ensemble.pool import read_record, read_tensors, write_examples, write_member
+
+    pool = tmp_path / "pool"
+    write_pool(pool, tiny("bert"), "multiclass", entries=ENTRIES[:2])
+    file = select(pool, "--method", "omni")
+    record = read_record(pool, "mine", FIRST)
+    assert record is not None
+    record.examples["test"] = write_examples(pool, "mine", "test", ["t0", "t1"], None)
+    arrays = {"test.logits.npy": np.zeros((2, 5), np.float32), "dev.epochs.npy": np.zeros((1, 24, 5), np.float16)}
+    write_member(pool, record, arrays, keep=record)
+    assert read_tensors(pool, record, "adapter_model.safetensors")
+    ran("--ensemble", file, "--output", tmp_path / "out", "--with-examples")
+    files = {p.name for p in (tmp_path / "out" / "members" / "mine" / FIRST).iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "dev.logits.npy", "member.json"}
+    assert [p.name[:4] for p in (tmp_path / "out/members/mine/examples").iterdir()] == ["dev-"]
+    out = tmp_path / "predictions.csv"
+    given = ["apply", "--ensemble", str(tmp_path / "out/dicor.json"), "--split", "dev", "--output", str(out)]
+    assert dicor(given) == 0
+    assert len(out.read_text().splitlines()) == 25
+    assert "Ids and labels of dev are in this folder" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_without_base(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub's model is named with its revision; a local one would be nobody else's."""
+    pool = tmp_path / "pool"
+    write_pool(pool, tiny("bert"), "multiclass", entries=ENTRIES[:2])
+    file = select(pool, "--method", "omni")
+    given = ["--ensemble", file, "--output", tmp_path / "out", "--without-base"]
+    with pytest.raises(UserError, match=r"--without-base: the base model .* is a local folder"):
+        ran(*given)
+    for path in pool.glob("mine/*/member.json"):
+        raw = json.loads(path.read_text())
+        path.write_text(json.dumps({**raw, "base_model": "someone/encoder", "revision": "abc123"}))
+    # What the hub would give.
+    from lora_ensemble import base_model
+
+    hub = {"someone/encoder": str(tiny("bert"))}
+    monkeypatch.setattr(base_model, "location", lambda name: hub.get(name, name))
+    ran(*given)
+    assert not (tmp_path / "out" / "base").exists()
+    bases = json.loads((tmp_path / "out" / "config.json").read_text())["bases"]
+    assert bases == {"someone/encoder": {"folder": None, "on_hub": True, "revision": "abc123"}}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model:\n- someone/encoder\n" in card
+    assert "not in this folder: `someone/encoder` at abc123" in card
+    assert Ensemble.load(tmp_path / "out").logits(["good"]).shape == (2, 1, 5)
+
+
+def test_what_is_missing_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    pool, out = tmp_path / "pool", tmp_path / "out"
+    write_pool(pool, tiny("bert"), "multiclass", entries=ENTRIES[:2])
+    file = select(pool, "--method", "omni")
+    ran("--ensemble", file, "--output", out)
+    (base,) = (out / "base").iterdir()
+    kept = tmp_path / "kept"
+    for path, message in (
+        (
+            out / "members/mine" / FIRST / "adapter_model.safetensors",
+            rf"{FIRST}: .*adapter_model.safetensors is missing",
+        ),
+        (out / "members/mine" / FIRST, rf"{FIRST}: no such member"),
+        (base, "base/.*: missing, though config.json"),
+        (out / "dicor.json", "dicor.json: No such file"),
+    ):
+        shutil.move(path, kept)
+        with pytest.raises(UserError, match=message):
+            Ensemble.load(out)
+        shutil.move(kept, path)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "format_version": 2}))
+    with pytest.raises(UserError, match="format_version is 2"):
+        Ensemble.load(out)
+    # A damaged member does not leave.
+    weights = pool / "mine" / FIRST / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"oops")
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: not what member.json says"):
+        ran("--ensemble", file, "--output", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    # Nor does one that is predictions alone.
+    make_pool(tmp_path / "elsewhere" / "pool", "mine", "multiclass")
+    alone = select(tmp_path / "elsewhere" / "pool", "--method", "omni")
+    with pytest.raises(UserError, match=r"6 of 6 members have no weights.*m00"):
+        ran("--ensemble", alone, "--output", tmp_path / "other")
+
+
+def test_a_foreign_config_beside_the_record_is_not_read(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", entries=ENTRIES[:2])
+    file = select(tmp_path / "pool", "--method", "omni")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert Ensemble.load(file).logits(["good"]).shape == (2, 1, 5)
+
+
+# The card
+
+
+def test_the_card_says_what_the_record_says(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    import yaml
+
+    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", n=90)
+    file = select(tmp_path / "pool", "--method", "weighted-offset")
+    raw = json.loads(file.read_text())
+    ran("--ensemble", file, "--output", tmp_path / "tickets")
+    card = (tmp_path / "tickets" / "README.md").read_text()
+    front, page = card.split("---\n")[1:]
+    assert yaml.safe_load(front) == {
+        "library_name": "lora-ensemble",
+        "pipeline_tag": "text-classification",
+        "tags": ["lora", "ensemble", "peft"],
+    }
+    for side in ("estimate", "best", "omni"):
+        f = raw[side]
+        figures = (
+            f"{f['in_sample']:.4f} | {f['honest']['value']:.4f} | {f['honest']['low']:.4f} to {f['honest']['high']:.4f}"
+        )
+        assert figures in page
+    assert "| accuracy on dev | in-sample | honest | 90% interval |" in page
+    for key in ("to_best", "to_omni"):
+        noise = "beyond" if raw["estimate"][key]["beyond_noise"] else "within"
+        assert f"{raw['estimate'][key]['value']:+.4f}" in page
+        assert f"{noise} noise" in page
+    assert f"`{raw['examples']}`" in page
+    assert f"multiplied by {raw['scale']:.3f}" in page
+    for m in raw["members"]:
+        assert f"| {m['name']} |" in page
+        assert f"| {m['score']:.4f} | {m['weight']:.4f} |" in page
+    assert "cut after 90 tokens" in page
+
+
+def test_the_card_admits_too_few_examples(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    write_pool(tmp_path / "pool", tiny("bert"), "regression", entries=ENTRIES[:2], n=4)
+    file = select(tmp_path / "pool", "--method", "omni")
+    assert json.loads(file.read_text())["repeats"] == 0
+    ran("--ensemble", file, "--output", tmp_path / "out")
+    assert "too few examples for an honest estimate" in (tmp_path / "out" / "README.md").read_text()
+
+
+# One member
+
+
+@pytest.mark.parametrize("name", ["r5-c1-all-linear-lr1e-4-s2", "head-lr1e-4-s4"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_member_in_both_formats(tiny: Callable[[str], Path], tmp_path: Path, family: str, name: str) -> None:
+    """The pool's own folder under PEFT, the exported one under PEFT, and the merged one under plain transformers."""
+    write_pool(tmp_path / "pool", tiny(family), "multiclass")
+    texts = texts_of(8, 1, seed=3)
+    expected = peft_logits(tmp_path / "pool" / "mine" / name, tiny(family), texts, 5)
+    member = ("--pool", tmp_path / "pool", "--task", "mine", "--member", name)
+    ran(*member, "--format", "peft", "--output", tmp_path / "peft")
+    ran(*member, "--format", "merged", "--output", tmp_path / "merged")
+    np.testing.assert_allclose(peft_logits(tmp_path / "peft", tiny(family), texts, 5), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(answers(tmp_path / "merged", texts), expected, rtol=0, atol=2e-5)
+    assert np.ptp(expected) > 0.1
+    for path in [*(tmp_path / "peft").iterdir(), *(tmp_path / "merged").iterdir()]:
+        assert str(tiny(family).parent).encode() not in path.read_bytes(), path
+    named = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == tiny(family).name
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipeline_gives_the_labels(tiny: Callable[[str], Path], tmp_path: Path, kind: Kind, family: str) -> None:
+    from transformers import pipeline
+
+    write_pool(tmp_path / "pool", tiny(family), kind, columns=2, entries=ENTRIES[:1], max_length=12)
+    texts = texts_of(10, 2, seed=3)
+    logits = peft_logits(tmp_path / "pool" / "mine" / FIRST, tiny(family), texts, C[kind], max_length=12)
+    member = ("--pool", tmp_path / "pool", "--task", "mine", "--member", FIRST)
+    ran(*member, "--format", "merged", "--output", tmp_path / "out")
+    pipe = pipeline("text-classification", str(tmp_path / "out"))
+    found = pipe([{"text": one, "text_pair": two} for one, two in texts], truncation=True)
+    if kind == "regression":
+        assert [f["label"] for f in found] == ["mine"] * 10
+        np.testing.assert_allclose([f["score"] for f in found], logits[:, 0], rtol=0, atol=2e-5)
+        return
+    p = softmax(logits, axis=1) if kind == "multiclass" else np.hstack([expit(-logits), expit(logits)])
+    assert [f["label"] for f in found] == [str(i) for i in p.argmax(axis=1)]
+    np.testing.assert_allclose([f["score"] for f in found], p.max(axis=1), rtol=0, atol=2e-5)
+
+
+def test_a_fully_fine_tuned_member(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", entries=(MemberConfig(lr=1e-5),), finetune="full")
+    (name,) = (p.name for p in (tmp_path / "pool/mine").glob("full-*"))
+    member = ("--pool", tmp_path / "pool", "--task", "mine", "--member", name, "--output", tmp_path / "out")
+    with pytest.raises(UserError, match=f"{name}: fully fine-tuned, so it has no adapter; use --format merged"):
+        ran(*member)
+    ran(*member, "--format", "merged")
+    texts = texts_of(8, 1, seed=3)
+    expected = peft_logits(tmp_path / "pool" / "mine" / name, tiny("bert"), texts, 5)
+    np.testing.assert_allclose(answers(tmp_path / "out", texts), expected, rtol=0, atol=2e-5)
+
+
+# Several members as one
+
+
+def by_hand(pool: Path, base: Path, names: list[str], weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Each adapted weight of BERT as W0 + sum_i w_i alpha_i / r_i B_i A_i, from the members' own files, float64."""
+    plain = {f"bert.{k}": v.astype(np.float64) for k, v in load_file(base / "model.safetensors").items()}
+    heads: dict[str, np.ndarray] = {}
+    for name, weight in zip(names, weights, strict=True):
+        tensors = load_file(pool / "mine" / name / "adapter_model.safetensors")
+        config = json.loads((pool / "mine" / name / "adapter_config.json").read_text())
+        for key, value in tensors.items():
+            path = key.removeprefix("base_model.model.")
+            if "lora_A" in path:
+                change = tensors[key.replace("lora_A", "lora_B")].astype(np.float64) @ value
+                plain[path.replace("lora_A.", "")] += weight * config["lora_alpha"] / config["r"] * change
+            elif "lora_B" not in path:
+                heads[path] = heads.get(path, 0.0) + weight * value.astype(np.float64)
+    return plain | heads
+
+
+def forward(weights: dict[str, np.ndarray], base: Path, texts: list[str], outputs: int) -> np.ndarray:
+    """(N, C) logits of BERT with these weights."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs).eval().double()
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    with torch.no_grad():
+        return np.stack([model(**tokenizer(t, return_tensors="pt")).logits[0].numpy() for t in texts])
+
+
+def test_the_merge_is_the_weighted_sum(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """Other ranks, targets and scalings, a head alone, temperatures, scale and offsets; both formats, and full rank."""
+    base, pool = tiny("bert"), tmp_path / "pool"
+    write_pool(pool, base, "multiclass", n=60)
+    file = select(pool, "--method", "weighted-offset", "--temperature")
+    raw = json.loads(file.read_text())
+    raw["scale"], raw["offsets"] = 1.7, [0.3, -0.1, 0.0, -0.4, 0.2]
+    weights, size = np.array([0.5, 0.2, 0.2, 0.1]), len(raw["members"])
+    weights = weights[:size] / weights[:size].sum()
+    degrees = np.array([2.0, 1.0, 0.5, 1.5])[:size]
+    for m, w, t in zip(raw["members"], weights, degrees, strict=True):
+        m["weight"], m["temperature"] = w, t
+    file.write_text(json.dumps(raw))
+    names = [m["name"] for m in raw["members"]]
+    assert size > 2
+    expected = by_hand(pool, base, names, weights)
+    scaled = by_hand(pool, base, names, weights / degrees)
+    expected["classifier.weight"] = 1.7 * scaled["classifier.weight"]
+    expected["classifier.bias"] = 1.7 * scaled["classifier.bias"] + raw["offsets"]
+    texts = texts_of(8, 1, seed=3)
+    logits = forward(expected, base, texts, 5)
+
+    ran("--ensemble", file, "--merge", "--output", tmp_path / "peft")
+    np.testing.assert_allclose(peft_logits(tmp_path / "peft", base, texts, 5), logits, rtol=0, atol=5e-5)
+    ran("--ensemble", file, "--merge", "--format", "merged", "--output", tmp_path / "merged")
+    np.testing.assert_allclose(answers(tmp_path / "merged", texts), logits, rtol=0, atol=5e-5)
+    ran("--ensemble", file, "--merge", "--rank", 32, "--output", tmp_path / "full")  # no layer has more than 32
+    np.testing.assert_allclose(peft_logits(tmp_path / "full", base, texts, 5), logits, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_cut_is_the_best_of_its_rank(tiny: Callable[[str], Path], tmp_path: Path, rank: int) -> None:
+    """Against numpy's SVD of the whole change."""
+    base, pool = tiny("bert"), tmp_path / "pool"
+    write_pool(pool, base, "binary", entries=ENTRIES[:3])
+    file = select(pool, "--method", "omni")
+    names = [m["name"] for m in json.loads(file.read_text())["members"]]
+    weights = by_hand(pool, base, names, np.full(3, 1 / 3))
+    plain = {f"bert.{k}": v.astype(np.float64) for k, v in load_file(base / "model.safetensors").items()}
+    kept = whole = 0.0
+    for key, before in plain.items():
+        change = weights[key] - before
+        if change.any():
+            u, s, v = np.linalg.svd(change, full_matrices=False)
+            weights[key] = before + (u[:, :rank] * s[:rank]) @ v[:rank]
+            kept, whole = kept + (s[:rank] ** 2).sum(), whole + (s**2).sum()
+    texts = texts_of(8, 1, seed=3)
+    logits = forward(weights, base, texts, 1)
+    assert np.abs(logits - forward(by_hand(pool, base, names, np.full(3, 1 / 3)), base, texts, 1)).max() > 1e-3
+    ran("--ensemble", file, "--merge", "--rank", rank, "--output", tmp_path / "out")
+    np.testing.assert_allclose(peft_logits(tmp_path / "out", base, texts, 1), logits, rtol=0, atol=5e-5)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == rank
+    assert f"keeps {kept / whole:.2%}" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_measured(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: Kind
+) -> None:
+    """On a file with labels and without; against what both models' folders say, one text at a time."""
+    base, pool, out = tiny("bert"), tmp_path / "pool", tmp_path / "out"
+    write_pool(pool, base, kind, columns=2, entries=ENTRIES[:2])
+    file = select(pool, "--method", "omni")
+    texts = texts_of(40, 2, seed=8)
+    rng = np.random.default_rng(1)
+    truth = rng.uniform(0, 5, 40) if kind == "regression" else rng.integers(0, 5 if kind == "multiclass" else 2, 40)
+    ensemble = Ensemble.load(file).decision(texts)
+    given = ("--ensemble", file, "--merge", "--output", out, "--overwrite")
+    ran(*given)
+    assert "not measured" in capsys.readouterr().out
+    assert "not measured" in (out / "README.md").read_text()
+    one = peft_logits(out, base, texts, C[kind])
+    ours = one.argmax(1) if kind == "multiclass" else (one[:, 0] > 0).astype(int) if kind == "binary" else one[:, 0]
+    if kind == "regression":
+        same = f"{np.corrcoef(ours, ensemble)[0, 1]:.4f}"
+        scores = [f"{np.corrcoef(x, truth)[0, 1]:.4f}" for x in (ours, ensemble)]
+    else:
+        same = f"{np.mean(ours == ensemble):.2%}"
+        scores = [f"{np.mean(x == truth):.4f}" for x in (ours, ensemble)]
+
+    labelled, bare = tmp_path / "labelled.csv", tmp_path / "bare.csv"
+    rows = [f"{a},{b}" for a, b in texts]
+    labelled.write_text("\n".join(["one,two,label", *(f"{r},{y}" for r, y in zip(rows, truth, strict=True))]) + "\n")
+    bare.write_text("\n".join(["one,two", *rows]) + "\n")
+    ran(*given, "--measure-on", labelled)
+    said, card = capsys.readouterr().out, (out / "README.md").read_text()
+    for text in (said, card):
+        assert same in text
+        assert f"there: {scores[0]}, the ensemble's {scores[1]}" in text
+        assert "40 examples of labelled.csv" in text
+        assert str(tmp_path / "labelled") not in text
+    ran(*given, "--format", "merged", "--measure-on", bare)
+    said = capsys.readouterr().out
+    assert same in said
+    assert "no labels in that file" in said
+
+
+def test_what_cannot_be_merged(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    full: dict[str, Any] = {"entries": (MemberConfig(lr=1e-5),), "finetune": "full"}
+    others: list[tuple[str, dict[str, Any], str]] = [
+        ("bert", full, r"full-lr1e-5-s11711: fully fine-tuned, so it has no adapter to merge"),
+        ("electra", {"entries": ENTRIES[2:3]}, r"one base model: that of r\d"),
+        ("bert", {"entries": ENTRIES[2:3], "max_length": 10}, r"one longest text: that of r\d"),
+    ]
+    for i, (family, how, message) in enumerate(others):
+        pool = tmp_path / str(i) / "pool"
+        write_pool(pool, tiny("bert"), "multiclass", entries=ENTRIES[:1])
+        write_pool(pool, tiny(family), "multiclass", **how)
+        with pytest.raises(UserError, match=message):
+            ran("--ensemble", select(pool, "--method", "omni"), "--merge", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# The folder itself
+
+
+def test_an_existing_folder_stays(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", entries=ENTRIES[:1])
+    given = ("--pool", tmp_path / "pool", "--task", "mine", "--member", FIRST, "--output")
+    out = tmp_path / "out"
+    ran(*given, out)
+    with pytest.raises(UserError, match=r"out: is there already; .* --overwrite"):
+        ran(*given, out)
+    (out / "stale").write_text("")
+    ran(*given, out, "--overwrite")
+    assert not (out / "stale").exists()
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="precious: not a folder that lora-ensemble export wrote"):
+        ran(*given, precious, "--overwrite")
+    assert (precious / "README.md").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "pool", "precious"]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
+    """Killed while it is filled, after the first rename, and after the second: one or the other is there, whole."""
+    out = tmp_path / "out"
+
+    def write(version: str) -> None:
+        with folder.whole_folder(out, overwrite=True) as new:
+            (new / "README.md").write_text(f"{folder.SIGNED} {version}")
+            if renames == 0 and version == "new":
+                os._exit(9)
+
+    write("old")
+    real, done = os.rename, []
+
+    def killed(a: Path, b: Path) -> None:
+        real(a, b)
+        done.append(a)
+        if len(done) == renames:
+            os._exit(9)
+
+    if (child := os.fork()) == 0:
+        os.rename = killed  # type: ignore[assignment]
+        write("new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    if out.exists():
+        assert (out / "README.md").read_text() == f"{folder.SIGNED} {'new' if renames == 2 else 'old'}"
+    else:
+        assert renames == 1
+        with pytest.raises(UserError, match="is there already"), folder.whole_folder(out, overwrite=False):
+            pass
+        assert (out / "README.md").read_text() == f"{folder.SIGNED} old"  # put back
+    write("third")
+    assert (out / "README.md").read_text() == f"{folder.SIGNED} third"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--output o", "expected either --ensemble FILE, or --member NAME"),
+        ("--output o --ensemble d.json --member m", "expected either --ensemble FILE, or --member NAME"),
+        ("--output o --member m", "--member m: also needs --pool DIR and --task T"),
+        ("--ensemble d.json", "required: --output"),
+        ("--output o --ensemble gone.json", "gone.json: No such file"),
+        ("--output o --ensemble d.json --format peft", "--format: is for --member and --merge"),
+        ("--output o --ensemble d.json --rank 4", "--rank: is for --merge"),
+        ("--output o --ensemble d.json --merge --rank 0", "--rank 0: expected a rank of at least 1"),
+        ("--output o --ensemble d.json --merge --without-base", "--without-base: is for a whole ensemble"),
+        ("--output o --ensemble d.json --merge --text a", "--text: is for --measure-on"),
+        ("--output o --member m --pool p --task t --merge", "--merge: is for --ensemble"),
+        ("--output o --member m --pool gone --task t", "no such member; members of this task: none"),
+        ("--output o --ensemble d.json --private", "--private: is for --push"),
+        ("--output o --ensemble d.json --push a/b/c", "--push 'a/b/c': not the name of a repository"),
+        ("--output o --ensemble d.json --push me/mine", "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_bad_input(
+    given: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *given.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert message in said
+    assert list(tmp_path.iterdir()) == []
+
+
+# The hub
+
+
+class Hub:
+    """Stands where ``HfApi`` does: keeps what it is given, or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.calls = error, list[Any]()
+
+    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> str:
+        self.calls.append((repo_id, private, exist_ok))
+        return f"https://hub/{repo_id}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        if self.error is not None:
+            raise self.error
+        self.calls.append((repo_id, sorted(p.name for p in folder_path.iterdir())))
+
+
+def test_push(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", entries=ENTRIES[:1])
+    given = ["export", "--pool", str(tmp_path / "pool"), "--task", "mine", "--member", FIRST, "--push", "me/mine"]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert main([*given, "--output", str(tmp_path / "a")]) == 2
+    assert "not logged in to the Hugging Face hub; run `hf auth login`" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a-token")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    assert main([*given, "--output", str(tmp_path / "a"), "--private"]) == 0
+    assert "pushed to https://hub/me/mine" in capsys.readouterr().out
+    assert hub.calls[0] == ("me/mine", True, True)
+    assert hub.calls[1] == ("me/mine", sorted(p.name for p in (tmp_path / "a").iterdir()))
+
+    for error in (OSError("no route\nto it"), HTTPError("403 Forbidden")):
+        hub.error = error
+        assert main([*given, "--output", str(tmp_path / "b"), "--overwrite"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{str(error).splitlines()[0]}; {tmp_path / 'b'} is written" in said
+        assert (tmp_path / "b" / "adapter_model.safetensors").is_file()
