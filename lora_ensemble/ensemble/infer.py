@@ -147,7 +147,8 @@ def _sink(given: argparse.Namespace) -> Iterator[_Sink]:
     if given.input != "-":
         about = os.stat(given.input)
         settings["input"] = f"{about.st_size} {about.st_mtime_ns}"
-    settings["ensemble"] = given.ensemble.read_text(encoding="utf-8") if given.ensemble.is_file() else ""
+    record = given.ensemble / "dicor.json" if given.ensemble.is_dir() else given.ensemble  # or an exported folder
+    settings["ensemble"] = record.read_text(encoding="utf-8") if record.is_file() else ""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     partial = target.with_name(f".{target.name}.{digest}.partial")
     try:
