@@ -190,6 +190,9 @@ class Sweep(BankRun):
     def _is_done(self, plan: Plan, bank: PlannedBank) -> bool:
         return bank.finished is not None and self._same_end(bank.finished)
 
+    def _is_all(self, plan: Plan) -> bool:
+        return super()._is_all(self._everyone or plan)
+
     def _checkpoint_of_all(self, ckpt_path: str | None) -> str | None:
         last = self.run_dir / "checkpoint" / "last.ckpt"
         return str(last) if last.is_file() else None
