@@ -108,6 +108,8 @@ def broken_rules(module: str, source: str) -> list[str]:
         "memory",
         "split",
         "plan",
+        "places",
+        "away",
     )
     without_lightning = tuple(own + name for name in plain)
     above = (f"{own}reproduce", f"{own}main", f"{own}__main__", f"{own}dicor.__main__")  # both stages
