@@ -27,8 +27,10 @@ def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revisio
     if bank.train_encoder:
         classifier: Any = bank.heads[bank.tasks.index(task)]
         state = {**bank.encoder_state(), **heads[task.name]}
+        # Its own name for itself would be the path that it was loaded from.
+        own = {"architectures": [type(classifier).__name__], "_name_or_path": base_model}
         return {
-            pool.FULL_CONFIG: classifier.config.to_dict() | {"architectures": [type(classifier).__name__]},
+            pool.FULL_CONFIG: classifier.config.to_dict() | own,
             pool.FULL: {name: tensor.numpy() for name, tensor in state.items()},
         }
     if not adapter.A:

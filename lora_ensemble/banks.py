@@ -118,6 +118,10 @@ class BankRun:
         """Whether a bank need not be trained again. One bank alone is Lightning's to go on with, or to do nothing."""
         return len(plan.banks) > 1 and bank.finished is not None and self._same_end(bank.finished)
 
+    def _is_all(self, plan: Plan) -> bool:
+        """Whether the plan is of one bank, and that is the whole run."""
+        return len(plan.banks) == 1
+
     def _watch(self, plan: Plan, bank: PlannedBank, trainer: pl.Trainer) -> None:
         """Before a bank's training starts."""
 
@@ -213,7 +217,7 @@ class BankRun:
         try:
             trainer.fit(module, datamodule=self.data, ckpt_path=ckpt_path, weights_only=weights_only)
         except AllDivergedError:
-            if len(plan.banks) == 1:
+            if self._is_all(plan):
                 raise
             say("every member of this bank has diverged (NaN or infinity)")
         except Exception as e:

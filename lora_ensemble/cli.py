@@ -14,6 +14,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -24,7 +25,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lora_ensemble import __version__
+from lora_ensemble import __version__, ray_sweep
+from lora_ensemble.away import Home
 from lora_ensemble.banks import BankRun, check_bank_size, evaluation_banks, let_go
 from lora_ensemble.curves import MemberTable, default_loggers
 from lora_ensemble.data import BankData
@@ -36,7 +38,7 @@ from lora_ensemble.module import BankModule, check_precision
 from lora_ensemble.notices import say
 from lora_ensemble.plan import FILE as PLAN_FILE
 from lora_ensemble.pool_writer import PoolWriter
-from lora_ensemble.ray_sweep import Cluster, RayOptions, planned
+from lora_ensemble.ray_sweep import RayOptions
 from lora_ensemble.restart import TimedCheckpoint
 from lora_ensemble.sweep import Sweep
 
@@ -71,11 +73,14 @@ class _SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            text = self.parser.dump(self.config, skip_none=False)
-            (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+            _save_settings(self.run_dir, self.parser, self.config)
             for logger in trainer.loggers:
                 logger.log_hyperparams(json.loads(self.parser.dump(self.config, format="json", skip_none=False)))
+
+
+def _save_settings(run_dir: Path, parser: LightningArgumentParser, config: Any) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(parser.dump(config, skip_none=False), encoding="utf-8")
 
 
 class CLI(LightningCLI):
@@ -116,7 +121,6 @@ class CLI(LightningCLI):
         super().parse_arguments(parser, args)
         if self.config.subcommand == "distill":
             self._parse_as_the_ensemble(parser, args)
-        self._arguments = list(sys.argv[1:] if args is None else args)
         config = self.config[self.config.subcommand]
         check_precision(config.trainer.precision)
         check_bank_size(config.bank_size)
@@ -129,6 +133,8 @@ class CLI(LightningCLI):
             )
         if config.get("early_exit") is not None:
             EarlyExit(**vars(config.early_exit)).check()
+        if config.get("ray") is not None:
+            RayOptions(**vars(config.ray)).check()
         if self.config.subcommand != "sweep" and config.get("weights_only") is None:
             config.weights_only = True  # a checkpoint is never unpickled
 
@@ -264,10 +270,24 @@ class CLI(LightningCLI):
         """
         train = None
         if plan_only:
-            train = planned
+            train = ray_sweep.planned
         elif ray is not None:
-            train = Cluster(ray, self._arguments).train
+            if not ray.shared:  # elsewhere, the workers write them
+                _save_settings(self.run_dir, self._parser("sweep"), self.config["sweep"])
+            home = Home(
+                run_dir=self.run_dir,
+                pool=Path(self.config[self.subcommand].pool.dir),
+                tasks=[t.name for t in datamodule.tasks],
+                named=datamodule.named_files(),
+                compares=early_exit is not None,
+            )
+            train = partial(ray_sweep.train, ray, self._settings_of_a_bank(), home)
         self._run(Sweep, model, datamodule).sweep(early_exit, bank=bank, train=train)
+
+    def _settings_of_a_bank(self) -> str:
+        """This sweep's settings, resolved, for a process that is given the number of its bank besides: ``--config``."""
+        text = self._parser("sweep").dump(self.config["sweep"], format="json", skip_none=False)
+        return json.dumps({**json.loads(text), "ray": None})
 
     def _run(self, kind: type[Run], model: BankModule, datamodule: BankData) -> Run:
         config, trainer = self.config[self.subcommand], self.trainer
@@ -351,6 +371,7 @@ def run(args: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own, about lightning
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the loaders are arrays in memory
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # said above
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a checkpoint that was sent or brought home
     # 'GPU available: ...', 'Seed set to ...' and advertisements; warnings and errors still come through.
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)

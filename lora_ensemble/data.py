@@ -21,7 +21,7 @@ from lora_ensemble.base_model import load_tokenizer, longest_input
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import derived_seed
 from lora_ensemble.notices import say
-from lora_ensemble.readers import Split, fingerprint, read_split, shared_texts
+from lora_ensemble.readers import Split, fingerprint, read_split, shared_texts, split_source
 from lora_ensemble.tasks import PRESETS, Task
 from lora_ensemble.tokens import Tokens
 
@@ -193,6 +193,13 @@ class BankData(pl.LightningDataModule):
         for split in wanted.split():
             if split not in self.splits:
                 self.splits[split] = {t.name: self._read(t, split, need_labels=stage != "predict") for t in self.tasks}
+
+    def named_files(self) -> list[str]:
+        """Files and folders of this machine that training reads, as the settings name them. The hub's are not here."""
+        files = [split_source(t, s, self.root) for t in self.tasks if t.dataset is None for s in ("train", "dev")]
+        # What names a folder is a folder, as transformers and datasets have it.
+        folders = [self.base_model, *(t.dataset for t in self.tasks if t.dataset is not None)]
+        return files + [name for name in folders if Path(name).is_dir()]
 
     def _read(self, task: Task, split: str, *, need_labels: bool) -> TokenisedSplit:
         raw = read_split(task, split, self.root, need_labels=need_labels)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_ensemble.errors import UserError
+from lora_ensemble.places import place
 from lora_ensemble.tables import Table, read_hub, read_table
 from lora_ensemble.tasks import SPLITS, Task, class_reader, number
 
@@ -91,16 +92,28 @@ def shared_texts(a: Split, b: Split) -> int:
     return sum(texts in known for texts in zip(*b.texts, strict=True))
 
 
-def _open(task: Task, split: str, root: Path | None) -> Table:
-    wanted = list(dict.fromkeys([*task.text, task.label, *([task.id] if task.id is not None else [])]))
-    name: str | None = getattr(task, split)
+def split_source(task: Task, split: str, root: Path | None) -> str:
+    """What a split is read from, as settings name it: a file, or a data set of the hub (or one in a folder).
+
+    ``UserError`` where the task or ``root`` does not say.
+    """
     if task.dataset is not None:
-        return read_hub(task.dataset, task.dataset_config, name or _HUB_SPLITS[split], wanted, task.label, task.labels)
+        return task.dataset
+    name: str | None = getattr(task, split)
     if name is None:
         raise UserError(f"task {task.name!r}: it names no {split} file; set {split}: in the task")
     if root is None and not Path(name).is_absolute():
         raise UserError(f"task {task.name!r}: --data.root is not set; it is the folder that holds {name}")
-    path = Path(root or "").expanduser() / name
+    return str(Path(root or "") / name)
+
+
+def _open(task: Task, split: str, root: Path | None) -> Table:
+    wanted = list(dict.fromkeys([*task.text, task.label, *([task.id] if task.id is not None else [])]))
+    name: str | None = getattr(task, split)
+    source = place(split_source(task, split, root))
+    if task.dataset is not None:
+        return read_hub(source, task.dataset_config, name or _HUB_SPLITS[split], wanted, task.label, task.labels)
+    path = Path(source).expanduser()
     if not path.exists():
         what = "no such file" if path.parent.is_dir() else "no such file, nor its folder"
         raise UserError(f"{path}: {what}; set --data.root to the folder that holds {name}")

@@ -143,6 +143,46 @@ def test_two_devices_train_several_banks(
         assert (b.record(record.name).best_epoch, b.record(record.name).finished) == (record.best_epoch, True)
 
 
+@pytest.mark.parametrize("size", ["null", "3"])
+def test_two_devices_let_the_same_members_leave(
+    tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path, size: str
+) -> None:
+    """Early exit in one bank, and in banks that are compared with those before them; and nobody comes back."""
+    one = Program(tmp_path / "one", tiny("bert"), demo_root)
+    two = Program(tmp_path / "two", tiny("bert"), demo_root)
+    members = "[{rank: [2, 3, 4], scaling: [1, 2], targets: all-linear, lr: 3e-3}]"
+    common = (*STILL, "--trainer.precision=64-true", "--data.batch_size=7", "--trainer.max_epochs=4")
+    early = (f"--bank_size={size}", "--early_exit.rungs=[1, 2]", "--early_exit.reserve=0.2", "--trainer.logger=false")
+    ddp = ("--trainer.devices=2", "--trainer.strategy=ddp")
+
+    def swept(program: Program, *how: str) -> tuple[list[str], dict[str, Any]]:
+        """What was said about exits, and the plan."""
+        given = program.arguments("sweep", *common, *early, *how, tasks="[sst, sts]", members=members)
+        done = subprocess.run(command(given), env=environment(), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        said = [line for line in done.stdout.splitlines() if line.startswith(("early exit", "bank "))]
+        return said, json.loads((program.run_dir() / "banks.json").read_text())
+
+    (said, plan), (said_by_two, plan_of_two) = swept(one), swept(two, *ddp)
+    assert said_by_two == said
+    assert len(plan["left"]) >= 2
+    assert plan_of_two["left"] == plan["left"]
+    assert [(b["members"], b["rung"]) for b in plan_of_two["banks"]] == [
+        (b["members"], b["rung"]) for b in plan["banks"]
+    ]
+    for task in ("sst", "sts"):
+        a, b = (pool.TaskPool(p.pool, task) for p in (one, two))
+        assert sorted(a.left_out) == sorted(b.left_out) == sorted(plan["left"])
+        for record in a.members:
+            np.testing.assert_allclose(b.logits(record.name), a.logits(record.name), atol=1e-6, rtol=0)
+            other = b.record(record.name)
+            assert (other.best_epoch, other.epochs_done) == (record.best_epoch, record.epochs_done)
+            assert other.epoch_scores == pytest.approx(record.epoch_scores, abs=1e-6)
+    before = checkpoint_times(two)
+    assert [line for line in swept(two, *ddp)[0] if line.startswith("bank ")] == []
+    assert checkpoint_times(two) == before
+
+
 def test_killed_in_the_second_bank(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
     """SIGKILL: the first bank stays as it is, the second goes on from its own checkpoint."""
     undisturbed = Program(tmp_path / "calm", tiny("bert"), demo_root)

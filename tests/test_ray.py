@@ -6,71 +6,126 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from test_cli import Program
-from test_sweep import TWELVE, contents
+from test_sweep import THREE, TWELVE, contents
 
+from lora_ensemble import ray_sweep
+from lora_ensemble.away import Home
 from lora_ensemble.main import main
-from lora_ensemble.ray_sweep import _without_ray
+from lora_ensemble.plan import Plan
 
 CLUSTER = """
-import subprocess, sys, time
-from pathlib import Path
+import os, sys
 from ray.cluster_utils import Cluster
 
-runs, *driver = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 other = cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
-process = subprocess.Popen([sys.executable, "-m", "lora_ensemble", *driver, f"--ray.address={cluster.address}"])
-while process.poll() is None and len(list(Path(runs).glob("*/checkpoint/*/last.ckpt"))) < 2:
-    time.sleep(0.02)
+print(cluster.address, os.path.exists(sys.argv[1]), flush=True)
+sys.stdin.readline()
 cluster.remove_node(other, allow_graceful=False)
-print("a node was killed", flush=True)
-code = process.wait()
+sys.stdin.readline()
 cluster.shutdown()
-sys.exit(code)
 """
+# In a name space of its own, an empty file system lies over the folder.
+HIDDEN = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"']
 
 
-def test_a_node_dies(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
-    """Three banks on two nodes; the sweep ends complete, with the pool of one that ran without Ray."""
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "away"])
+def test_a_node_dies(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny: Callable[[str], Path],
+    demo_root: Path,
+    shared: bool,
+) -> None:
+    """Three banks on two nodes; the sweep ends complete, with the pool of one that ran without Ray.
+
+    Away, the nodes see neither data, nor base model, nor pool, nor runs: of all that, their folders are empty.
+    """
     pytest.importorskip("ray", reason="the extra [ray] is not installed")
     program = Program(tmp_path, tiny("bert"), demo_root)
     how = ("--bank_size=4", "--trainer.logger=false", "--trainer.max_epochs=40")
     assert program("sweep", *how, members=TWELVE) == 0
     undisturbed, program.pool = contents(program.pool), tmp_path / "ray"
     shutil.rmtree(tmp_path / "runs")
-    driver = program.arguments("sweep", *how, members=TWELVE)
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", CLUSTER, str(tmp_path / "runs"), *driver],
-        capture_output=True, text=True, timeout=600, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+    everything = tmp_path_factory.getbasetemp()
+    hidden = not shared
+    if hidden and subprocess.run([*HIDDEN, everything, "true"], capture_output=True).returncode:
+        hidden = False
+        print("a folder cannot be hidden here (unshare, mount): the nodes see it, though they do not need it")
+    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # not hidden
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp"}
+    begun = (tmp_path, "runs") if shared else (scratch, "lora-ensemble-away-*/runs")
+    cluster = subprocess.Popen(
+        [*(map(str, [*HIDDEN, everything]) if hidden else ()), sys.executable, "-c", CLUSTER, str(demo_root)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**env, "TMPDIR": str(scratch)},
     )  # fmt: skip
-    print(f"{time.monotonic() - started:.0f} s\n{done.stdout}\n{done.stderr}")
-    assert done.returncode == 0
-    assert "its worker died" in done.stdout
-    assert "1 workers died; " in done.stdout
+    with cluster:
+        assert cluster.stdin
+        assert cluster.stdout
+        *_, address, seen = next(line for line in cluster.stdout if ":" in line.split(" ")[0]).split()
+        assert (seen == "True") == (not hidden)
+        ray = (f"--ray.address={address}", f"--ray.shared={str(shared).lower()}")
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "lora_ensemble", *program.arguments("sweep", *how, *ray, members=TWELVE)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+        )  # fmt: skip
+        try:
+            until = time.monotonic() + 900
+            while driver.poll() is None and len(list(begun[0].glob(f"{begun[1]}/*/checkpoint/*/last.ckpt"))) < 2:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            cluster.stdin.write("\n")
+            cluster.stdin.flush()
+            said, _ = driver.communicate(timeout=900)
+        finally:
+            driver.kill()
+        cluster.communicate("\n", timeout=120)
+    print(said)
+    assert driver.returncode == 0
+    assert "its worker died" in said
+    assert ("it goes on from its last checkpoint elsewhere" if shared else "it starts again elsewhere") in said
+    assert "1 workers died; " in said
     assert contents(program.pool) == undisturbed
+    assert list(scratch.glob("*lora-ensemble*")) == []
+    shutil.rmtree(scratch)
 
 
-def test_what_a_worker_is_told() -> None:
-    given = [
-        "sweep",
-        "--ray.address=auto",
-        "--config",
-        "a.yaml",
-        "--ray.cpus",
-        "2",
-        "--ray",
-        "{address: auto}",
-        "--x=1",
-    ]
-    assert _without_ray(given) == ["sweep", "--config", "a.yaml", "--x=1"]
+def test_what_a_worker_is_told(
+    tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings of a file and of arguments, relative paths: the worker's run is the driver's. Shared storage."""
+    monkeypatch.chdir(tmp_path)
+    program = Program(Path("."), tiny("bert"), demo_root)
+    Path("some.yaml").write_text("bank_size: 2\ntrainer:\n  logger: false\n")
+    assert program("sweep", "--config=some.yaml", members=THREE) == 0
+    undisturbed = contents(program.pool)
+    shutil.rmtree("runs")
+    shutil.rmtree("pool")
+    trained = []
+
+    def train(
+        options: ray_sweep.RayOptions, settings: str, home: Home, plan: Plan, numbers: list[int], _: object
+    ) -> None:
+        Path("some.yaml").unlink()
+        monkeypatch.chdir("/")
+        for number in numbers:
+            what = [f"--config={settings}", f"--bank={number}"]
+            trained.append(ray_sweep.train_on_shared_storage(what, {}, str(tmp_path)))
+        monkeypatch.chdir(tmp_path)
+
+    monkeypatch.setattr(ray_sweep, "train", train)
+    assert program("sweep", "--config=some.yaml", "--ray.address=auto", members=THREE) == 0
+    assert trained == [(0, {}), (0, {})]
+    assert contents(program.pool) == undisturbed
+    assert len(list(Path("runs").iterdir())) == 1
 
 
 def test_no_cluster(

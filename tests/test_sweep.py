@@ -243,6 +243,21 @@ def test_members_leave_a_bank_that_is_a_job(program: Program, capsys: pytest.Cap
     assert len(pool.TaskPool(program.pool, "sst").members) == 2
 
 
+def test_a_job_whose_members_all_diverge(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    """One bank of several: it is said, and the others go on, as in a sweep by one process."""
+    members = "[{rank: 2, lr: 3e-3}, {rank: 2, lr: 1e30}]"
+    assert program("sweep", "--bank_size=1", members=members) == 0
+    undisturbed, program.pool = contents(program.pool), program.folder / "jobs"
+    shutil.rmtree(program.folder / "runs")
+    assert program("sweep", "--bank_size=1", "--plan_only=true", members=members) == 0
+    for bank in ("1", "2"):
+        assert program("sweep", "--bank_size=1", f"--bank={bank}", members=members) == 0
+    capsys.readouterr()
+    assert program("sweep", "--bank_size=1", members=members) == 0
+    assert "r2-c1-qv-lr1e30-s11711  diverged    nan" in capsys.readouterr().out
+    assert contents(program.pool) == undisturbed
+
+
 def test_jobs_that_make_no_sense(
     program: Program, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,11 @@ def _label_type(labels: np.ndarray) -> str:
     return "<f8" if np.issubdtype(labels.dtype, np.floating) else "<i8"
 
 
+def examples_file(pool: Path, task: str, split: str, print_: str) -> Path:
+    """Where the examples of a split lie that have this fingerprint."""
+    return Path(pool) / task / EXAMPLES / f"{split}-{print_}.npz"
+
+
 def write_examples(pool: Path, task: str, split: str, ids: ArrayLike, labels: ArrayLike | None) -> str:
     """Write a split's examples once; returns their fingerprint.
 
@@ -200,7 +205,7 @@ def write_examples(pool: Path, task: str, split: str, ids: ArrayLike, labels: Ar
         _check_labels(arrays["labels"], arrays["ids"], where)
         arrays["labels"] = arrays["labels"].astype(_label_type(arrays["labels"]))
     print_ = fingerprint(arrays["ids"], arrays.get("labels"))
-    path = Path(pool) / task / EXAMPLES / f"{split}-{print_}.npz"
+    path = examples_file(pool, task, split, print_)
     if path.exists():
         return print_
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +237,7 @@ def _check_labels(labels: np.ndarray, ids: np.ndarray, where: str) -> None:
 
 def read_examples(pool: Path, task: str, split: str, print_: str) -> Examples:
     """Read a split's examples; ``UserError`` where they are missing or are not those of the fingerprint."""
-    path = Path(pool) / task / EXAMPLES / f"{split}-{print_}.npz"
+    path = examples_file(pool, task, split, print_)
     if not path.is_file():
         raise UserError(f"{path}: missing, though members of this pool refer to it; copy it back, or train again")
     try:

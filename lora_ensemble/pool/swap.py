@@ -28,7 +28,8 @@ def write_member(
 ) -> MemberRecord:
     """Write a member or replace it, so that a reader never sees half of it. Returns the record with its checksums.
 
-    ``files``: file name to content: an array (.npy), a dict of arrays (.safetensors) or a dict (.json).
+    ``files``: file name to content: an array (.npy), a dict of arrays (.safetensors), a dict (.json), or the path
+    of a file, which is taken over as it is.
     ``keep``: the record now on disk, whose other files are taken over as they are; ``UserError`` where it is another.
     """
     check_name(record.name)
@@ -144,7 +145,9 @@ def _mend_once(home: Path) -> None:
 
 
 def _write_file(path: Path, content: Any) -> None:
-    if path.suffix == ".npy":
+    if isinstance(content, Path):
+        _link(content, path)
+    elif path.suffix == ".npy":
         np.save(path, content, allow_pickle=False)
     elif path.suffix == ".safetensors":
         from safetensors.numpy import save
