@@ -318,14 +318,27 @@ class CLI(LightningCLI):
         size = self.config[self.subcommand].bank_size
         # A checkpoint is of one bank.
         banks = [] if options.get("ckpt_path") else evaluation_banks(model, size, self.run_dir)
-        if len(banks) <= 1:
+        gone = self._not_in_the_pool(model) if banks else []
+        if len(banks) <= 1 and not gone:
             getattr(self.trainer, verb)(model=model, datamodule=datamodule, **options)
             return
+        if gone:
+            say(f"{len(gone)} of {len(model.members)} members are not in the pool, and left out: {', '.join(gone)}")
         let_go(model)
         for names in banks:
-            part = model.with_members([m for m in model.members if m.name in names])
+            here = [m for m in model.members if m.name in names and m.name not in gone]
+            if not here:
+                continue
+            part = model.with_members(here)
             trainer = self._trainer(self.run_dir / "checkpoint", False, whole=False)
             getattr(trainer, verb)(model=part, datamodule=datamodule, **options)
+
+    def _not_in_the_pool(self, model: BankModule) -> list[str]:
+        """Members whose score was never defined, or that are not trained yet; none where nobody is there."""
+        folder = Path(self.config[self.subcommand].pool.dir)
+        homes = [folder / task.name for task in model.tasks]
+        gone = [m.name for m in model.members if not any((home / m.name).is_dir() for home in homes)]
+        return gone if len(gone) < len(model.members) else []
 
     def _run_name(self, config: Any, experiment: str) -> str:
         """The same settings give the same name, so that ``--ckpt_path last`` finds the run that they began."""

@@ -477,3 +477,21 @@ def test_tampered_weights(program: Program, capsys: pytest.CaptureFixture[str]) 
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
     assert program("validate") == 2
     assert "tampered with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["auto", "1"])
+def test_members_that_never_got_into_the_pool_are_left_out(
+    program: Program, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    """A member whose r stayed undefined was never written; the others still validate and predict."""
+    assert program("fit", "--trainer.max_epochs=1") == 0
+    gone, *rest = sorted(p.name for p in (program.pool / "sst").iterdir() if p.name[0] in "rh")
+    shutil.rmtree(program.pool / "sst" / gone)
+    capsys.readouterr()
+    assert program("predict", f"--bank_size={size}") == 0
+    assert f"not in the pool, and left out: {gone}" in capsys.readouterr().out
+    assert all((program.pool / "sst" / name / "test.logits.npy").is_file() for name in rest)
+    for name in rest:
+        shutil.rmtree(program.pool / "sst" / name)
+    assert program("predict", f"--bank_size={size}") == 2
+    assert "no such member; train it first" in capsys.readouterr().err
