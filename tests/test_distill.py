@@ -329,10 +329,14 @@ def test_the_ensemble_is_asked_once(
     assert school("--soft_weight=0.8", "--trainer.max_epochs=1") == 0
     assert len(times) == 4
     np.testing.assert_array_equal(np.load(kept, allow_pickle=False), soft)
-    extra = school.write("extra", texts_of(3, 1, seed=9))
-    assert school(f"--unlabelled=[{extra}]", "--trainer.max_epochs=1") == 0
-    assert times[4:] == [8, 7]
-    assert len({r.name for r in school.students()}) == 4
+    for seed in (9, 10):  # as many, but others
+        extra = school.write("extra", texts_of(3, 1, seed=seed))
+        assert school(f"--unlabelled=[{extra}]", "--trainer.max_epochs=1") == 0
+    assert times[4:] == [8, 7, 8, 7]
+    school.ensemble = select(tmp_path / "teachers", "mine", tmp_path / "dicor.json", "--method=best")
+    assert school("--trainer.max_epochs=1") == 0
+    assert times[8:] == [8, 4]
+    assert len({r.name for r in school.students()}) == 6
 
 
 def test_students_that_read_a_frozen_encoder(
