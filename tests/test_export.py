@@ -92,6 +92,8 @@ def test_the_folder_is_complete(tiny: Callable[[str], Path], tmp_path: Path) -> 
     assert config["bases"] == {
         n: {"folder": f"base/{n}", "on_hub": False, "revision": None} for n in ("bert", "electra")
     }
+    for name in ("bert", "electra"):  # the encoder alone
+        assert "id2label" not in json.loads((moved / "base" / name / "config.json").read_text())
     # Nothing of the machine that wrote it, nothing of the examples, and no half of a member.
     for path in [p for p in moved.rglob("*") if p.is_file()]:
         assert str(tmp_path).encode() not in path.read_bytes(), path
@@ -244,7 +246,7 @@ def test_the_card_admits_too_few_examples(tiny: Callable[[str], Path], tmp_path:
 # One member
 
 
-@pytest.mark.parametrize("name", ["r5-c1-all-linear-lr1e-4-s2", "head-lr1e-4-s4"])
+@pytest.mark.parametrize("name", ["r3-c0.5-all-linear-lr1e-4-s3", "head-lr1e-4-s4"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_a_member_in_both_formats(tiny: Callable[[str], Path], tmp_path: Path, family: str, name: str) -> None:
     """The pool's own folder under PEFT, the exported one under PEFT, and the merged one under plain transformers."""
@@ -355,6 +357,23 @@ def test_the_merge_is_the_weighted_sum(tiny: Callable[[str], Path], tmp_path: Pa
     np.testing.assert_allclose(answers(tmp_path / "merged", texts), logits, rtol=0, atol=5e-5)
     ran("--ensemble", file, "--merge", "--rank", 32, "--output", tmp_path / "full")  # no layer has more than 32
     np.testing.assert_allclose(peft_logits(tmp_path / "full", base, texts, 5), logits, rtol=0, atol=5e-5)
+
+
+def test_the_offsets_of_a_binary_merge(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """softmax(a log p + b) of two classes is a logit a z + b1 - b0."""
+    base, pool = tiny("bert"), tmp_path / "pool"
+    write_pool(pool, base, "binary", n=60, entries=ENTRIES[:2])
+    file = select(pool, "--method", "weighted-offset")
+    raw = json.loads(file.read_text())
+    raw["scale"], raw["offsets"] = 0.6, [0.25, -0.5]
+    file.write_text(json.dumps(raw))
+    expected = by_hand(pool, base, [m["name"] for m in raw["members"]], np.array([m["weight"] for m in raw["members"]]))
+    expected["classifier.weight"] = 0.6 * expected["classifier.weight"]
+    expected["classifier.bias"] = 0.6 * expected["classifier.bias"] - 0.75
+    texts = texts_of(8, 1, seed=3)
+    ran("--ensemble", file, "--merge", "--output", tmp_path / "out")
+    found = peft_logits(tmp_path / "out", base, texts, 1)
+    np.testing.assert_allclose(found, forward(expected, base, texts, 1), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 3])

@@ -56,7 +56,8 @@ def write_ensemble(
     for base in bases.values():
         inside = f"{BASE}/{_folder_name(base.name, entries)}" if with_base else None
         if inside is not None:
-            classifier, _ = load_classifier(base.where, num_labels=1)
+            # Two outputs are transformers' own default: the configuration then says nothing of a head.
+            classifier, _ = load_classifier(base.where, num_labels=2)
             save(classifier.base_model, target / inside)
             load_tokenizer(base.where).save_pretrained(target / inside)
         entries[base.name] = {"folder": inside, "on_hub": base.on_hub, "revision": base.revision}
