@@ -154,7 +154,9 @@ def test_what_waits_is_answered_together(batch: int, sizes: list[int], ensembles
     texts = texts_of(32, 2, seed=8)
     alone = ensembles["regression"].predict(texts)
     with running(gated.ensemble, batch=batch) as client, ThreadPoolExecutor(32) as threads:
-        asked = [threads.submit(client.post, "/predict", json={"texts": [text]}) for text in texts]
+        asked = [threads.submit(client.post, "/predict", json={"texts": texts[:1]})]
+        until(lambda: len(gated.calls) == 1)
+        asked += [threads.submit(client.post, "/predict", json={"texts": [text]}) for text in texts[1:]]
         until(lambda: waiting(client) == 31)
         gated.gate.set()
         found = [one.result().json()["answers"][0]["decision"] for one in asked]
@@ -210,6 +212,8 @@ def test_a_failure_is_that_of_one(ensembles: dict[str, Ensemble]) -> None:
         gated.gate.set()
         assert first.result().status_code == 200
         assert [one.result().status_code for one in asked] == [200, 500, 200]
+        assert asked[1].result().json() == {"detail": "the ensemble failed"}
+        assert "Content-Security-Policy" in asked[1].result().headers
     assert [len(call) for call in gated.calls] == [1, 3, 1, 1, 1]
 
 
@@ -241,7 +245,7 @@ def test_a_batcher_that_stops_takes_nothing_more() -> None:
             await batcher.ask(["6"])
         return [(await one).item() for one in asked]
 
-    assert asyncio.run(stop()) == [0, 1, 2, 3, 4]
+    assert asyncio.run(asyncio.wait_for(stop(), 60)) == [0, 1, 2, 3, 4]
     assert calls == [2, 2, 1]
 
 
