@@ -212,6 +212,8 @@ def test_a_failure_is_that_of_one(ensembles: dict[str, Ensemble]) -> None:
         gated.gate.set()
         assert first.result().status_code == 200
         assert [one.result().status_code for one in asked] == [200, 500, 200]
+        assert asked[1].result().json() == {"detail": "the ensemble failed"}
+        assert "Content-Security-Policy" in asked[1].result().headers
     assert [len(call) for call in gated.calls] == [1, 3, 1, 1, 1]
 
 
@@ -243,7 +245,7 @@ def test_a_batcher_that_stops_takes_nothing_more() -> None:
             await batcher.ask(["6"])
         return [(await one).item() for one in asked]
 
-    assert asyncio.run(stop()) == [0, 1, 2, 3, 4]
+    assert asyncio.run(asyncio.wait_for(stop(), 60)) == [0, 1, 2, 3, 4]
     assert calls == [2, 2, 1]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -34,7 +34,7 @@ from lora_ensemble.ensemble.serve.metrics import CONTENT_TYPE, Metrics
 _GONE = 499  # nginx's number for a client that did not wait; nobody reads it but the metrics
 _MOST_MISTAKES, _LONGEST_KEY = 10, 80  # an answer is never much longer than what was asked
 _PROBLEMS = {
-    400: "The body cannot be read, or the Host header is not one that is answered to",
+    400: "The body cannot be read",
     413: "The body is too large",
     415: "The body is not declared as JSON",
     500: "The ensemble failed",
@@ -65,7 +65,7 @@ def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: S
         redoc_url=None,
         redirect_slashes=False,
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
-        exception_handlers={RequestValidationError: _mistakes},
+        exception_handlers={RequestValidationError: _mistakes, Exception: _failed},
     )
 
     async def predict(question: Question, request: Request) -> Any:
@@ -169,6 +169,11 @@ async def _mistakes(_: Request, e: Exception) -> Response:
     # As ASCII, since a key may hold lone surrogates too.
     content = json.dumps({"detail": [one.__dict__ for one in found]})
     return Response(content, status_code=422, media_type="application/json")
+
+
+async def _failed(_: Request, e: Exception) -> Response:
+    """500 as promised; what it was is logged, and is no business of the client's."""
+    return JSONResponse({"detail": "the ensemble failed"}, status_code=500)
 
 
 def _page() -> dict[str, tuple[str, str]]:
