@@ -272,6 +272,11 @@ class CLI(LightningCLI):
         if plan_only:
             train = ray_sweep.planned
         elif ray is not None:
+            if self.trainer.world_size > 1:  # Lightning would start the other processes from Ray's worker script
+                raise UserError(
+                    f"--ray: each bank is a task on one device, but the Trainer has {self.trainer.world_size}; leave "
+                    "--trainer.devices at 1, or --ray out"
+                )
             if not ray.shared:  # elsewhere, the workers write them
                 _save_settings(self.run_dir, self._parser("sweep"), self.config["sweep"])
             home = Home(

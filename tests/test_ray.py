@@ -142,3 +142,11 @@ def test_no_cluster(
     assert "--ray.address 127.0.0.1:1: no cluster" in done.stderr
     assert main(program.arguments("sweep", "--ray.address=auto", "--ray.tries=0")) == 2
     assert "--ray.tries: 0" in capsys.readouterr().err
+
+
+def test_a_bank_on_ray_has_one_device(
+    tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = Program(tmp_path, tiny("bert"), demo_root)
+    assert main(program.arguments("sweep", "--ray.address=auto", "--trainer.devices=2")) == 2
+    assert "--ray: each bank is a task on one device, but the Trainer has 2" in capsys.readouterr().err
