@@ -35,6 +35,7 @@ from lora_ensemble.pool import MemberRecord, write_examples, write_member
 from lora_ensemble.readers import read_split
 from lora_ensemble.tasks import PRESETS
 from machine import PeakMemory, choose_device, describe, in_fresh_process, synchronize
+from workload import SHAPES, random_model
 
 _TOLERANCE = {"32": 1e-3, "bf16": 0.2}  # logits are of size 1; bf16 has 8 bits
 
@@ -162,7 +163,9 @@ def main() -> int:
     parser.add_argument("--members", type=int, default=11)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", default="qv")
-    parser.add_argument("--base_model", default="all-MiniLM-L6-v2")
+    parser.add_argument(
+        "--base_model", default="all-MiniLM-L6-v2", help=f"hub id, folder, or random weights: {', '.join(SHAPES)}"
+    )
     parser.add_argument("--precision", choices=("32", "bf16"), default="32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -176,11 +179,14 @@ def main() -> int:
     names = {ours: "one pass", in_file_order: "merged, file order", by_length: "merged, by length"}
     runs: dict[Any, list[Run]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), given.task, given.members, given.rank, given.targets, given.base_model)
+        base = given.base_model
+        if base in SHAPES:
+            base = random_model(base, Path(folder) / "model")
+        make(Path(folder), given.task, given.members, given.rank, given.targets, base)
         for repeat in range(given.repeats):
             for i in range(len(sides)):
                 side = sides[(repeat + i) % len(sides)]
-                arguments = (Path(folder), texts, given.base_model, device, given.precision, given.threads)
+                arguments = (Path(folder), texts, base, device, given.precision, given.threads)
                 runs[side].append(in_fresh_process(side, *arguments))
     print(f"{describe(device, given.threads)}; load {os.getloadavg()[0]:.1f}")
     print(
