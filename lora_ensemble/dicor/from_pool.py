@@ -78,8 +78,9 @@ def dev_of(task_pool: TaskPool) -> Dev:
     students = sum(DISTILLED in r.settings for r in records)
     if not students:
         return dev
-    said = f"{students} member{'s were' if students > 1 else ' was'} distilled from an ensemble that was chosen on dev"
-    return replace(dev, notices=[*dev.notices, f"{said}: their scores, honest ones too, flatter a little"])
+    who, whose = ("1 member was", "its") if students == 1 else (f"{students} members were", "their")
+    said = f"{who} distilled from an ensemble that was chosen on dev: {whose} scores flatter a little, honest ones too"
+    return replace(dev, notices=[*dev.notices, said])
 
 
 def _epochs(task_pool: TaskPool, i: int) -> np.ndarray | None:

@@ -79,7 +79,7 @@ class Ensemble:
     left_out: dict[str, str]
     """Name to reason of members that were not considered because they are not finished."""
     notices: list[str]
-    """What else was left out."""
+    """What else was left out, or is to be known of the members."""
     examples: str
     """Fingerprint of the dev examples."""
     pool: str
