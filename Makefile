@@ -18,8 +18,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 demo: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash demo.sh
 
+# A process of tests for each core, but for the memory at most four; the long ones are handed on at the end.
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -636,7 +636,7 @@ GOOD = [f"{i},{p}" for i, p in zip(IDS, P, strict=True)]
         (lines("id,p_0,p_1", "q7,0.5,0.4"), "m.csv:2: the probabilities sum to 0.9; expected 1: one for each class"),
         (b"id,p\nq7,\xff\n", "m.csv:2: byte 0xff is not UTF-8 (byte offset 8); save it as UTF-8 text"),
         ("id,p\nq7,0.5\n".encode("utf-16"), "m.csv:1: byte 0xff is not UTF-8"),
-        (gzip.compress(b"id,p\n"), "m.csv: compressed with gzip; unpack it first: gunzip m.csv"),
+        (gzip.compress(b"id,p\n", mtime=0), "m.csv: compressed with gzip; unpack it first: gunzip m.csv"),
         (pickle.dumps({"a": 1}), "m.csv: a pickle, which is never loaded; save the numbers with numpy.save, or as CSV"),
         ('{"id": "q7", "p": [0.5, 0.5]}\n{"id": "q2", "p": [1]}\n', "m.csv:2: column 'p' is [1]; expected 2 numbers"),
     ],
