@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -61,8 +62,10 @@ class _Parser(LightningArgumentParser):
     """Says what is wrong in one line, where jsonargparse would print hundreds of lines of usage first."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        lines = [line.strip() for line in message.splitlines() if line.strip()]
-        print(f"lora-ensemble: error: {' '.join(lines)}", file=sys.stderr)
+        said = " ".join(line.strip() for line in message.splitlines() if line.strip())
+        # jsonargparse puts the command before the option: distill.ensemble.
+        said = re.sub(r"^the following arguments are required: \w+\.(\S+)$", r"--\1 is required", said)
+        print(f"lora-ensemble: error: {said}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -21,6 +21,7 @@ _OWN = {
     "export": "lora_ensemble.ensemble.export",
 }
 """Commands that are not LightningCLI's: the module whose ``run`` takes the arguments and returns the exit code."""
+_LIGHTNINGS = ("fit", "distill", "sweep", "validate", "test", "predict")
 
 USAGE = """\
 usage: lora-ensemble COMMAND [options]
@@ -68,6 +69,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if argv[0] in _OWN:
             return int(importlib.import_module(_OWN[argv[0]]).run(argv[1:]))
+        if argv[0] not in _LIGHTNINGS and not argv[0].startswith("-"):
+            commands = ", ".join([*_LIGHTNINGS, *_OWN])
+            raise UserError(f"{argv[0]}: no such command; expected one of {commands}; what selects is dicor (--help)")
         from lora_ensemble.cli import run
 
         return run(None if args is None else argv)

@@ -433,6 +433,21 @@ def test_mistakes_get_one_line_and_code_2(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", ["fitt", "select"])
+def test_a_command_that_is_none_is_told_all_that_there_are(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "somewhere"]) == 2
+    said = capsys.readouterr().err
+    assert f"lora-ensemble: error: {command}: no such command" in said
+    for name in ("fit", "sweep", "predict", "infer", "serve", "export", "reproduce", "data"):
+        assert f" {name}," in said or f" {name};" in said
+
+
+def test_what_distill_needs_is_called_as_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["distill"])
+    assert "error: --ensemble is required" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
