@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILY_NAMES, REPOSITORY
+from safetensors.torch import load_file, save_file
 
-from lora_ensemble import pool
+from lora_ensemble import Ensemble, pool
 from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.main import main
 from lora_ensemble.model import Bank
@@ -370,6 +372,41 @@ def test_every_shipped_config_runs(program: Program, config: Path) -> None:
     arguments = [a for a in program.arguments("fit") if a.split("=")[0] not in own]
     first = [*arguments[:1], "--config", str(config), "--trainer.fast_dev_run=true", "--trainer.precision=32-true"]
     assert main(first + arguments[1:]) == 0
+
+
+@pytest.mark.parametrize("task", ["sst", "quora", "sts"])
+def test_an_ensemble_asked_about_a_split_says_what_apply_says(program: Program, task: str) -> None:
+    """Trained, predicted, selected; then the same texts anew, from Python and with infer on the split's own file."""
+    # An encoder that tells texts apart: at their usual size, random weights hardly do.
+    weights = load_file(program.base / "model.safetensors")
+    program.base = shutil.copytree(program.base, program.folder / "base")
+    louder = {name: w * 8 if w.ndim == 2 else w for name, w in weights.items()}
+    save_file(louder, program.base / "model.safetensors", metadata={"format": "pt"})
+    how = {"tasks": f"[{task}]", "members": "[{rank: [2, 3, 4], targets: all-linear, lr: 3e-3}]"}
+    assert program("fit", **how) == 0
+    assert program("predict", **how) == 0
+    record, applied = program.folder / "dicor.json", program.folder / "applied.csv"
+    select = ["select", "--pool", str(program.pool), "--task", task, "--method", "dicor", "--size", "3"]
+    assert dicor([*select, "--output", str(record)]) == 0
+    ensemble, preset = Ensemble.load(record), PRESETS[task]
+    assert ensemble.record.size == 3
+    for split in ("dev", "test"):
+        assert dicor(["apply", "--ensemble", str(record), "--split", split, "--output", str(applied)]) == 0
+        rows = [line.split(" , ") for line in applied.read_text().splitlines()[1:]]
+        expected = {id_: float(value) for id_, value in rows}
+        read = read_split(preset, split, program.root, need_labels=False)
+        texts = list(zip(*read.texts, strict=True))
+        found = dict(zip(read.ids.tolist(), ensemble.predict(texts).astype(float), strict=True))
+        assert found == pytest.approx(expected, rel=0, abs=2e-5 if preset.kind == "regression" else 0)
+        saved = np.stack([pool.TaskPool(program.pool, task, split=split).logits(name) for name in ensemble.members])
+        assert np.ptp(saved, axis=1).min() > 0.02  # a thousand times the tolerance
+        np.testing.assert_allclose(ensemble.logits(texts), saved, rtol=0, atol=2e-5)
+        source, target = program.root / getattr(preset, split), program.folder / f"answers-{split}.csv"
+        asked = ["infer", "--ensemble", str(record), "--input", str(source), "--output", str(target)]
+        assert main(asked) == 0
+        with open(target, newline="") as f:
+            answers = {row["id"]: float(row["prediction"]) for row in csv.DictReader(f, delimiter="\t")}
+        assert answers == pytest.approx(expected, rel=0, abs=2e-5 if preset.kind == "regression" else 0)
 
 
 def test_an_unlabelled_split_is_for_prediction(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
