@@ -28,8 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="lora-ensemble infer",
         description="Let a chosen ensemble decide about new text. Every row of the input comes back in its place, with "
-        "the decision added. A row that cannot be read keeps its place without one, and is reported with its line. "
-        "Interrupted, the same command goes on, where input and output are files.",
+        "the decision added; of plain lines, the decision alone. A row that cannot be read keeps its place without "
+        "one, and is reported with its line. Interrupted, the same command goes on, where input and output are files.",
     )
     p.add_argument("--ensemble", type=Path, required=True, metavar="FILE", help="what dicor select or export wrote")
     p.add_argument("--input", required=True, metavar="FILE", help="CSV, TSV, JSON lines or lines of text; -: stdin")
