@@ -19,7 +19,7 @@ from lora_ensemble.reproduce.grids import Work
 
 _MEMBERS, _STEPS, _SAMPLE = 4, 3, 512
 _FULL = 5
-"""Times a member's: gradients and AdamW for all weights, which no other member shares. 4 to 6 times was seen."""
+"""Times a LoRA member's: gradients and AdamW for all weights, which no other member shares. About, on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
