@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from lora_ensemble import Ensemble, pool
 from lora_ensemble.cli import CLI
 from lora_ensemble.dicor.cli import main as dicor
+from lora_ensemble.lora import MemberConfig
 from lora_ensemble.main import _LIGHTNINGS, main
 from lora_ensemble.model import Bank
+from lora_ensemble.module import BankModule
 from lora_ensemble.readers import read_split
 from lora_ensemble.tasks import PRESETS
 
@@ -213,6 +215,26 @@ def test_full_fine_tuning(program: Program) -> None:
     key = "encoder.layer.0.intermediate.dense.weight"
     assert not torch.equal(before[key], model.base_model.state_dict()[key])
     assert program("predict", *full, members="[{lr: 1e-3}]") == 0
+
+
+def test_full_fine_tuning_is_clipped_in_bf16_too(program: Program) -> None:
+    """Lightning refuses to clip for a fused optimiser in mixed precision."""
+    full = ("--model.finetune=full", "--trainer.gradient_clip_val=1.0", "--trainer.precision=bf16-mixed")
+    assert program("fit", *full, members="[{lr: 1e-3}]") == 0
+
+
+@pytest.mark.parametrize("algorithm", [None, "norm", "value"])
+def test_full_fine_tuning_clips_the_whole_model(program: Program, algorithm: str | None) -> None:
+    """By norm, all gradients together have the norm asked for; by value, none is larger."""
+    module = BankModule([PRESETS["sst"]], str(program.base), members=(MemberConfig(lr=1e-3),), finetune="full")
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.full_like(p, 2.0)
+    optimizer = module.configure_optimizers()
+    module.configure_gradient_clipping(optimizer, 0.5, algorithm)
+    gradients = torch.cat([p.grad.flatten() for p in trained if p.grad is not None]).double()
+    expected = 0.5 if algorithm == "value" else 0.5 / len(gradients) ** 0.5
+    torch.testing.assert_close(gradients, torch.full_like(gradients, expected), rtol=1e-4, atol=0)
 
 
 def test_a_task_of_ones_own(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
