@@ -39,6 +39,7 @@ from lora_ensemble.module import BankModule, check_precision
 from lora_ensemble.notices import say
 from lora_ensemble.plan import FILE as PLAN_FILE
 from lora_ensemble.pool_writer import PoolWriter
+from lora_ensemble.precision import advice
 from lora_ensemble.ray_sweep import RayOptions
 from lora_ensemble.restart import TimedCheckpoint
 from lora_ensemble.sweep import Sweep
@@ -185,7 +186,11 @@ class CLI(LightningCLI):
         self._settings = copy.deepcopy(settings)
         if fit and not sweep and self._writes_checkpoints(config) and not resumed and any(folder.rglob("last.ckpt")):
             say(f"note: these settings were run before; add --ckpt_path last to go on from {folder}")
-        return self._trainer(folder, resumed, whole=not sweep)
+        trainer = self._trainer(folder, resumed, whole=not sweep)
+        device = trainer.strategy.root_device.type
+        if note := advice(trainer.precision, device, instead="--trainer.precision 32-true"):
+            say(note)
+        return trainer
 
     @property
     def _trains(self) -> bool:

@@ -180,7 +180,7 @@ def test_how_long_a_part_takes_by_hand() -> None:
     # encoder once over 110 × 5 + 60 × 2 tokens, at a third.
     assert timing.seconds(work, ("a", "b"), speed) == pytest.approx(0.01 * (3 * (2184 + 90) + 670 / 3))
     full = replace(work, members=1, heads_only=0, full=True)
-    assert timing.seconds(full, ("a",), speed) == pytest.approx(0.01 * (5 * 39 * 8 * 5 + 50))
+    assert timing.seconds(full, ("a",), speed) == pytest.approx(0.01 * (2.5 * 39 * 8 * 5 + 50))
 
 
 def test_the_members_of_figure_4() -> None:

@@ -54,8 +54,11 @@ def run(args: Sequence[str]) -> int:
         raise UserError(f"--text: {len(given.text)} columns; expected one, or two for a pair")
     with _source(given.input) as source, _sink(given) as sink:
         from lora_ensemble.ensemble.restored import Ensemble
+        from lora_ensemble.precision import advice
 
         ensemble = Ensemble.load(given.ensemble, pool=given.pool, device=given.device, precision=given.precision)
+        if note := advice(given.precision, ensemble.device.type, instead="--precision 32"):
+            print(note, file=sys.stderr)
         if given.probabilities and ensemble.record.kind == "regression":
             raise UserError("--probabilities: a regression has values, not probabilities; leave it out")
         if given.text and ensemble.text and len(given.text) != len(ensemble.text):

@@ -116,6 +116,11 @@ class Ensemble:
         return self.record.labels
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._parts[0].bank.weights.device
+
+    @property
     def members(self) -> list[str]:
         """Names of the members, in the order of :meth:`logits`."""
         return [m.name for m in self.record.members]

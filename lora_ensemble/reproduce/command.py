@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", type=Path, metavar="DIR", help="default: checkpoints/PAPER-SCALE")
     p.add_argument("--base_model", help="default: bert-base-uncased; small: all-MiniLM-L6-v2")
-    p.add_argument("--precision", default="bf16-mixed", help="of training (default: bf16-mixed)")
+    p.add_argument(
+        "--precision", help="of training (default: bf16-mixed where the device multiplies bf16 itself, else 32-true)"
+    )
     p.add_argument("--accelerator", default="auto", help="auto, cpu or gpu")
     p.add_argument("--devices", default="auto", help="how many of them")
     p.add_argument("--plan", action="store_true", help="say what would be trained and how long it takes, and stop")
@@ -53,7 +55,11 @@ def run(args: Sequence[str]) -> int:
     given.base_model = given.base_model or BASE_MODELS[given.scale]
     given.output = given.output or Path("checkpoints") / f"{given.paper}-{given.scale}"
     _check_data(given.root)
-    _say_plan(paper, given)
+    from lora_ensemble.precision import fast_precision  # torch: not for --help
+
+    device = _device(given.accelerator)
+    given.precision = given.precision or fast_precision(device)
+    _say_plan(paper, given, device)
     if given.plan:
         return 0
     started = time.monotonic()
@@ -90,12 +96,15 @@ def _check_data(root: Path) -> None:
                 )
 
 
-def _say_plan(paper: Paper, given: argparse.Namespace) -> None:
+def _device(accelerator: str) -> str:
     import torch
 
+    return "cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu"
+
+
+def _say_plan(paper: Paper, given: argparse.Namespace, device: str) -> None:
     from lora_ensemble.reproduce import timing
 
-    device = "cuda" if torch.cuda.is_available() and given.accelerator != "cpu" else "cpu"
     tasks = tuple(paper.sizes)
     speed = timing.measure(given.root, tasks, given.base_model, precision=given.precision, device=device)
     rows, total = [], 0.0
@@ -106,7 +115,7 @@ def _say_plan(paper: Paper, given: argparse.Namespace) -> None:
         rates = ", ".join(f"{rate:g}" for rate in work.learning_rates)
         number = timing.steps(work, part.tasks, speed.examples)
         rows.append([part.name, str(work.members), str(work.epochs), str(number), rates, duration(took)])
-    print(f"\n{paper.title}, --scale {given.scale}, {given.base_model} on {speed.device}\n")
+    print(f"\n{paper.title}, --scale {given.scale}, {given.base_model}, {given.precision} on {speed.device}\n")
     print(table(["trains", "members", "epochs", "steps", "learning rates", "about"], rows))
     print(f"\nabout {duration(total)} in all, if nothing else runs here; output: {given.output}", flush=True)
 

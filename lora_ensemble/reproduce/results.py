@@ -69,11 +69,13 @@ def _row(scores: Mapping[str, float | None]) -> list[str]:
 
 
 def _differences(paper: PaperName, scale: Scale, output: Path, base_model: str) -> str:
-    """What differs from the report: backbone, data, epochs."""
+    """What differs from the report: backbone, precision, data, epochs."""
     rows = [["base model", "BERT base" if paper == "oyeniyi" else "BERT", base_model]]
-    for task in TASKS:
-        pools = [part.pool for part in PAPERS[paper].parts if task in part.tasks]
-        dev = len(TaskPool(output / pools[-1], task).examples().ids)
+    pools = {t: TaskPool(output / [p.pool for p in PAPERS[paper].parts if t in p.tasks][-1], t) for t in TASKS}
+    precisions = {str(r.settings["precision"]) for task_pool in pools.values() for r in task_pool.members}
+    rows.append(["precision", "not said", ", ".join(sorted(precisions))])
+    for task, task_pool in pools.items():
+        dev = len(task_pool.examples().ids)
         rows.append([f"{task}: dev examples", f"{PAPERS[paper].sizes[task][1]}", f"{dev}"])
     text = f"## What differs\n\n{table(['', 'report', 'this run'], rows)}"
     if scale == "small":

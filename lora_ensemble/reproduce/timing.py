@@ -18,7 +18,7 @@ from lora_ensemble.probe import train_step
 from lora_ensemble.reproduce.grids import Work
 
 _MEMBERS, _STEPS, _SAMPLE = 4, 3, 512
-_FULL = 5
+_FULL = 2.5
 """Times a LoRA member's: gradients and AdamW for all weights, which no other member shares. About, on a CPU."""
 
 

@@ -28,6 +28,7 @@ def run(argv: Sequence[str]) -> int:
 
         from lora_ensemble.ensemble.restored import Ensemble
         from lora_ensemble.ensemble.serve.app import make_app
+        from lora_ensemble.precision import advice
 
         limits = Limits(
             texts=args.max_texts,
@@ -37,6 +38,8 @@ def run(argv: Sequence[str]) -> int:
             waiting=args.max_waiting,
         )
         ensemble = Ensemble.load(args.ensemble, pool=args.pool, device=args.device, precision=args.precision)
+        if note := advice(args.precision, ensemble.device.type, instead="--precision 32"):
+            print(note, file=sys.stderr)
         columns = _columns(ensemble.text, args.columns, ensemble.record.task, ensemble.record.kind)
         ensemble.logits(["" if len(columns) == 1 else ("", "")])  # what is made once is made before the first client
         address = listening.getsockname()
