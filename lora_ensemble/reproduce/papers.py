@@ -100,9 +100,9 @@ TOLKUNOV = Paper(
         )
     ),
     sizes={"sst": (8544, 1101, 2210), "quora": (141_506, 20_215, 40_431), "sts": (6040, 863, 1725)},
-    small="12 of the 80 SST models and 12 of the 186 STS models, all 4 Quora models; 800 steps, dev scored after 400 and "
-    "at the end, with five times the learning rate (frozen: 3 epochs); no dropout inside the encoder; DiCor takes 4 of "
-    "the 6 best",
+    small="12 of the 80 SST models and 12 of the 186 STS models, all 4 Quora models; 800 steps, dev scored after 400 "
+    "and at the end, with five times the learning rate (frozen: 3 epochs); no dropout inside the encoder; DiCor takes "
+    "4 of the 6 best",
     oddities=(
         "Section 4.3 compares STS models by Pearson correlation, section 5.3 speaks of cosine; here it is Pearson.",
         'How many "most accurate" models are kept before the choice is not said; here the 30 best (small: 6).',
