@@ -21,7 +21,7 @@ from lora_ensemble.base_model import load_tokenizer, longest_input
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import derived_seed
 from lora_ensemble.notices import say
-from lora_ensemble.readers import Split, fingerprint, read_split, shared_texts, split_source
+from lora_ensemble.readers import Split, fingerprint, read_split, shared_texts, split_file, split_source
 from lora_ensemble.tasks import PRESETS, Task
 from lora_ensemble.tokens import Tokens
 
@@ -193,6 +193,12 @@ class BankData(pl.LightningDataModule):
         for split in wanted.split():
             if split not in self.splits:
                 self.splits[split] = {t.name: self._read(t, split, need_labels=stage != "predict") for t in self.tasks}
+
+    def check_files(self) -> None:
+        """``UserError`` where a file that training reads is missing."""
+        for task in self.tasks:
+            for split in ("train", "dev") if task.dataset is None else ():
+                split_file(task, split, self.root)
 
     def named_files(self) -> list[str]:
         """Files and folders of this machine that training reads, as the settings name them. The hub's are not here."""

@@ -109,17 +109,21 @@ def split_source(task: Task, split: str, root: Path | None) -> str:
 
 def _open(task: Task, split: str, root: Path | None) -> Table:
     wanted = list(dict.fromkeys([*task.text, task.label, *([task.id] if task.id is not None else [])]))
-    name: str | None = getattr(task, split)
-    source = place(split_source(task, split, root))
     if task.dataset is not None:
-        return read_hub(source, task.dataset_config, name or _HUB_SPLITS[split], wanted, task.label, task.labels)
-    path = Path(source).expanduser()
+        source, name = place(split_source(task, split, root)), getattr(task, split) or _HUB_SPLITS[split]
+        return read_hub(source, task.dataset_config, name, wanted, task.label, task.labels)
+    return read_table(split_file(task, split, root), wanted)
+
+
+def split_file(task: Task, split: str, root: Path | None) -> Path:
+    """The file of a split, on this machine. ``UserError`` where it is missing, or as :func:`split_source`."""
+    path = Path(place(split_source(task, split, root))).expanduser()
     if not path.exists():
         what = "no such file" if path.parent.is_dir() else "no such file, nor its folder"
-        raise UserError(f"{path}: {what}; set --data.root to the folder that holds {name}")
+        raise UserError(f"{path}: {what}; set --data.root to the folder that holds {getattr(task, split)}")
     if path.is_dir():
         raise UserError(f"{path}: a folder; expected the {split} file of task {task.name!r}")
-    return read_table(path, wanted)
+    return path
 
 
 def _check_columns(task: Task, table: Table, need_labels: bool) -> None:

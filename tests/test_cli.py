@@ -237,6 +237,20 @@ def test_full_fine_tuning_clips_the_whole_model(program: Program, algorithm: str
     torch.testing.assert_close(gradients, torch.full_like(gradients, expected), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("verb", ["fit", "sweep"])
+def test_missing_files_are_found_before_a_run_is_begun(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """A run of Weights & Biases that was made and never used would stay there, empty."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    nowhere = program.folder / "nowhere"
+    assert program(verb, f"--data.root={nowhere}") == 2
+    said = capsys.readouterr()
+    assert f"{nowhere}/ids-sst-train.csv: no such file, nor its folder; set --data.root" in said.err
+    assert "curves:" not in said.out
+    assert not (program.folder / "runs").exists()
+
+
 def test_a_task_of_ones_own(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"subject": f"late train {i}", "queue": ["rail", "food", "room"][i % 3]} for i in range(24)]
     rows[3]["queue"] = ""
