@@ -223,6 +223,18 @@ def test_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "invalid choice: 'somebody'" in capsys.readouterr().err
 
 
+def test_what_the_figures_need_is_asked_for_before_hours_of_training(
+    program: Program, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "sklearn" else object())
+    arguments = ["reproduce", "tolkunov", f"--data.root={program.root}", f"--base_model={program.base}"]
+    assert main([*arguments, "--accelerator=cpu"]) == 2
+    said = capsys.readouterr()
+    assert "figures need scikit-learn; run: pip install 'lora-ensemble[reproduce]'" in said.err
+    assert said.out == ""
+    assert main([*arguments, "--accelerator=cpu", "--plan"]) == 0
+
+
 def test_small_reproduction_of_oyeniyi(
     program: Program, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -55,6 +56,8 @@ def run(args: Sequence[str]) -> int:
     given.base_model = given.base_model or BASE_MODELS[given.scale]
     given.output = given.output or Path("checkpoints") / f"{given.paper}-{given.scale}"
     _check_data(given.root)
+    if given.paper == "tolkunov" and not given.plan:
+        _check_figures()
     from lora_ensemble.precision import fast_precision  # torch: not for --help
 
     device = _device(given.accelerator)
@@ -94,6 +97,13 @@ def _check_data(root: Path) -> None:
                     f"{root / name}: no such file; --data.root is the folder of the CS224N default project's data "
                     f"files, or of what lora-ensemble data download --root {root} fetches"
                 )
+
+
+def _check_figures() -> None:
+    needed = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"the figures need {' and '.join(missing)}; run: pip install 'lora-ensemble[reproduce]'")
 
 
 def _device(accelerator: str) -> str:
