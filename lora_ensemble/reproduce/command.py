@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from lora_ensemble.arguments import Parser
 from lora_ensemble.errors import UserError
-from lora_ensemble.progress import duration
+from lora_ensemble.pool import MemberRecord
 from lora_ensemble.reproduce.grids import config_files, work_of
 from lora_ensemble.reproduce.markdown import table
 from lora_ensemble.reproduce.papers import PAPERS, Paper, PaperName, Part, Scale
@@ -58,7 +60,8 @@ def run(args: Sequence[str]) -> int:
     _check_data(given.root)
     if given.paper == "tolkunov" and not given.plan:
         _check_figures()
-    from lora_ensemble.precision import fast_precision  # torch: not for --help
+    from lora_ensemble.precision import fast_precision  # these load torch: not for --help
+    from lora_ensemble.progress import duration
 
     device = _device(given.accelerator)
     given.precision = given.precision or fast_precision(device)
@@ -71,11 +74,12 @@ def run(args: Sequence[str]) -> int:
         if code := _program("sweep", part, given):
             print(f"lora-ensemble: stopped in part {number} ({part.name}); the same command goes on", file=sys.stderr)
             return code
-    from lora_ensemble.reproduce.results import write_results
+    from lora_ensemble.reproduce.results import entry_of_record, write_results
 
-    def predict(pool: str, tasks: tuple[str, ...]) -> None:
+    def predict(pool: str, tasks: tuple[str, ...], members: list[MemberRecord]) -> None:
         part = next(p for p in paper.parts if p.pool == pool and p.tasks == tasks)
-        if _program("predict", part, given):
+        entries = json.dumps([asdict(entry_of_record(r)) for r in members])
+        if _program("predict", part, given, f"--model.members={entries}"):
             raise UserError(f"predictions of {part.name} failed; the same command goes on")
 
     files = write_results(given.paper, given.scale, given.output, base_model=given.base_model, predict=predict)
@@ -113,6 +117,7 @@ def _device(accelerator: str) -> str:
 
 
 def _say_plan(paper: Paper, given: argparse.Namespace, device: str) -> None:
+    from lora_ensemble.progress import duration
     from lora_ensemble.reproduce import timing
 
     tasks = tuple(paper.sizes)
@@ -130,7 +135,7 @@ def _say_plan(paper: Paper, given: argparse.Namespace, device: str) -> None:
     print(f"\nabout {duration(total)} in all, if nothing else runs here; output: {given.output}", flush=True)
 
 
-def _program(verb: str, part: Part, given: argparse.Namespace) -> int:
+def _program(verb: str, part: Part, given: argparse.Namespace, *more: str) -> int:
     """Run ``lora-ensemble`` in a process of its own: it has the machine's memory to itself, and leaves nothing."""
     arguments: list[Any] = [sys.executable, "-m", "lora_ensemble", verb]
     for file in config_files(part, given.scale):
@@ -145,6 +150,7 @@ def _program(verb: str, part: Part, given: argparse.Namespace) -> int:
         f"--trainer.accelerator={given.accelerator}",
         f"--trainer.devices={given.devices}",
         f"--experiment={given.paper}-{given.scale}",
+        *more,
     ]
     process = subprocess.Popen([str(a) for a in arguments])
     # A scheduler tells this process alone to end; the one that trains has the checkpoint to write.

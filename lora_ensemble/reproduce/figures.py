@@ -15,11 +15,10 @@ from lora_ensemble.base_model import hub_id
 from lora_ensemble.data import BankData
 from lora_ensemble.dicor import report_command
 from lora_ensemble.errors import UserError
-from lora_ensemble.lora import MemberConfig
 from lora_ensemble.module import BankModule
 from lora_ensemble.pool import MemberRecord, TaskPool
 from lora_ensemble.reproduce.papers import TASKS, Scale
-from lora_ensemble.reproduce.results import dicor_options
+from lora_ensemble.reproduce.results import dicor_options, entry_of_record
 
 
 def low_and_high(members: Sequence[MemberRecord]) -> tuple[MemberRecord, MemberRecord]:
@@ -34,14 +33,7 @@ def embeddings(pool: Path, task: str, records: Sequence[MemberRecord], root: Pat
     """The first token's last hidden state of each dev example: (M, N, H), rows in the order of the pool's examples."""
     data = BankData(base_model=base_model, root=str(root), tasks=(task,))
     data.setup("fit")
-    entries = tuple(
-        MemberConfig(
-            name=r.name, rank=r.rank or 1, scaling=r.scaling or 1.0, lr=r.lr or 1e-4, targets=r.targets or "none",
-            seed=r.seed or 0,
-        )
-        for r in records
-    )  # fmt: skip
-    module = BankModule(data.tasks, base_model, members=entries)
+    module = BankModule(data.tasks, base_model, members=tuple(map(entry_of_record, records)))
     restore_members(module.bank, pool, base_model=hub_id(base_model))
     module.eval()
     module.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -100,7 +100,7 @@ TOLKUNOV = Paper(
         )
     ),
     sizes={"sst": (8544, 1101, 2210), "quora": (141_506, 20_215, 40_431), "sts": (6040, 863, 1725)},
-    small="12 of the 80 SST models and 12 of the 186 STS models, all 4 Quora models; 800 steps, dev scored after 400 "
+    small="12 of the 80 SST models and 12 of the 186 STS models, all 4 Quora models; 600 steps, dev scored after 300 "
     "and at the end, with five times the learning rate (frozen: 3 epochs); no dropout inside the encoder; DiCor takes "
     "4 of the 6 best",
     oddities=(

@@ -23,14 +23,15 @@ from lora_ensemble.dicor.settings import DEFAULT_METHOD, DEFAULT_SIMILARITY, DEF
 from lora_ensemble.dicor.similarity import features, pairwise
 from lora_ensemble.dicor.table import about, verdict
 from lora_ensemble.errors import UserError
+from lora_ensemble.lora import NO_TARGETS, MemberConfig
 from lora_ensemble.pool import MemberRecord, TaskPool, read_record
 from lora_ensemble.reproduce import papers
 from lora_ensemble.reproduce.markdown import table
 from lora_ensemble.reproduce.papers import PAPERS, TASKS, PaperName, Scale
 from lora_ensemble.tasks import PRESETS, overall_score
 
-Predict = Callable[[str, tuple[str, ...]], None]
-"""Adds test logits to a part's pool, given its folder and tasks."""
+Predict = Callable[[str, tuple[str, ...], list[MemberRecord]], None]
+"""Adds members' test logits to a part's pool, given its folder, its tasks and the members."""
 
 REPORT = "report.md"
 _TEST = """
@@ -41,7 +42,7 @@ Our test predictions are written in the course's format; where the files have no
 def write_results(paper: PaperName, scale: Scale, output: Path, *, base_model: str, predict: Predict) -> list[Path]:
     """Print and write the tables, and write the test predictions; returns the files.
 
-    ``predict`` is called where a pool has no test logits yet. ``UserError`` where one lacks what the tables need.
+    ``predict`` is called for members that have no test logits yet. ``UserError`` where one lacks what the tables need.
     """
     sections = [f"# {PAPERS[paper].title}: the report and this run", _differences(paper, scale, output, base_model)]
     made = _oyeniyi if paper == "oyeniyi" else _tolkunov
@@ -54,6 +55,18 @@ def write_results(paper: PaperName, scale: Scale, output: Path, *, base_model: s
         f.write(text)
     print(text)
     return [output / REPORT, *files]
+
+
+def entry_of_record(record: MemberRecord) -> MemberConfig:
+    """The entry of ``model.members`` that describes a trained member alone."""
+    return MemberConfig(
+        name=record.name,
+        rank=record.rank or 1,
+        scaling=record.scaling or 1.0,
+        lr=record.lr or 1e-4,
+        targets=record.targets or NO_TARGETS,
+        seed=record.seed or 0,
+    )
 
 
 def _fmt(value: float | None, *, sign: bool = False) -> str:
@@ -94,15 +107,15 @@ def _only(task_pool: TaskPool, names: Sequence[str]) -> TaskPool:
 
 
 def _test_predictions(
-    comparison: Comparison, method: MethodName, output: Path, name: str, predict: Callable[[], None]
+    comparison: Comparison, method: MethodName, output: Path, name: str, predict: Callable[[list[MemberRecord]], None]
 ) -> tuple[Path, float | None]:
     """An ensemble's record and its leaderboard file for the test split; the file, and the score where it is known."""
     task = comparison.task_pool.name
     pool = comparison.task_pool.pool
     chosen = comparison.estimates.of[method].names
-    records = [read_record(pool, task, one) for one in chosen]
-    if any(r is None or "test" not in r.examples for r in records):
-        predict()
+    lacking = [r for one in chosen if (r := read_record(pool, task, one)) is not None and "test" not in r.examples]
+    if lacking:
+        predict(lacking)
     ensemble = record.make(comparison, method, folder=output.resolve())
     with record.whole(output / f"{name}.json") as f:
         f.write(ensemble.to_json())
