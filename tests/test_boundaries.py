@@ -12,6 +12,7 @@ from trained_pool import write_pool
 
 import lora_ensemble
 from lora_ensemble.dicor.cli import main as dicor_main
+from lora_ensemble.main import _OWN
 
 PACKAGE = Path(lora_ensemble.__file__).parent
 HEAVY = ("torch", "transformers", "lightning", "wandb")
@@ -38,9 +39,10 @@ def test_dicors_help_needs_nothing_at_all(args):
     assert loaded(dicor(*args), (*HEAVY, "numpy", "scipy", "matplotlib", "safetensors")) == []
 
 
-def test_serves_help_needs_no_torch():
-    help_ = "from lora_ensemble.main import main\ntry: main(['serve', '--help'])\nexcept SystemExit: pass"
-    assert loaded(help_, (*HEAVY, "numpy", "fastapi", "uvicorn")) == []
+@pytest.mark.parametrize("command", _OWN)
+def test_help_needs_no_torch(command):
+    help_ = f"from lora_ensemble.main import main\ntry: main([{command!r}, '--help'])\nexcept SystemExit: pass"
+    assert loaded(help_, (*HEAVY, "fastapi", "uvicorn", "matplotlib", "sklearn")) == []
 
 
 def test_dicor_needs_no_torch(tmp_path):
