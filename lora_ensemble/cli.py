@@ -165,8 +165,10 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer for all members in one bank, with this run's folder, its checkpoint and its curves."""
         config = self.config[self.subcommand]
-        if self._trains:
-            self.datamodule.check_files()  # before there is a run that would stay empty
+        if self._trains:  # what can be seen now, before there is a run that would stay empty
+            if self._distillation is not None:
+                self._distillation.task_of(self.datamodule)
+            self.datamodule.check_files()
         experiment = config.experiment or "-".join(t.name for t in self.datamodule.tasks)
         self.run_dir = (
             Path(config.trainer.default_root_dir or "checkpoints") / "runs" / self._run_name(config, experiment)

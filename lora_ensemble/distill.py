@@ -111,7 +111,7 @@ class Distillation:
         ``keep``: a folder where what the ensemble says is kept, to be found by a run that goes on or that has another
         λ. ``UserError`` where the task is another than the ensemble's, or as ``Ensemble.load``.
         """
-        task = self._task(data)
+        task = self.task_of(data)
         data.setup("fit")
         train = data.texts("train", task.name)
         unlabelled = self._read(task, train, data.texts("dev", task.name))
@@ -126,7 +126,8 @@ class Distillation:
             + "\nnote: the ensemble was chosen on dev, so a student has seen something of dev: its dev score flatters"
         )
 
-    def _task(self, data: BankData) -> Task:
+    def task_of(self, data: BankData) -> Task:
+        """The task of ``data``. ``UserError`` where it is another than the ensemble's."""
         chosen, names = self.record, ", ".join(t.name for t in data.tasks)
         if names != chosen.task:
             raise UserError(
