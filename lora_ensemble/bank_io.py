@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_ensemble import pool
 from lora_ensemble.errors import UserError
-from lora_ensemble.lora import Adapter, from_peft, peft_config, peft_tensors
+from lora_ensemble.lora import Adapter, Member, from_peft, peft_config, peft_tensors
 from lora_ensemble.model import Bank
 from lora_ensemble.tasks import Task
 
@@ -46,6 +46,18 @@ def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revisio
         revision=revision,
     )
     return {pool.ADAPTER_CONFIG: config, pool.ADAPTER: {name: tensor.numpy() for name, tensor in tensors.items()}}
+
+
+def member_of(record: pool.MemberRecord) -> Member:
+    """The member that a record is of, as a bank takes it."""
+    return Member(
+        name=record.name,
+        rank=record.rank,
+        scaling=record.scaling,
+        lr=record.lr or 0.0,
+        targets=record.targets,
+        seed=record.seed or 0,
+    )
 
 
 def restore_members(bank: Bank, folder: Path, *, base_model: str) -> None:

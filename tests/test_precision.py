@@ -75,7 +75,7 @@ def test_nothing_is_said_of_other_precisions(monkeypatch: pytest.MonkeyPatch, pr
 
 
 @pytest.mark.parametrize("has", [OLD, NEW])
-def test_infer_says_it(
+def test_infer_and_serve_say_it(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     tiny: Callable[[str], Path],
@@ -87,11 +87,13 @@ def test_infer_says_it(
     record, source = tmp_path / "dicor.json", tmp_path / "in.txt"
     assert dicor(["select", "--pool", str(tmp_path / "pool"), "--task", "mine", "--output", str(record)]) == 0
     source.write_text("\n".join(texts_of(3, 1)))
-    arguments = ["infer", "--ensemble", str(record), "--input", str(source), "--output", "-", "--device", "cpu"]
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
     capsys.readouterr()
-    for precision, told in (("bf16", has is OLD), ("32", False)):
-        assert main([*arguments, "--precision", precision]) == 0
-        assert ("many times slower" in capsys.readouterr().err) is told
+    for command in (["infer", "--input", str(source), "--output", "-"], ["serve", "--port", "0"]):
+        for precision, told in (("bf16", has is OLD), ("32", False)):
+            arguments = ["--ensemble", str(record), "--device", "cpu", "--precision", precision]
+            assert main([*command, *arguments]) == 0
+            assert ("many times slower" in capsys.readouterr().err) is told
 
 
 @pytest.mark.parametrize("has", [OLD, NEW])

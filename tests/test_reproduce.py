@@ -13,7 +13,7 @@ from test_cli import Program
 
 from lora_ensemble.lora import MemberConfig, expand_members
 from lora_ensemble.main import main
-from lora_ensemble.pool import MemberRecord
+from lora_ensemble.pool import MemberRecord, TaskPool
 from lora_ensemble.reproduce import command, papers, results, timing
 from lora_ensemble.reproduce.figures import low_and_high
 from lora_ensemble.reproduce.grids import Work, config_files, config_folder, work_of
@@ -255,6 +255,8 @@ def test_small_reproduction_of_oyeniyi(
     assert "| 9-all-1-r4       |        0.256 | " in text  # the report's figure
     assert "| 11-all-1-r100    | not reported | " in text
     assert len((output / "sst-9-all-1-r4-test.csv").read_text().splitlines()) == 21  # a header and 20 examples
+    tested = [r.name for r in TaskPool(output / "pool", "sst").members if "test" in r.examples]
+    assert tested == ["9-all-1-r4"]  # no model that the table of test scores has not
     assert main(arguments) == 0
     out = capfd.readouterr().out
     assert "11 of 11 members are finished" in out

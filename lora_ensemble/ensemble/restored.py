@@ -26,14 +26,13 @@ import numpy as np
 import torch
 
 from lora_ensemble import pool
-from lora_ensemble.bank_io import restore_members
+from lora_ensemble.bank_io import member_of, restore_members
 from lora_ensemble.base_model import load_classifier, load_tokenizer, longest_input
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.apply import chosen_record
 from lora_ensemble.dicor.choice import probabilities
 from lora_ensemble.ensemble.folder import Base, read_bases, record_file
 from lora_ensemble.errors import UserError
-from lora_ensemble.lora import Member
 from lora_ensemble.model import Bank
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
@@ -251,10 +250,7 @@ def _part(
     source = bases[base_model].where if base_model in bases else base_model
     tokenizer = load_tokenizer(source)
     classifier, fresh = load_classifier(source, num_labels=task.num_outputs)
-    members = [
-        Member(name=r.name, rank=r.rank, scaling=r.scaling, lr=r.lr or 0.0, targets=r.targets, seed=r.seed or 0)
-        for r in records
-    ]
+    members = [member_of(r) for r in records]
     bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=full)
     restore_members(bank, folder, base_model=base_model)
     longest = records[0].settings.get("max_length") or longest_input(source, tokenizer)

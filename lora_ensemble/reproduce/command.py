@@ -74,11 +74,13 @@ def run(args: Sequence[str]) -> int:
         if code := _program("sweep", part, given):
             print(f"lora-ensemble: stopped in part {number} ({part.name}); the same command goes on", file=sys.stderr)
             return code
-    from lora_ensemble.reproduce.results import entry_of_record, write_results
+    from lora_ensemble.bank_io import member_of
+    from lora_ensemble.lora import entry_of
+    from lora_ensemble.reproduce.results import write_results
 
     def predict(pool: str, tasks: tuple[str, ...], members: list[MemberRecord]) -> None:
         part = next(p for p in paper.parts if p.pool == pool and p.tasks == tasks)
-        entries = json.dumps([asdict(entry_of_record(r)) for r in members])
+        entries = json.dumps([asdict(entry_of(member_of(r))) for r in members])
         if _program("predict", part, given, f"--model.members={entries}"):
             raise UserError(f"predictions of {part.name} failed; the same command goes on")
 

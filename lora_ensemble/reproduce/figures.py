@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from lora_ensemble.bank_io import restore_members
+from lora_ensemble.bank_io import member_of, restore_members
 from lora_ensemble.base_model import hub_id
 from lora_ensemble.data import BankData
 from lora_ensemble.dicor import report_command
 from lora_ensemble.errors import UserError
+from lora_ensemble.lora import entry_of
 from lora_ensemble.module import BankModule
 from lora_ensemble.pool import MemberRecord, TaskPool
 from lora_ensemble.reproduce.papers import TASKS, Scale
-from lora_ensemble.reproduce.results import dicor_options, entry_of_record
+from lora_ensemble.reproduce.results import dicor_options
 
 
 def low_and_high(members: Sequence[MemberRecord]) -> tuple[MemberRecord, MemberRecord]:
@@ -33,7 +34,7 @@ def embeddings(pool: Path, task: str, records: Sequence[MemberRecord], root: Pat
     """The first token's last hidden state of each dev example: (M, N, H), rows in the order of the pool's examples."""
     data = BankData(base_model=base_model, root=str(root), tasks=(task,))
     data.setup("fit")
-    module = BankModule(data.tasks, base_model, members=tuple(map(entry_of_record, records)))
+    module = BankModule(data.tasks, base_model, members=tuple(entry_of(member_of(r)) for r in records))
     restore_members(module.bank, pool, base_model=hub_id(base_model))
     module.eval()
     module.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,6 @@ from lora_ensemble.dicor.settings import DEFAULT_METHOD, DEFAULT_SIMILARITY, DEF
 from lora_ensemble.dicor.similarity import features, pairwise
 from lora_ensemble.dicor.table import about, verdict
 from lora_ensemble.errors import UserError
-from lora_ensemble.lora import NO_TARGETS, MemberConfig
 from lora_ensemble.pool import MemberRecord, TaskPool, read_record
 from lora_ensemble.reproduce import papers
 from lora_ensemble.reproduce.markdown import table
@@ -55,18 +54,6 @@ def write_results(paper: PaperName, scale: Scale, output: Path, *, base_model: s
         f.write(text)
     print(text)
     return [output / REPORT, *files]
-
-
-def entry_of_record(record: MemberRecord) -> MemberConfig:
-    """The entry of ``model.members`` that describes a trained member alone."""
-    return MemberConfig(
-        name=record.name,
-        rank=record.rank or 1,
-        scaling=record.scaling or 1.0,
-        lr=record.lr or 1e-4,
-        targets=record.targets or NO_TARGETS,
-        seed=record.seed or 0,
-    )
 
 
 def _fmt(value: float | None, *, sign: bool = False) -> str:
