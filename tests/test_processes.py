@@ -7,12 +7,12 @@ import json
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,6 @@ def test_control_c_says_how_to_go_on(tmp_path: Path, tiny: Callable[[str], Path]
         command(program.arguments("fit", "--trainer.max_epochs=1000")),
         env=environment(),
         stdout=subprocess.PIPE,
-        # A shell's background job ignores Ctrl-C, and so would all that it starts.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         try:
@@ -91,7 +89,7 @@ def test_control_c_says_how_to_go_on(tmp_path: Path, tiny: Callable[[str], Path]
             said, _ = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode != 0
+    assert process.returncode == 130
     assert b"--ckpt_path last goes on" in said
     assert not pool.MemberRecord.read(next((program.pool / "sst").glob("head*/member.json"))).finished
 
@@ -121,6 +119,15 @@ def test_two_devices_train_the_same_members_as_one(
                 assert other.epoch_scores == pytest.approx(record.epoch_scores, abs=1e-6)
     moved = pool.read_array(one.pool, pool.TaskPool(one.pool, "sst").members[0], pool.EPOCHS)
     assert float(np.abs(moved[1] - moved[0]).max()) > 1e-2
+
+
+def test_what_the_tests_start_listens_to_signals_whoever_started_them() -> None:
+    """As in ``make test &``, whose shell lets its children ignore Ctrl-C."""
+    child = "import signal; print(*(signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGINT, signal.SIGQUIT)))"
+    code = f"import subprocess, sys; import conftest; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    shell = f"trap '' INT QUIT; {sys.executable} -c {shlex.quote(code)}"
+    done = subprocess.run(["bash", "-c", shell], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 @pytest.mark.parametrize("verb", ["fit", "sweep"])
