@@ -192,7 +192,8 @@ class BankModule(pl.LightningModule):
         """Log each member's mean loss since the last time."""
         step = self.global_step
         # With accumulation several batches end at one step.
-        due = step > self._logged_step and step % self.trainer.log_every_n_steps == 0
+        every = self.trainer.log_every_n_steps  # barebones: 0
+        due = step > self._logged_step and every and step % every == 0
         if due or self.trainer.is_last_batch:
             self._logged_step = step
             self._log_losses()
@@ -211,7 +212,7 @@ class BankModule(pl.LightningModule):
             logger.log_metrics(metrics, step=self.global_step)
             logger.save()  # a killed run keeps its curves
         finite = [v for v in metrics.values() if math.isfinite(v)]
-        if finite:
+        if finite and not self.trainer.barebones:
             value = sum(finite) / len(finite)
             self.log("loss", value, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
@@ -233,7 +234,8 @@ class BankModule(pl.LightningModule):
             # Not Lightning's: it clips for no fused optimiser, though only fp16 would need that.
             trained = [p for p in self.parameters() if p.requires_grad]
             if gradient_clip_algorithm == "value":
-                torch.nn.utils.clip_grad_value_(trained, gradient_clip_val)
+                for gradient in (p.grad for p in trained if p.grad is not None):
+                    clip_rows(gradient.view(1, -1), float(gradient_clip_val), "value")
             else:
                 torch.nn.utils.clip_grad_norm_(trained, gradient_clip_val)
         elif self.bank.weights.grad is not None:
@@ -334,7 +336,7 @@ class BankModule(pl.LightningModule):
             scores = self.evaluations[task.name].scores or []
             metrics.update({f"dev_score/{task.name}/{m.name}": s for m, s in zip(self.members, scores, strict=True)})
             best = max((s for s in scores if not math.isnan(s)), default=math.nan)
-            if self.trainer.state.fn == "fit":
+            if self.trainer.state.fn == "fit" and not self.trainer.barebones:
                 # For EarlyStopping and the like; the same on every device, so that the mean changes nothing.
                 self.log(f"dev_score/{task.name}", best, prog_bar=True, sync_dist=True, batch_size=1)
         for logger in self.trainer.loggers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,7 +87,8 @@ class BankAdamW(torch.optim.Optimizer):
 def clip_rows(gradient: Tensor, limit: float, algorithm: str | None) -> None:
     """Clip each row of (M, P) by itself, as torch's ``clip_grad_norm_`` or ``clip_grad_value_`` clips a model."""
     if algorithm == "value":
-        gradient.clamp_(-limit, limit)
+        largest = torch.linalg.vector_norm(gradient, math.inf, dim=1, keepdim=True)
+        gradient.clamp_(-limit, limit).masked_fill_(~largest.isfinite(), math.nan)  # an infinite one stays one
         return
     norms = gradient.norm(dim=1, keepdim=True)
     gradient.mul_((limit / (norms + 1e-6)).clamp_(max=1.0))

@@ -126,3 +126,19 @@ def test_clipping_is_torchs_for_each_row(algorithm: str) -> None:
         expected.append(parameter.grad)
     clip_rows(g, 0.5, algorithm)
     torch.testing.assert_close(g, torch.stack(expected), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_clipping_makes_no_infinite_gradient_finite(algorithm: str, bad: float) -> None:
+    """The member is frozen, as without clipping, and the others are clipped as ever."""
+    weights = torch.nn.Parameter(torch.zeros(3, 17, dtype=torch.float64))
+    weights.grad, expected = gradients(1)[0], gradients(1)[0]
+    weights.grad[1, 5] = bad
+    clip_rows(weights.grad, 0.5, algorithm)
+    clip_rows(expected, 0.5, algorithm)
+    assert torch.equal(weights.grad[[0, 2]], expected[[0, 2]])
+    bank = BankAdamW(weights, [1e-3] * 3)
+    bank.step()
+    assert bank.alive.tolist() == [True, False, True]
+    assert weights[1].abs().sum() == 0
