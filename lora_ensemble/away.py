@@ -127,7 +127,7 @@ def take_in(brought: Path, run_dir: Path, home: Path) -> None:
             for split, print_ in record.examples.items():
                 examples = pool.read_examples(brought / POOL, record.task, split, print_)
                 pool.write_examples(home, record.task, split, examples.ids, examples.labels)
-            pool.write_member(home, record, _files(brought, record))
+        pool.write_members(home, [pool.NewMember(record=r, files=_files(brought, r)) for r in records])
         run = brought / "runs" / run_dir.name
         for file in [p for p in run.rglob("*") if p.is_file()]:
             target = run_dir / file.relative_to(run)

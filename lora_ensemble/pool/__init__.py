@@ -38,7 +38,7 @@ from lora_ensemble.pool.reading import (
     read_tensors,
     task_names,
 )
-from lora_ensemble.pool.swap import sole_process, sole_sweep, write_member
+from lora_ensemble.pool.swap import NewMember, can_lock, sole_process, sole_sweep, write_member, write_members
 
 __all__ = [
     "ADAPTER",
@@ -52,7 +52,9 @@ __all__ = [
     "SCHEMA",
     "Examples",
     "MemberRecord",
+    "NewMember",
     "TaskPool",
+    "can_lock",
     "check_name",
     "checksum",
     "examples_file",
@@ -70,4 +72,5 @@ __all__ = [
     "task_names",
     "write_examples",
     "write_member",
+    "write_members",
 ]

@@ -212,6 +212,8 @@ def write_examples(pool: Path, task: str, split: str, ids: ArrayLike, labels: Ar
     beside = path.parent / f".{path.name}.{os.getpid()}"
     with open(beside, "wb") as f:
         np.savez_compressed(f, allow_pickle=False, **arrays)
+        f.flush()
+        os.fsync(f.fileno())  # members will vouch for it
     os.replace(beside, path)
     return print_
 
@@ -256,13 +258,13 @@ def member_folder(pool: Path, task: str, name: str) -> Path:
     return Path(pool) / task / name
 
 
-def check_name(name: str) -> None:
-    """``UserError`` unless ``name`` can be the name of a member's folder."""
+def check_name(name: str, *, what: str = "member name") -> None:
+    """``UserError`` unless ``name`` can be the name of a member's folder, or of another."""
     good = name and name[0] not in "._" and name != EXAMPLES and all(c.isalnum() or c in "-_.+" for c in name)
     # File systems end at 255 bytes.
     if not good or len(name.encode()) > 150:
         raise UserError(
-            f"member name {name!r}: expected up to 150 bytes of letters, digits, '-', '_', '.' or '+', not starting "
+            f"{what} {name!r}: expected up to 150 bytes of letters, digits, '-', '_', '.' or '+', not starting "
             f"with '.' or '_', and not {EXAMPLES!r}"
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import mmap
 import os
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -37,14 +38,20 @@ def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
         return MemberRecord.read(home / name / RECORD) if (home / name).is_dir() else None
 
 
-def read_records(pool: Path, task: str) -> list[MemberRecord]:
-    """The records of all members of a task, by name, finished or not; none where there is no such task."""
+def read_records(pool: Path, task: str, names: Sequence[str] | None = None) -> list[MemberRecord]:
+    """The records of a task's members, finished or not: all by name, or those of ``names`` that are there, in order.
+
+    None where there is no such task.
+    """
     home = Path(pool) / task
     if not home.is_dir():
         return []
     with no_swap(home):
-        with os.scandir(home) as entries:
-            names = sorted(e.name for e in entries if e.name[0] != "." and e.name != EXAMPLES and e.is_dir())
+        if names is None:
+            with os.scandir(home) as entries:
+                names = sorted(e.name for e in entries if e.name[0] != "." and e.name != EXAMPLES and e.is_dir())
+        else:
+            names = [name for name in names if (home / name).is_dir()]
         return [MemberRecord.read(Path(home, name, RECORD)) for name in names]
 
 

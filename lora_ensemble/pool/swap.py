@@ -8,67 +8,159 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import io
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool.contract import LOCK, NEW, OLD, RECORD, SWEEP, MemberRecord, check_name, checksum
+from lora_ensemble.pool.contract import LOCK, NEW, OLD, RECORD, SWEEP, MemberRecord, check_name, checksum, checksum_of
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewMember:
+    """A member to be written, or to take the place of one."""
+
+    record: MemberRecord
+    files: Mapping[str, Any] = field(default_factory=dict)
+    """File name to content: an array (.npy), a dict of arrays (.safetensors), a dict (.json), or the path of a file,
+    which is taken over as it is."""
+    keep: MemberRecord | None = None
+    """The record now on disk, whose other files are taken over as they are."""
+    replaced_to: Path | None = None
+    """Where the folder that it replaces is moved to, unless there is something already; None: it is deleted."""
 
 
 def write_member(
     pool: Path, record: MemberRecord, files: Mapping[str, Any], *, keep: MemberRecord | None = None
 ) -> MemberRecord:
-    """Write a member or replace it, so that a reader never sees half of it. Returns the record with its checksums.
+    """:func:`write_members` of one."""
+    return write_members(pool, [NewMember(record=record, files=files, keep=keep)])[0]
 
-    ``files``: file name to content: an array (.npy), a dict of arrays (.safetensors), a dict (.json), or the path
-    of a file, which is taken over as it is.
-    ``keep``: the record now on disk, whose other files are taken over as they are; ``UserError`` where it is another.
+
+def write_members(
+    pool: Path, members: Sequence[NewMember], *, check: Callable[[MemberRecord], None] | None = None
+) -> list[MemberRecord]:
+    """Write members or replace them, so that a reader never sees half of one. Returns the records with checksums.
+
+    All their files are on the disk before the first record, which vouches for them, is written: also where the power
+    fails. ``check``: is given the record of each member that is there, with nobody else writing, and raises where it
+    may not be replaced; then nothing is written. ``UserError`` where the record to ``keep`` is another by now.
     """
-    check_name(record.name)
-    home = Path(pool) / record.task
-    home.mkdir(parents=True, exist_ok=True)
-    with _locked(home):
-        _mend(home)
-        folder, beside, aside = home / record.name, home / (NEW + record.name), home / (OLD + record.name)
-        if keep and not (folder.is_dir() and MemberRecord.read(folder / RECORD).files == keep.files):
-            raise UserError(
-                f"{folder}: replaced or deleted by another process meanwhile; let one run write it at a time"
-            )
-        beside.mkdir()
-        checksums = {}
-        for name in sorted(set(keep.files if keep else ()) - set(files)):
-            _link(folder / name, beside / name)
-            checksums[name] = keep.files[name]  # type: ignore[union-attr]
-        for name, content in files.items():
-            _write_file(beside / name, content)
-            checksums[name] = checksum(beside / name)
-        record = dataclasses.replace(record, files=checksums)
-        (beside / RECORD).write_text(record.to_json(), encoding="utf-8")
-        if folder.exists():
-            os.rename(folder, aside)  # a folder cannot be renamed onto one that is not empty
-        os.rename(beside, folder)
-        shutil.rmtree(aside, ignore_errors=True)
-    return record
+    written: dict[str, MemberRecord] = {}
+    for member in members:
+        check_name(member.record.name)
+    for task in dict.fromkeys(m.record.task for m in members):
+        home = Path(pool) / task
+        home.mkdir(parents=True, exist_ok=True)
+        here = [m for m in members if m.record.task == task]
+        with _locked(home):
+            _mend(home)
+            for member in here:
+                _check(home / member.record.name, member.keep, check)
+            records = [_write_files(home, m) for m in here]
+            _sync([home / (NEW + r.name) / name for r in records for name in r.files])
+            for record in records:
+                (home / (NEW + record.name) / RECORD).write_text(record.to_json(), encoding="utf-8")
+            _sync([home / (NEW + r.name) / RECORD for r in records])
+            for member, record in zip(here, records, strict=True):
+                _swap(home, record.name, member.replaced_to)
+                written[f"{task}/{record.name}"] = record
+            _sync([home])
+    return [written[f"{m.record.task}/{m.record.name}"] for m in members]
+
+
+def _check(folder: Path, keep: MemberRecord | None, check: Callable[[MemberRecord], None] | None) -> None:
+    there = MemberRecord.read(folder / RECORD) if (keep or check) and folder.is_dir() else None
+    if keep and (there is None or there.files != keep.files):
+        raise UserError(f"{folder}: replaced or deleted by another process meanwhile; let one run write it at a time")
+    if check and there:
+        check(there)
+
+
+def _write_files(home: Path, member: NewMember) -> MemberRecord:
+    """All of a member but its record, beside where it belongs; returns the record."""
+    record, keep = member.record, member.keep
+    folder, beside = home / record.name, home / (NEW + record.name)
+    beside.mkdir()
+    checksums = {}
+    for name in sorted(set(keep.files if keep else ()) - set(member.files)):
+        _link(folder / name, beside / name)
+        checksums[name] = keep.files[name]  # type: ignore[union-attr]
+    for name, content in member.files.items():
+        checksums[name] = _write_file(beside / name, content)
+    return dataclasses.replace(record, files=checksums)
+
+
+def _swap(home: Path, name: str, replaced_to: Path | None) -> None:
+    folder, aside = home / name, home / (OLD + name)
+    if folder.exists():
+        os.rename(folder, aside)  # a folder cannot be renamed onto one that is not empty
+    os.rename(home / (NEW + name), folder)
+    if replaced_to is not None and aside.exists() and not replaced_to.exists():
+        replaced_to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(aside, replaced_to)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(paths: Sequence[Path]) -> None:
+    """Wait until files, or the names in folders, are on the disk: together, for a disk does that at a time."""
+
+    def sync(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    if os.name == "posix":  # Windows opens no folder, and syncs no file that is open for reading
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(sync, paths))
+
+
+def _flock(f: IO[Any], *, wait: bool) -> bool:
+    """Lock an open file for this process; whether that could be done. ``BlockingIOError`` where another one has it.
+
+    Windows has no such locks, nor have some network file systems: there, one run at a time is for the user to see to,
+    which :func:`can_lock` is asked for.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except ImportError:
+        return False
+    except OSError as e:
+        if e.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def can_lock(folder: Path) -> bool:
+    """Whether processes can keep each other out of a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a") as f:
+        return _flock(f, wait=True)
 
 
 @contextlib.contextmanager
 def _locked(home: Path, mode: str = "a") -> Iterator[None]:
     """One process at a time swaps folders in a task's folder, or reads there. Not to be entered twice."""
     with open(home / LOCK, mode) as f:
-        try:
-            import fcntl
-        except ImportError:  # Windows: one writer only, as the CLI has it
-            yield
-            return
-        fcntl.flock(f, fcntl.LOCK_EX)
+        _flock(f, wait=True)
         yield  # closing the file lets the lock go
 
 
@@ -101,18 +193,14 @@ def sole_process(folder: Path, does: str, *, wait: float = 0.0, way_out: str = "
     """One process at a time does something in a folder. The lock goes with the process, however that ends.
 
     ``UserError``, naming the process that has it, where another one has it for longer than ``wait`` seconds. Where
-    there are no such locks (Windows), nothing is locked.
+    there are no locks (``can_lock``), nothing is locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + wait
     with open(folder / SWEEP, "a+", encoding="utf-8") as f:
         while True:
             try:
-                import fcntl
-
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except ImportError:
+                _flock(f, wait=False)
                 break
             except BlockingIOError:
                 if time.monotonic() < until:
@@ -144,19 +232,25 @@ def _mend_once(home: Path) -> None:
             _mended[home] = changed
 
 
-def _write_file(path: Path, content: Any) -> None:
+def _write_file(path: Path, content: Any) -> str:
+    """Write a file, and return its checksum."""
     if isinstance(content, Path):
         _link(content, path)
-    elif path.suffix == ".npy":
-        np.save(path, content, allow_pickle=False)
+        return checksum(path)
+    if path.suffix == ".npy":
+        buffer = io.BytesIO()
+        np.save(buffer, content, allow_pickle=False)
+        data = buffer.getvalue()
     elif path.suffix == ".safetensors":
         from safetensors.numpy import save
 
         # "pt" is what transformers and PEFT insist on reading. safetensors' save_file makes files for the owner's eyes
         # only, whatever the umask is.
-        path.write_bytes(save({k: np.ascontiguousarray(v) for k, v in content.items()}, metadata={"format": "pt"}))
+        data = save({k: np.ascontiguousarray(v) for k, v in content.items()}, metadata={"format": "pt"})
     else:
-        path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+    path.write_bytes(data)
+    return checksum_of(data)
 
 
 def _link(source: Path, target: Path) -> None:
