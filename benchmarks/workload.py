@@ -40,7 +40,6 @@ SHAPES = {
 
 # Tokens of SST's training sentences under BERT's tokeniser, [CLS] and [SEP] included: every tenth quantile.
 _SST_LENGTHS = [4, 11, 15, 18, 21, 24, 27, 30, 35, 41, 80]
-_DEV_EXAMPLES = 8  # read by BankData, used by nobody
 _SEED = 11711
 
 
@@ -130,6 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=8, help="examples per step and member (default: 8)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
+    parser.add_argument("--dev", type=int, default=8, help="dev examples (default: 8; most scripts use none)")
     parser.add_argument("--warmup_steps", type=int, default=3, help="steps before them (default: 3)")
     parser.add_argument("--repeats", type=int, default=5, help="times that every side runs (default: 5)")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="bf16: autocast (default: 32)")
@@ -151,9 +151,9 @@ def workload(args: argparse.Namespace, task: str, folder: Path) -> Workload:
     names = {field.name for field in dataclasses.fields(Workload)}
     return Workload(
         **{name: value for name, value in vars(args).items() if name in names - {"task", "root", "base_model"}},
-        task=made_up(root, base_model, examples)
+        task=made_up(root, base_model, examples, args.dev)
         if task == MADE_UP
-        else _sample(task, data_root(args.root), root, examples, args.batch_size),
+        else _sample(task, data_root(args.root), root, examples, args.dev, args.batch_size),
         root=str(root),
         base_model=base_model,
     )
@@ -181,13 +181,14 @@ def random_model(name: str, folder: Path) -> str:
     return str(folder)
 
 
-def _sample(name: str, source: Path, folder: Path, count: int, batch_size: int) -> Task:
-    """The first ``count`` of a preset's shuffled training examples: short runs need not tokenise them all.
+def _sample(name: str, source: Path, folder: Path, count: int, dev: int, batch_size: int) -> Task:
+    """The first ``count`` of a preset's shuffled training examples, and ``dev`` of dev: short runs need not tokenise
+    them all.
 
     Where there are fewer, whole batches of them, so that the peer's loader cuts the same batches in a second pass.
     """
     task = PRESETS[name]
-    for split, most in (("train", count), ("dev", _DEV_EXAMPLES)):
+    for split, most in (("train", count), ("dev", dev)):
         full = read_split(task, split, source, need_labels=True)
         whole = max(1, len(full) // batch_size) * batch_size
         rows = np.random.default_rng(_SEED).permutation(len(full))[: min(most, whole)]
@@ -206,9 +207,9 @@ def _write(path: Path, task: Task, split: Split, rows: np.ndarray) -> None:
             f.write(json.dumps({str(task.id): str(split.ids[row]), **texts, **named}) + "\n")
 
 
-def made_up(folder: Path, base_model: str, count: int) -> Task:
+def made_up(folder: Path, base_model: str, count: int, dev: int = 8) -> Task:
     """Sentences of random words with SST's lengths, and random labels."""
-    return write_sentences(folder, base_model, sst_lengths(count))
+    return write_sentences(folder, base_model, sst_lengths(count), dev)
 
 
 def sst_lengths(count: int) -> np.ndarray:
@@ -217,7 +218,7 @@ def sst_lengths(count: int) -> np.ndarray:
     return np.interp(rng.random(count), np.linspace(0, 1, len(_SST_LENGTHS)), _SST_LENGTHS).round().astype(int)
 
 
-def write_sentences(folder: Path, base_model: str, lengths: Sequence[int] | np.ndarray) -> Task:
+def write_sentences(folder: Path, base_model: str, lengths: Sequence[int] | np.ndarray, dev: int = 8) -> Task:
     """Made-up five-class examples of the given numbers of tokens, [CLS] and [SEP] included."""
     rng = np.random.default_rng(_SEED)
     # Whole words of the vocabulary: each is one token.
@@ -227,7 +228,7 @@ def write_sentences(folder: Path, base_model: str, lengths: Sequence[int] | np.n
     sentences = [" ".join(rng.choice(words, size=max(1, length - 2))) for length in lengths]
     split = Split(np.arange(len(sentences)).astype(str), [sentences], rng.integers(5, size=len(sentences)))
     _write(folder / "train.jsonl", task, split, np.arange(len(sentences)))
-    _write(folder / "dev.jsonl", task, split, np.arange(min(_DEV_EXAMPLES, len(sentences))))
+    _write(folder / "dev.jsonl", task, split, np.arange(min(dev, len(sentences))))
     return task
 
 

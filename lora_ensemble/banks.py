@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
+from lora_ensemble import pool
 from lora_ensemble.curves import log_member_table
 from lora_ensemble.data import BankData
 from lora_ensemble.errors import UserError
@@ -22,10 +23,10 @@ from lora_ensemble.memory import measurable
 from lora_ensemble.model import row_width
 from lora_ensemble.module import BankModule
 from lora_ensemble.notices import say
-from lora_ensemble.plan import Finished, Plan, PlannedBank, arrange, read_plan, write_plan
-from lora_ensemble.pool_writer import AllDivergedError, PoolWriter, print_summary
+from lora_ensemble.plan import FILE, Finished, Plan, PlannedBank, arrange, read_plan, write_plan
+from lora_ensemble.pool_writer import PoolWriter, print_summary
 from lora_ensemble.probe import members_that_fit
-from lora_ensemble.restart import RestartPoint, write_checkpoint
+from lora_ensemble.restart import RunCheckpoint, write_checkpoint
 from lora_ensemble.split import is_out_of_memory, split_checkpoint
 
 BankSize = int | Literal["auto"] | None
@@ -89,8 +90,8 @@ class BankRun:
                 "its own checkpoint"
             )
         plan = self._through(plan, ckpt_path, weights_only)
-        if len(plan.banks) > 1:
-            self._summary(plan)
+        if len(plan.banks) > 1 and all(row[1] == "diverged" for row in self._summary(plan)):
+            raise UserError("every member has diverged (NaN or infinity); try lower learning rates or scalings")
 
     def _through(self, plan: Plan, ckpt_path: str | None, weights_only: bool | None) -> Plan:
         """Train all banks of the plan that are not finished; returns the plan as it then is."""
@@ -104,15 +105,21 @@ class BankRun:
                 say(f"bank {at + 1} of {len(plan.banks)}: {', '.join(bank.members)}")
             plan = self._train(plan, bank, ckpt_path, weights_only)
             self._write(plan)
-            # Finished, it stands in its own place; out of memory, its halves do.
-            at += plan.banks[at].finished is not None
+            # Where it was split, or members left it, others stand in its place, and are next.
+            at += plan.banks[at].members == bank.members
         return plan
 
     # What a sweep does otherwise
 
     def _checkpoint_of_all(self, ckpt_path: str | None) -> str | None:
-        """What the bank of all members goes on from."""
-        return ckpt_path
+        """What the bank of all members goes on from: ``last``, where there is none, is from the start."""
+        if ckpt_path != "last":
+            return ckpt_path
+        last = self.run_dir / "checkpoint" / "last.ckpt"
+        if last.is_file():
+            return str(last)
+        say(f"--ckpt_path last: {last}: not there yet, so the run begins anew")
+        return None
 
     def _is_done(self, plan: Plan, bank: PlannedBank) -> bool:
         """Whether a bank need not be trained again. One bank alone is Lightning's to go on with, or to do nothing."""
@@ -211,15 +218,10 @@ class BankRun:
             last = folder / "last.ckpt"
             begun = last.is_file() and (ckpt_path is not None or bank.key in self._made)
             trainer, ckpt_path = self.make_trainer(folder, begun), str(last) if begun else None
-        writer, point = writer_of(trainer), RestartPoint()
-        trainer.callbacks.insert(0, point)
+        writer, failed = writer_of(trainer), False
         self._watch(plan, bank, trainer)
         try:
             trainer.fit(module, datamodule=self.data, ckpt_path=ckpt_path, weights_only=weights_only)
-        except AllDivergedError:
-            if self._is_all(plan):
-                raise
-            say("every member of this bank has diverged (NaN or infinity)")
         except Exception as e:
             if not is_out_of_memory(e):
                 if isinstance(e, torch.AcceleratorError):
@@ -229,21 +231,31 @@ class BankRun:
                     ) from e
                 raise
             traceback.clear_frames(e.__traceback__)  # they hold the step's activations
-            point.failed = True
+            failed = True
         finally:
             self.data.trainer = None  # or it would keep this bank's state while the next one trains
-        if point.failed:
-            halves = self._halves(bank, module, trainer, point)
+        if failed:
+            halves = self._halves(bank, module, trainer, ckpt_path)
             return plan.replaced(bank, halves, f"{len(bank.members)} members: out of memory")
+        if writer.all_diverged and not self._is_all(plan):
+            say("every member of this bank has diverged (NaN or infinity)")
+        elif writer.all_diverged:
+            raise UserError("every member has diverged (NaN or infinity); try lower learning rates or scalings")
         if (stopped := self._stopped(plan, bank, module)) is not None:
             return stopped
+        if not (writer.finished or writer.all_diverged):
+            return plan
         header, rows = writer.summary(module)
         rows = [[None if isinstance(cell, float) and math.isnan(cell) else cell for cell in row] for row in rows]
         return plan.replaced(bank, [replace(bank, finished=Finished(header=header, rows=rows, **self._limits))])
 
     def _halves(
-        self, bank: PlannedBank, module: BankModule, trainer: pl.Trainer, point: RestartPoint
+        self, bank: PlannedBank, module: BankModule, trainer: pl.Trainer, ckpt_path: str | None
     ) -> list[PlannedBank]:
+        """Two banks in the place of one that ran out of memory, which leaves nothing on the device.
+
+        They go on from its last checkpoint, or from the one that it began with.
+        """
         m, epoch = len(bank.members), trainer.current_epoch + 1
         if m == 1:
             raise UserError(_too_large(f"out of memory with a single member ({bank.members[0]}) in epoch {epoch}"))
@@ -252,30 +264,52 @@ class BankRun:
                 f"out of memory in epoch {epoch} with {m} members on {trainer.world_size} devices; there a bank is not "
                 f"split by itself: go on with --ckpt_path last --bank_size {math.ceil(m / 2)}"
             )
-        gc.collect()
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.empty_cache()
         halves = [PlannedBank(members=some) for some in banks_of(module, bank.members, math.ceil(m / 2))]
-        checkpoint, where = point.checkpoint(trainer, self._folder(bank)) if self.keep else (None, "start anew")
-        if checkpoint is not None:
-            self._cut(checkpoint, module, halves)
+        saved = [c.file for c in trainer.callbacks if isinstance(c, RunCheckpoint) and c.saved]
+        last = saved[0] if saved else ckpt_path
+        if last:
+            self._cut(torch.load(last, map_location="cpu", weights_only=True), module, halves)
+        else:
+            for half in halves:
+                self._forget(half)
+        where = "go on from the last checkpoint" if last else "start anew"
         sizes = " and ".join(str(len(half.members)) for half in halves)
         say(f"out of memory in epoch {epoch}: the bank of {m} members is split into banks of {sizes}, which {where}")
         # Lightning's command line keeps the first Trainer; not with all that it holds.
         trainer.strategy.optimizers = []
         trainer.strategy.lr_scheduler_configs = []
+        device = trainer.strategy.root_device
+        let_go(module)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         return halves
 
-    def _summary(self, plan: Plan) -> None:
-        finished = [b.finished for b in plan.banks if b.finished]
-        found = {row[0]: row[:2] + [math.nan if c is None else c for c in row[2:]] for f in finished for row in f.rows}
-        header, rows = finished[0].header, [found[m.name] for m in self.module.members]
-        if all(row[1] == "diverged" for row in rows):
-            raise AllDivergedError("every member has diverged (NaN or infinity); try lower learning rates or scalings")
-        if self.keep:
-            if rank_zero_only.rank == 0:
-                log_member_table(self._loggers, header, rows)
+    def _forget(self, bank: PlannedBank) -> None:
+        """Let a bank start anew: what it left knows scores of members that the pool no longer has."""
+        for name in ("last.ckpt", FILE):  # the checkpoint, and the plan of a bank that was trained by itself
+            (self._folder(bank) / name).unlink(missing_ok=True)
+
+    def _table(self, plan: Plan, of: Sequence[str] | None = None) -> tuple[list[str], list[list[Any]]]:
+        """Header and a row for each member, or for some: what became of it, and its dev scores, from the pool."""
+        members = [m.name for m in self.module.members if of is None or m.name in of]
+        there = [{r.name: r for r in pool.read_records(self._pool, t.name, members)} for t in self.module.tasks]
+        said = {row[0]: row[1] for bank in plan.banks if bank.finished for row in bank.finished.rows}
+        rows: list[list[Any]] = []
+        for name in members:
+            records = [by_name.get(name) for by_name in there]
+            state = said.get(name, "-" if records[0] is None else records[0].best_epoch)
+            if name in plan.left:
+                state = f"left after {plan.left[name]}"
+            rows.append([name, state, *(math.nan if r is None or r.score is None else r.score for r in records)])
+        return ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in self.module.tasks)], rows
+
+    def _summary(self, plan: Plan, of: Sequence[str] | None = None) -> list[list[Any]]:
+        """Print that table, log it, and return its rows."""
+        header, rows = self._table(plan, of)
+        if self.keep and rank_zero_only.rank == 0:
+            log_member_table(self._loggers, header, rows)
             print_summary(header, rows, folder=self._pool, tasks=[t.name for t in self.module.tasks])
+        return rows
 
 
 def _launched_by_us(trainer: pl.Trainer) -> bool:
@@ -303,8 +337,8 @@ def let_go(module: BankModule) -> None:
     """Free the encoder and the state of a module that only makes others from now on."""
     module.trainer = None
     if "bank" in module._modules:
-        module.bank.to("meta")  # whoever else still holds the bank holds no numbers
-        del module.bank
+        module.bank.let_go()  # whoever else still holds the bank holds no numbers
+        del module.bank, module._frozen
     gc.collect()
 
 

@@ -11,10 +11,10 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -24,12 +24,12 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lora_ensemble import __version__, ray_sweep
 from lora_ensemble.away import Home
 from lora_ensemble.banks import BankRun, check_bank_size, evaluation_banks, let_go
-from lora_ensemble.curves import MemberTable, default_loggers
+from lora_ensemble.curves import MemberTable, default_loggers, unfailing
 from lora_ensemble.data import BankData
 from lora_ensemble.distill import Distillation
 from lora_ensemble.errors import UserError
@@ -38,10 +38,11 @@ from lora_ensemble.lora import MemberConfig
 from lora_ensemble.module import BankModule, check_precision
 from lora_ensemble.notices import say
 from lora_ensemble.plan import FILE as PLAN_FILE
+from lora_ensemble.pool import check_name
 from lora_ensemble.pool_writer import PoolWriter
 from lora_ensemble.precision import advice
 from lora_ensemble.ray_sweep import RayOptions
-from lora_ensemble.restart import TimedCheckpoint
+from lora_ensemble.restart import BankTrainer, RunCheckpoint
 from lora_ensemble.sweep import Sweep
 
 # Trainer settings that do not change what a run trains, so that it may be resumed with others.
@@ -55,8 +56,6 @@ _NOT_THE_RUN = {
 
 
 Run = TypeVar("Run", bound=BankRun)
-
-_SAVE_EVERY = timedelta(minutes=10)
 
 
 class _Parser(LightningArgumentParser):
@@ -169,7 +168,9 @@ class CLI(LightningCLI):
             if self._distillation is not None:
                 self._distillation.task_of(self.datamodule)
             self.datamodule.check_files()
-        experiment = config.experiment or "-".join(t.name for t in self.datamodule.tasks)
+        experiment = "-".join(t.name for t in self.datamodule.tasks)
+        if config.experiment is not None:
+            check_name(experiment := config.experiment, what="--experiment")
         self.run_dir = (
             Path(config.trainer.default_root_dir or "checkpoints") / "runs" / self._run_name(config, experiment)
         )
@@ -179,14 +180,17 @@ class CLI(LightningCLI):
         resumed = config.get("ckpt_path") is not None or (sweep and (folder / "last.ckpt").is_file())
         fit, logger = self._trains, config.trainer.logger
         if logger is None or logger is True:
-            use = fit and not config.trainer.fast_dev_run
+            use = fit and not (config.trainer.fast_dev_run or config.trainer.barebones)
             again = resumed or (sweep and (self.run_dir / PLAN_FILE).is_file())
             logger = default_loggers(self.run_dir, experiment=experiment, resumed=again) if use else False
         else:
-            logger = self._get(self.config_init, "trainer").logger
+            given = self._get(self.config_init, "trainer").logger
+            logger = [unfailing(one) for one in (given if isinstance(given, list) else [given])] if given else given
         # Shared by all banks: a member's curves have names of their own. All else, a bank's Trainer has anew.
         self._logger: Any = logger
         settings = {k: v for k, v in vars(self._get(self.config_init, "trainer")).items() if k != "logger"}
+        if config.trainer.barebones:  # would refuse a default of ours
+            settings["log_every_n_steps"] = None
         self._settings = copy.deepcopy(settings)
         if fit and not sweep and self._writes_checkpoints(config) and not resumed and any(folder.rglob("last.ckpt")):
             say(f"note: these settings were run before; add --ckpt_path last to go on from {folder}")
@@ -202,7 +206,8 @@ class CLI(LightningCLI):
 
     @staticmethod
     def _writes_checkpoints(config: Any) -> bool:
-        return config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
+        given = config.trainer
+        return given.enable_checkpointing is not False and not (given.fast_dev_run or given.barebones)
 
     def _trainer(self, folder: Path, resumed: bool, *, whole: bool) -> pl.Trainer:
         """A Trainer whose checkpoints go to ``folder``; ``whole``: for all members, so that it prints the table."""
@@ -210,18 +215,15 @@ class CLI(LightningCLI):
         given = self._get(self.config_init, "pool")
         writer = PoolWriter(str(given.dir), given.overwrite)
         writer.run, writer.resumed, writer.summarise = self.run_dir.name, resumed, whole
+        saves = self._trains and self._writes_checkpoints(config)
+        writer.replaced = self.run_dir / "replaced" if saves else None
         self.config_init[self.subcommand]["pool"] = writer
         trainer = super().instantiate_trainer(**copy.deepcopy(self._settings), logger=self._logger)
         # Lightning's own default would write beside the logger's files, where --ckpt_path last never finds them.
         default = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is None]
         trainer.callbacks = [c for c in trainer.callbacks if c not in default]
-        if self._trains and self._writes_checkpoints(config):
-            common: dict[str, Any] = {"dirpath": folder, "filename": "last", "enable_version_counter": False}
-            trainer.callbacks += [
-                MemberTable(writer),
-                ModelCheckpoint(**common, every_n_epochs=1, save_on_train_epoch_end=True),
-                TimedCheckpoint(**common, train_time_interval=_SAVE_EVERY),  # an epoch may take hours
-            ]
+        if self._trains:
+            trainer.callbacks += [MemberTable(writer), *([RunCheckpoint(folder)] if saves else [])]
         return trainer
 
     # The verbs, which LightningCLI looks for by name
@@ -368,7 +370,7 @@ class CLI(LightningCLI):
         return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-class OurTrainer(pl.Trainer):
+class OurTrainer(BankTrainer):
     """The Trainer's own flags"""  # a heading of --help
 
     # LightningCLI reads a command's arguments off the Trainer's method, and then calls its own.
@@ -409,6 +411,14 @@ def run(args: Sequence[str] | None = None) -> int:
         _start(args)
     except SIGTERMException:
         return 128 + signal.SIGTERM
+    except (MisconfigurationException, ValueError) as e:
+        if "lightning" not in traceback.extract_tb(e.__traceback__)[-1].filename.split(os.sep):
+            raise
+        raise UserError(f"trainer: {' '.join(str(e).split())}") from e  # flags that do not go together
+    except SystemExit as e:  # Lightning's answer to Ctrl-C, where it is not RunCheckpoint's to answer
+        if isinstance(e.__context__, KeyboardInterrupt):
+            return 128 + signal.SIGINT
+        raise
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,30 @@ def default_loggers(run_dir: Path, *, experiment: str, resumed: bool) -> list[Lo
     wandb_logger = _wandb_logger(run_dir, experiment=experiment, resumed=resumed)
     if wandb_logger is not None:
         loggers.append(wandb_logger)
-    return loggers
+    return [unfailing(logger) for logger in loggers]
+
+
+def unfailing(logger: Logger) -> Logger:
+    """A logger that never costs the training: should it fail, that is said once, and it logs no more."""
+    failed = False
+
+    def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*args: Any, **kw: Any) -> Any:
+            nonlocal failed
+            try:
+                return None if failed else call(*args, **kw)
+            except Exception as e:  # whatever it is: files, network, a service that died
+                failed = True
+                reason = " ".join(str(e).split())[:200]
+                say(f"curves: {type(logger).__name__} failed ({reason}); training goes on without it")
+                return None
+
+        return attempt
+
+    for name in ("log_metrics", "log_hyperparams", "log_table", "save", "finalize"):
+        if hasattr(logger, name):
+            setattr(logger, name, guarded(getattr(logger, name)))
+    return logger
 
 
 def _wandb_logger(run_dir: Path, *, experiment: str, resumed: bool) -> Logger | None:
@@ -36,6 +59,10 @@ def _wandb_logger(run_dir: Path, *, experiment: str, resumed: bool) -> Logger | 
     except ImportError:
         say("curves: wandb is not installed; metrics go to the CSV file alone")
         return None
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # where it would keep its own files
+        for kind in ("DATA", "CACHE", "CONFIG"):
+            os.environ.setdefault(f"WANDB_{kind}_DIR", str(run_dir / "wandb"))
+        (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
     online = reachable()
     # A resumed run goes on with its curves; a fresh one has an id of its own.
     id_file = run_dir / "wandb-id"
@@ -83,7 +110,7 @@ class MemberTable(pl.Callback):
     def __init__(self, writer: PoolWriter) -> None:
         self._writer = writer
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the table where a logger can take one."""
         assert isinstance(pl_module, BankModule)
         if trainer.is_global_zero and not trainer.fast_dev_run and self._writer.summarise:

@@ -59,7 +59,8 @@ class TrainBatches:
 
     Each step has a batch of every task (Oyeniyi, section 4): ``batch_size`` examples over all devices, of which this
     process gets every ``world``-th. A task that ends is shuffled anew and goes on. ``epoch`` is asked at the start of
-    each pass. Lightning saves ``state_dict`` in its checkpoints, so that a run resumes in mid-epoch.
+    each pass, which begins with the epoch's first batch, wherever the last one was left. ``repeats``: all epochs have
+    the first one's batches. Lightning saves ``state_dict`` in its checkpoints, so that a run resumes in mid-epoch.
     """
 
     def __init__(
@@ -72,16 +73,18 @@ class TrainBatches:
         rank: int,
         world: int,
         epoch: Callable[[], int],
+        repeats: bool = False,
     ) -> None:
         self.splits, self.batch_size, self.seed = splits, batch_size, seed
-        self.rank, self.world, self.epoch = rank, world, epoch
+        self.rank, self.world, self.epoch, self.repeats = rank, world, epoch, repeats
         self._passes = {name: math.ceil(len(split) / batch_size) for name, split in splits.items()}
         self._flowing = isinstance(steps, int)
         if isinstance(steps, int):
             self._steps = steps
         else:
             self._steps = (max if steps == "longest" else min)(self._passes.values())
-        self._served = 0
+        self._at = (-1, 0)
+        """Epoch of the last pass, and how many of its batches were handed out."""
         self._orders: dict[str, tuple[str, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -102,23 +105,25 @@ class TrainBatches:
         return {name: self._rows(name, epoch, step)[self.rank :: self.world] for name in self.splits}
 
     def __iter__(self) -> Iterator[dict[str, dict[str, Any]]]:
-        epoch, start = self.epoch(), self._served % self._steps
+        epoch = self.epoch()
+        start = self._at[1] % self._steps if self._at[0] == epoch else 0
         for step in range(start, self._steps):
             batch = {}
             for name, split in self.splits.items():
-                rows = self._rows(name, epoch, step)
+                rows = self._rows(name, 0 if self.repeats else epoch, step)
                 batch[name] = {**split.batch(rows[self.rank :: self.world]), "size": len(rows)}
             # Counted before the yield: what comes after the last one is never run.
-            self._served = (step + 1) % self._steps
+            self._at = (epoch, step + 1)
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch have been handed out."""
-        return {"served": self._served}
+        """How many batches of which epoch have been handed out."""
+        return {"epoch": self._at[0], "served": self._at[1]}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next pass after the batches that were handed out."""
-        self._served = state["served"]
+        """Start the next pass after the batches that were handed out, if it is of that epoch."""
+        # An older version did not say which epoch, and counted from 0 again where one had ended.
+        self._at = (state.get("epoch", self.epoch()), state["served"])
 
 
 class EvalBatches:
@@ -262,6 +267,7 @@ class BankData(pl.LightningDataModule):
             rank=rank,
             world=world,
             epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
+            repeats=bool(getattr(self.trainer, "overfit_batches", 0)),
         )
 
     def _eval_batches(self, split: str) -> EvalBatches:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lora_ensemble import __version__
-from lora_ensemble.errors import UserError
+from lora_ensemble.errors import Interrupted, UserError
 
 # A full disk, a folder that may not be written, a file where a folder should be.
 _NOT_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
@@ -58,7 +58,7 @@ common options (all of them, with their meaning: lora-ensemble fit --help):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    """Run the program; returns the exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
     argv = list(sys.argv[1:] if args is None else args)
     if argv in ([], ["-h"], ["--help"]):
         print(USAGE, end="")
@@ -85,6 +85,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Interrupted as e:
+        return 128 + e.number
 
 
 if __name__ == "__main__":

@@ -292,6 +292,11 @@ class Bank(nn.Module):
         """The inverse of :meth:`encoder_state`. Raises ``RuntimeError`` where names or shapes differ."""
         self.encoder.load_state_dict({n.removeprefix(self.prefix + "."): t for n, t in state.items()}, strict=True)
 
+    def let_go(self) -> None:
+        """Give up all numbers: weights, the encoder, and what was kept of it."""
+        self.to("meta")
+        del self._encode, self._scaling
+
     def encoder_state(self) -> dict[str, Tensor]:
         """The encoder's weights under the classification model's names, for a fully fine-tuned member."""
         return {f"{self.prefix}.{n}": p.detach().float().cpu().clone() for n, p in self.encoder.named_parameters()}

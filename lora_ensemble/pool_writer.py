@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections import Counter
+from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,18 +25,22 @@ from lora_ensemble import pool
 from lora_ensemble.bank_io import restore_members, weight_files
 from lora_ensemble.base_model import hub_id
 from lora_ensemble.data import BankData
-from lora_ensemble.errors import UserError
+from lora_ensemble.errors import Interrupted, UserError
 from lora_ensemble.module import BankModule
 from lora_ensemble.notices import say
+from lora_ensemble.restart import (
+    BankTrainer,
+    RunCheckpoint,
+    evaluation_is_due,
+    out_of_time,
+    planned_end,
+    position,
+)
 from lora_ensemble.tasks import Task, overall_score
 
 # None of these changes what a member is: a run may be resumed for longer.
 _MAY_DIFFER_ON_RESUME = ("max_epochs", "max_steps")
 _WAY_OUT = "choose another --pool.dir, give the member another name, or set --pool.overwrite true"
-
-
-class AllDivergedError(UserError):
-    """No member of the bank is left to train."""
 
 
 class PoolWriter(pl.Callback):
@@ -48,6 +55,8 @@ class PoolWriter(pl.Callback):
         self.dir, self.overwrite = Path(dir), overwrite
         self.run = ""
         """Name of the run, set by the command line; it ties one member's folders in several tasks."""
+        self.replaced: Path | None = None
+        """Where members go that an evaluation at a cut replaces, set by the command line where a run can go on."""
         self.resumed = False
         """Whether the run uses a checkpoint, set by the command line: the Trainer knows too late."""
         self.goes_on = " with --ckpt_path last"
@@ -56,13 +65,18 @@ class PoolWriter(pl.Callback):
         """Whether to print the table at the end; not for one bank of several."""
         self.paused = False
         """Set where a bank stops before its end, to go on with fewer members: nobody is finished yet."""
+        self.finished = False
+        """Whether training has reached its planned end, and its members were evaluated there."""
         self._best: list[float] = []
         self._best_epoch: list[int] = []
         self._epochs: dict[str, list[np.ndarray]] = {}  # task -> E arrays (M, N, C) float16
         self._scores: dict[str, list[list[float]]] = {}  # task -> E lists of M scores
+        self._evaluated = self._tried = 0  # optimiser steps before the last evaluation, and before the last in part
         self._dead: list[bool] = []
         self._restored = False
         self._tasks: list[Task] = []
+        self._described: dict[str, list[pool.MemberRecord]] = {}
+        self._seen: dict[Path, dict[str, str]] = {}  # members that were there at the start: folder -> files
 
     # What Lightning's checkpoint keeps of it: plain tensors and numbers, so that weights_only=True can load it.
 
@@ -73,6 +87,7 @@ class PoolWriter(pl.Callback):
             "best_epoch": list(self._best_epoch),
             "epochs": {t: [torch.from_numpy(a) for a in arrays] for t, arrays in self._epochs.items()},
             "scores": self._scores,
+            "evaluated": self._evaluated,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -80,6 +95,7 @@ class PoolWriter(pl.Callback):
         self._best, self._best_epoch = list(state["best"]), list(state["best_epoch"])
         self._epochs = {t: [a.numpy() for a in arrays] for t, arrays in state["epochs"].items()}
         self._scores = {t: [list(s) for s in scores] for t, scores in state["scores"].items()}
+        self._evaluated = int(state.get("evaluated", 0))  # an older version did not say
 
     # Before
 
@@ -101,6 +117,8 @@ class PoolWriter(pl.Callback):
                 raise UserError(
                     f"{where}: already trained with these very settings and finished; use it, or {_WAY_OUT}"
                 )
+        if trainer.is_global_zero and not pool.can_lock(self.dir):
+            say(f"note: {self.dir}: its file system has no locks; let one program at a time write there")
 
     def found(
         self, trainer: pl.Trainer, data: BankData, module: BankModule, *, resumed: bool
@@ -115,26 +133,26 @@ class PoolWriter(pl.Callback):
         if self.overwrite:
             return there
         number: Counter[str] = Counter()
-        for task in module.tasks:
-            for wanted in self._records(trainer, data, module, task, finished=False):
-                found = pool.read_record(self.dir, task.name, wanted.name)
-                if found is None:
-                    continue
-                difference = _difference(found, wanted, resumed=resumed and found.run == self.run)
+        for task, wanted in self._records(trainer, data, module).items():
+            expected = {record.name: record for record in wanted}
+            for found in pool.read_records(self.dir, task, list(expected)):
+                difference = _difference(found, expected[found.name], resumed=resumed and found.run == self.run)
+                where = pool.member_folder(self.dir, task, found.name)
                 if difference:
-                    where = pool.member_folder(self.dir, task.name, wanted.name)
                     raise UserError(
                         f"{where}: holds a member of this name with other settings ({difference}); {_WAY_OUT}"
                     )
-                number[wanted.name] += found.finished
-                there[wanted.name] = found, number[wanted.name] == len(module.tasks)
+                self._seen[where] = found.files
+                number[found.name] += found.finished
+                there[found.name] = found, number[found.name] == len(module.tasks)
         return there
 
-    def _records(
-        self, trainer: pl.Trainer, data: BankData, module: BankModule, task: Task, *, finished: bool
-    ) -> list[pool.MemberRecord]:
-        """What member.json will say of each member, but for its results."""
-        train, dev = data.splits["train"], data.splits["dev"][task.name]
+    def _records(self, trainer: pl.Trainer, data: BankData, module: BankModule) -> dict[str, list[pool.MemberRecord]]:
+        """Task to what member.json will say of each member, but for its results; worked out once."""
+        if self._described:
+            return self._described
+        train, dev = data.splits["train"], data.splits["dev"]
+        clipping = trainer.gradient_clip_algorithm
         settings = {
             **module.training_settings,
             "tasks": [t.name for t in module.tasks],
@@ -148,56 +166,94 @@ class PoolWriter(pl.Callback):
             "precision": str(trainer.precision),
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "gradient_clip_val": trainer.gradient_clip_val,
-            "gradient_clip_algorithm": None
-            if trainer.gradient_clip_algorithm is None
-            else str(trainer.gradient_clip_algorithm.value),
+            "gradient_clip_algorithm": None if clipping is None else str(clipping.value),
             "limit_train_batches": trainer.limit_train_batches,
+            **({"overfit_batches": trainer.overfit_batches} if trainer.overfit_batches else {}),
             **data.taught,
         }
-        return [
-            pool.MemberRecord(
-                name=member.name,
-                task=task.name,
-                kind=task.kind,
-                labels=task.labels,
-                finished=finished,
-                examples={"dev": pool.fingerprint(dev.ids, dev.labels)},
-                text=task.text,
-                train_fingerprint=train[task.name].fingerprint,
-                base_model=hub_id(module.base_model),
-                revision=getattr(module.bank.config, "_commit_hash", None),
-                finetune=module.finetune,
-                rank=member.rank,
-                scaling=member.scaling,
-                targets=member.targets,
-                lr=member.lr,
-                seed=member.seed,
-                settings=settings,
-                run=self.run,
-                versions={name: version(name) for name in ("torch", "transformers", "lightning", "lora-ensemble")},
-            )
-            for member in module.members
-        ]
+        for task in module.tasks:
+            common: dict[str, Any] = {
+                "task": task.name,
+                "kind": task.kind,
+                "labels": task.labels,
+                "examples": {"dev": pool.fingerprint(dev[task.name].ids, dev[task.name].labels)},
+                "text": task.text,
+                "train_fingerprint": train[task.name].fingerprint,
+                "base_model": hub_id(module.base_model),
+                "revision": getattr(module.bank.config, "_commit_hash", None),
+                "finetune": module.finetune,
+                "settings": settings,
+                "run": self.run,
+                "versions": _versions(),
+            }
+            own = ("name", "rank", "scaling", "targets", "lr", "seed")
+            self._described[task.name] = [
+                pool.MemberRecord(**{key: getattr(member, key) for key in own}, **common) for member in module.members
+            ]
+        return self._described
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the count, or go on with what the pool has when a run is resumed."""
+        """Start the count, or go on with it."""
         assert isinstance(pl_module, BankModule)
         m = len(pl_module.members)
         if not self._best:
             self._best, self._best_epoch = [-math.inf] * m, [0] * m
         self._dead = [False] * m
-        if not self.resumed or trainer.fast_dev_run:
-            return
-        # A kill may have come after the pool was written and before the checkpoint was: the pool's best stays.
-        for index, member in enumerate(pl_module.members):
-            records = [pool.read_record(self.dir, t.name, member.name) for t in pl_module.tasks]
-            found = [r for r in records if r is not None and r.run == self.run and r.score is not None and r.best_epoch]
-            same = len({r.best_epoch for r in found}) == 1 and len(found) == len(records)
-            if same and (found[0].best_epoch or 0) > self._best_epoch[index]:
-                self._best_epoch[index] = found[0].best_epoch or 0
-                self._best[index] = overall({r.task: (float(r.score or 0.0), r.kind) for r in found})
+        if isinstance(trainer, BankTrainer):
+            trainer.evaluates_the_rest = self._is_to_be_evaluated
+        if self.resumed and not trainer.fast_dev_run:
+            self._agree_with_the_pool(pl_module)
+
+    def _agree_with_the_pool(self, module: BankModule) -> None:
+        """Undo what the pool has from after the checkpoint, and offer anew what it has not."""
+        names = [m.name for m in module.members]
+        there = {(r.task, r.name): r for t in module.tasks for r in pool.read_records(self.dir, t.name, names)}
+        back: list[pool.NewMember] = []
+        anew = []
+        for index, name in enumerate(names):
+            best, records = self._best_epoch[index], [there.get((t.name, name)) for t in module.tasks]
+            ours = [r.best_epoch or 0 for r in records if r is not None and r.run == self.run]
+            if not best or (len(ours) == len(records) and set(ours) == {best}):
+                continue
+            if kept := self._kept(module.tasks, name, best):
+                back += kept
+            elif len(ours) < len(records) or min(ours) < best:
+                self._best[index], self._best_epoch[index] = -math.inf, 0
+                anew.append(name)
+            # Else a kill came between the pool and the checkpoint: the same evaluation comes again.
+        if anew:
+            say(
+                f"{self.dir}: has not the best epoch of {len(anew)} members ({', '.join(anew[:3])}"
+                f"{', ...' * (len(anew) > 3)}) that the checkpoint speaks of; they are offered anew from now on"
+            )
+        if rank_zero_only.rank == 0:
+            if back:
+                pool.write_members(self.dir, back)
+            if self.replaced is not None:
+                shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def _kept(self, tasks: Sequence[Task], name: str, best: int) -> list[pool.NewMember]:
+        """A member as it was before the evaluation at a cut replaced it, if that is of the epoch ``best``."""
+        if self.replaced is None:
+            return []
+        records = [r for t in tasks for r in pool.read_records(self.replaced, t.name, [name])]
+        if len(records) < len(tasks) or any(r.best_epoch != best or r.run != self.run for r in records):
+            return []
+        folders = [pool.member_folder(self.replaced, r.task, name) for r in records]
+        return [
+            pool.NewMember(record=r, files={f: folder / f for f in r.files})
+            for r, folder in zip(records, folders, strict=True)
+        ]
 
     # During
+
+    def _is_to_be_evaluated(self, trainer: pl.Trainer) -> bool:
+        """At the end of training: whether there were steps since the last evaluation."""
+        return (
+            trainer.global_step not in (self._evaluated, self._tried)
+            and not (trainer.fast_dev_run or self.paused or self.all_diverged)
+            and trainer.enable_validation
+        )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep this epoch's dev logits, and write the members that improved."""
@@ -206,17 +262,18 @@ class PoolWriter(pl.Callback):
             self._print_scores(pl_module, "dev")
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
             return
-        evaluations = pl_module.evaluations
+        evaluations, self._tried = pl_module.evaluations, trainer.global_step
         if not all(e.complete for e in evaluations.values()):
-            say("dev was evaluated in part only (trainer.limit_val_batches), so nothing goes into the pool")
+            say(f"dev was evaluated in part only ({_limit(trainer)}), so nothing goes into the pool")
             return
+        self._evaluated = trainer.global_step
         for name, e in evaluations.items():
             # Half precision holds a logit to three digits; beyond its range it would turn into infinity.
             self._epochs.setdefault(name, []).append(np.clip(e.logits, -65504, 65504).astype(np.float16))
             self._scores.setdefault(name, []).append(list(e.scores or []))
         kinds = {t.name: t.kind for t in pl_module.tasks}
         epoch = len(self._scores[pl_module.tasks[0].name])
-        alive = pl_module.alive()
+        alive, improved = pl_module.alive(), []
         for index in range(len(pl_module.members)):
             finite = all(np.isfinite(e.logits[index]).all() for e in evaluations.values())
             if not (alive[index] and finite):
@@ -225,9 +282,12 @@ class PoolWriter(pl.Callback):
             value = overall({n: ((e.scores or [])[index], kinds[n]) for n, e in evaluations.items()})
             if value > self._best[index]:  # never for NaN: an undefined score is no improvement
                 self._best[index], self._best_epoch[index] = value, epoch
-                self._write(trainer, pl_module, index)
-        if self._dead and all(self._dead):
-            raise AllDivergedError("every member has diverged (NaN or infinity); try lower learning rates or scalings")
+                improved.append(index)
+        # An evaluation that is only made because training ends here is undone where it goes on.
+        at_a_cut = getattr(trainer, "evaluates_now", False) or (trainer.should_stop and not evaluation_is_due(trainer))
+        self._write(trainer, pl_module, improved, replaced=self.replaced if at_a_cut else None)
+        if self.all_diverged:
+            trainer.should_stop = True
 
     def _report_dead(self, module: BankModule, index: int, epoch: int) -> None:
         if not self._dead[index]:
@@ -236,20 +296,36 @@ class PoolWriter(pl.Callback):
             say(f"{name} has diverged (NaN or infinity) by epoch {epoch}: frozen, and left out of the selection")
 
     @rank_zero_only
-    def _write(self, trainer: pl.Trainer, module: BankModule, index: int) -> None:
+    def _write(self, trainer: pl.Trainer, module: BankModule, members: Sequence[int], *, replaced: Path | None) -> None:
+        new = []
         for task in module.tasks:
             data = trainer.datamodule.splits["dev"][task.name]
-            pool.write_examples(self.dir, task.name, "dev", data.ids, data.labels)
-            record = self._records(trainer, trainer.datamodule, module, task, finished=False)[index]
-            record = self._with_results(record, task, index)
-            files: dict[str, Any] = {
-                pool.logits_file("dev"): module.evaluations[task.name].logits[index],
-                pool.EPOCHS: np.stack([e[index] for e in self._epochs[task.name]]),
-            }
-            files |= weight_files(
-                module.bank, index, task, base_model=hub_id(module.base_model), revision=record.revision
+            if members:
+                pool.write_examples(self.dir, task.name, "dev", data.ids, data.labels)
+            for index in members:
+                record = self._records(trainer, trainer.datamodule, module)[task.name][index]
+                files: dict[str, Any] = {
+                    pool.logits_file("dev"): module.evaluations[task.name].logits[index],
+                    pool.EPOCHS: np.stack([e[index] for e in self._epochs[task.name]]),
+                    **weight_files(
+                        module.bank, index, task, base_model=hub_id(module.base_model), revision=record.revision
+                    ),
+                }
+                aside = None if replaced is None else pool.member_folder(replaced, task.name, record.name)
+                new.append(
+                    pool.NewMember(record=self._with_results(record, task, index), files=files, replaced_to=aside)
+                )
+        pool.write_members(self.dir, new, check=None if self.overwrite else self._check_replaced)
+
+    def _check_replaced(self, there: pool.MemberRecord) -> None:
+        """``UserError`` where another run has written a member since this one began."""
+        ours = there.run == self.run and (self.resumed or not there.finished)
+        folder = pool.member_folder(self.dir, there.task, there.name)
+        if not (ours or (not there.finished and self._seen.get(folder) == there.files)):
+            raise UserError(
+                f"{folder}: written meanwhile by another run ({there.run}); two runs cannot fill one pool with members "
+                f"of the same names: {_WAY_OUT}"
             )
-            pool.write_member(self.dir, record, files)
 
     def _with_results(self, record: pool.MemberRecord, task: Task, index: int) -> pool.MemberRecord:
         scores = [s[index] for s in self._scores[task.name]]
@@ -266,27 +342,75 @@ class PoolWriter(pl.Callback):
     # After
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Mark the members finished and add the dev logits of every epoch. Not reached after an interruption."""
+        """Say what became of the members, in their records too. Not reached after an interruption."""
         assert isinstance(pl_module, BankModule)
-        if trainer.fast_dev_run or trainer.interrupted or not trainer.is_global_zero or not self._epochs or self.paused:
+        if trainer.fast_dev_run or self.paused:
             return
-        for index, member in enumerate(pl_module.members):
-            for task in pl_module.tasks:
-                found = pool.read_record(self.dir, task.name, member.name)
-                if found is None or found.run != self.run or found.best_epoch != self._best_epoch[index]:
-                    continue  # never improved (its score is undefined), or diverged at once
-                done = not self._dead[index]
-                record = self._records(trainer, trainer.datamodule, pl_module, task, finished=done)[index]
-                record = dataclasses.replace(self._with_results(record, task, index), examples=found.examples)
-                epochs = np.stack([e[index] for e in self._epochs[task.name]])
-                pool.write_member(self.dir, record, {} if self._dead[index] else {pool.EPOCHS: epochs}, keep=found)
-        if self.summarise:
+        whole = bool(self._epochs) and self._evaluated == trainer.global_step
+        self.finished = whole and planned_end(trainer)
+        if trainer.is_global_zero:
+            self._write_results(trainer, pl_module)
+            if not self.all_diverged:
+                self._say_what_is_missing(trainer, whole)
+        if self.summarise and self._epochs and not self.all_diverged:
             print_summary(*self.summary(pl_module), folder=self.dir, tasks=[t.name for t in pl_module.tasks])
+
+    def _write_results(self, trainer: pl.Trainer, module: BankModule) -> None:
+        """The last word on each member that is in the pool, and the dev logits of every epoch."""
+        names, new = [m.name for m in module.members], []
+        for task in module.tasks if self._epochs else []:
+            there = {r.name: r for r in pool.read_records(self.dir, task.name, names)}
+            for index, record in enumerate(self._records(trainer, trainer.datamodule, module)[task.name]):
+                found = there.get(record.name)
+                if not self._best_epoch[index] or (found is None and not self._dead[index]):
+                    continue  # its score is undefined, or it diverged at once
+                if found is None or found.run != self.run or found.best_epoch != self._best_epoch[index]:
+                    say(f"{task.name}: {record.name} is not in the pool: deleted, or written by another run meanwhile")
+                    continue
+                record = dataclasses.replace(
+                    self._with_results(record, task, index),
+                    finished=self.finished and not self._dead[index],
+                    examples=found.examples,
+                )
+                epochs = {pool.EPOCHS: np.stack([e[index] for e in self._epochs[task.name]])}
+                new.append(pool.NewMember(record=record, files={} if self._dead[index] else epochs, keep=found))
+        pool.write_members(self.dir, new)
+
+    def _say_what_is_missing(self, trainer: pl.Trainer, whole: bool) -> None:
+        """In a line, what is not in the pool or not finished, and how to go on."""
+        saved = any(isinstance(c, RunCheckpoint) for c in trainer.callbacks)
+        again = f"the same command{self.goes_on} and " if saved else "nothing was saved to go on from; once more "
+        if trainer.global_step == 0:
+            why = "max_time" if out_of_time(trainer) else "max_epochs, max_steps or limit_train_batches"
+            say(f"no step was trained (trainer.{why}), so no member was written")
+        elif not whole:
+            what = "what was trained since the last dev evaluation is not" if self._epochs else "nothing of this run is"
+            say(f"{what} in the pool: dev was not evaluated as a whole; {again}without {_limit(trainer)} evaluates it")
+        elif not self.finished:
+            why = "by trainer.max_time " if out_of_time(trainer) else ""
+            say(
+                f"stopped {why}at {position(trainer)} of {_end(trainer)}: members are in the pool, but not finished, "
+                f"so dicor leaves them out; {again}more time goes on"
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say how an interrupted run goes on."""
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.state.fn == "fit":
-            say(f"\ninterrupted: the same command{self.goes_on} goes on; what the pool holds is whole")
+        if not isinstance(exception, KeyboardInterrupt | SIGTERMException | Interrupted) or trainer.state.fn != "fit":
+            return
+        saved = next((c.saved for c in trainer.callbacks if isinstance(c, RunCheckpoint)), "")
+        if not saved and self.resumed:
+            saved = "the checkpoint that this run began with"
+        if not saved:
+            say("\ninterrupted: nothing was saved, so the same command begins anew; what the pool holds is whole")
+            return
+        rest = trainer.global_step - self._evaluated
+        since = f", but for {rest} step{'s' * (rest != 1)} since the last dev evaluation" if rest else ""
+        say(f"\ninterrupted: the same command{self.goes_on} goes on from {saved}; what the pool holds is whole{since}")
+
+    @property
+    def all_diverged(self) -> bool:
+        """Whether no member of the bank is left to train."""
+        return bool(self._dead) and all(self._dead)
 
     def summary(self, module: BankModule) -> tuple[list[str], list[list[Any]]]:
         """Header and a row per member: name, best epoch, and dev score of each task at that epoch."""
@@ -334,11 +458,12 @@ class PoolWriter(pl.Callback):
         for task in module.tasks:
             examples, logits = data.splits[split][task.name], module.evaluations[task.name].logits
             print_ = pool.write_examples(self.dir, task.name, split, examples.ids, examples.labels)
-            for index, member in enumerate(module.members):
-                record = pool.read_record(self.dir, task.name, member.name)
-                assert record is not None
-                new = dataclasses.replace(record, examples={**record.examples, split: print_})
-                pool.write_member(self.dir, new, {pool.logits_file(split): logits[index]}, keep=record)
+            new = []
+            records = pool.read_records(self.dir, task.name, [m.name for m in module.members])
+            for index, record in enumerate(records):
+                added = dataclasses.replace(record, examples={**record.examples, split: print_})
+                new.append(pool.NewMember(record=added, files={pool.logits_file(split): logits[index]}, keep=record))
+            pool.write_members(self.dir, new)
             say(f"{task.name}: {split} logits of {len(module.members)} members added to {self.dir / task.name}")
 
     def _print_scores(self, module: BankModule, split: str) -> None:
@@ -357,6 +482,21 @@ def overall(scores: dict[str, tuple[float, Any]]) -> float:
     return next(iter(scores.values()))[0] if len(scores) == 1 else overall_score(scores)
 
 
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "lightning", "lora-ensemble")}
+
+
+def _limit(trainer: pl.Trainer) -> str:
+    """The flag for which dev was not evaluated as a whole."""
+    return "trainer.overfit_batches" if trainer.overfit_batches else "trainer.limit_val_batches"
+
+
+def _end(trainer: pl.Trainer) -> str:
+    """Where training was to end: ``1000 epochs``, ``300 steps``."""
+    return f"{trainer.max_steps} steps" if trainer.max_steps != -1 else f"{trainer.max_epochs} epochs"
+
+
 def _difference(found: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: bool) -> str:
     """The first setting in which two records differ, in words; empty where they agree."""
     for key in ("base_model", "finetune", "rank", "scaling", "targets", "lr", "seed", "labels", "train_fingerprint"):
@@ -365,7 +505,7 @@ def _difference(found: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed:
             return f"{key} was {a!r}, is now {b!r}"
     if found.examples.get("dev") != wanted.examples.get("dev"):
         return "the dev examples were others"
-    for key in dict.fromkeys([*wanted.settings, pool.DISTILLED]):
+    for key in {**found.settings, **wanted.settings}:
         a, b = found.settings.get(key), wanted.settings.get(key)
         if a != b and not (resumed and key in _MAY_DIFFER_ON_RESUME):
             return f"{key} was {a!r}, is now {b!r}"

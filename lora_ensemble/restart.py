@@ -1,144 +1,178 @@
-"""Points from which training can go on as if nothing had happened: after memory ran out, and after a kill."""
+"""How training ends, and the checkpoint from which it goes on as if it had not: after a cut, a signal or a kill."""
 
 from __future__ import annotations
 
 import copy
 import io
-import math
 import os
+import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.loops.utilities import _parse_loop_limits
+from lightning.pytorch.trainer.states import TrainerFn
 
-from lora_ensemble.module import BankModule
-from lora_ensemble.optim import BankAdamW
+from lora_ensemble.errors import Interrupted
+from lora_ensemble.notices import say
 
-_VALIDATION = "epoch_loop.val_loop.batch_progress"
+SAVE_EVERY_S = 600.0
+"""An epoch may take hours."""
 
 
-class RestartPoint(pl.Callback):
-    """Notes the loops' counters after each optimiser step, so that they can be paired with the weights later.
+def whole_epoch(trainer: pl.Trainer) -> bool:
+    """Whether the last batch that was trained was its epoch's last."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
-    Weights and moments change in the optimiser's step alone, and there only after all that takes memory; dropout is
-    seeded by the step. So the weights as they are, with the counters of the last step, are an exact checkpoint, at no
-    cost but the counters' (a tenth of a millisecond a step).
+
+def evaluation_is_due(trainer: pl.Trainer) -> bool:
+    """Whether dev is to be evaluated after this batch by the Trainer's flags, and not only because training ends."""
+    stop, trainer.should_stop = trainer.should_stop, False
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    try:
+        return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    finally:
+        trainer.should_stop = stop
+
+
+def planned_end(trainer: pl.Trainer) -> bool:
+    """Whether training reached the end that it was to reach: its epochs, its steps, or what a callback decided.
+
+    ``trainer.max_time`` is a plan only where nothing else would end the run.
+    """
+    most_steps, most_epochs = trainer.max_steps, trainer.max_epochs
+    if most_steps != -1 and trainer.global_step >= most_steps:
+        return True
+    done = trainer.fit_loop.epoch_progress.current.processed
+    if most_epochs not in (None, -1) and done >= most_epochs and whole_epoch(trainer):
+        return True
+    return not out_of_time(trainer) or (most_steps == -1 and most_epochs in (None, -1))
+
+
+def out_of_time(trainer: pl.Trainer) -> bool:
+    """Whether ``trainer.max_time`` is over."""
+    left = [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]
+    return any(seconds is not None and seconds <= 0 for seconds in left)
+
+
+class BankTrainer(pl.Trainer):
+    """The Trainer, which evaluates dev once more where training ended after the last evaluation.
+
+    And goes on at the end of an epoch with the next one, with ``max_steps`` as without: Lightning (2.6) would train a
+    batch too many, or evaluate again.
     """
 
-    def __init__(self) -> None:
-        self._counters: dict[str, Any] | None = None
-        self._steps = 0
-        self._where: Literal["training", "validation", "elsewhere"] = "training"
-        self._since = time.time()
-        self.failed = False
-        """Set by whoever caught the error."""
+    evaluates_the_rest: Callable[[pl.Trainer], bool] | None = None
+    """Asked at the end of training whether that is to be done."""
+    evaluates_now = False
+    """Whether it is being done."""
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note where the run starts."""
-        self._since = time.time()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+        # What Lightning would decide only later: a plan and a record compare it before.
+        limits = (self.min_steps, self.max_steps, self.min_epochs, self.max_epochs, self)
+        _, self.fit_loop.max_epochs = _parse_loop_limits(*limits)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Note the counters where no gradient is being accumulated."""
-        if not trainer.fit_loop._should_accumulate():
-            self._note(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The epoch's validation is behind us as well."""
-        self._note(trainer)
-        self._where = "training"
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A validation that fails is done again."""
-        if not trainer.sanity_checking:
-            self._where = "validation"
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """First of the callbacks: from here on the pool's writer counts this validation."""
-        if not trainer.sanity_checking:
-            self._where = "elsewhere"
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Training goes on after a validation in mid-epoch."""
-        self._where = "training"
-
-    def _note(self, trainer: pl.Trainer) -> None:
-        self._counters, self._steps = trainer.fit_loop.state_dict(), _steps(trainer)
-
-    def checkpoint(self, trainer: pl.Trainer, folder: Path) -> tuple[dict[str, Any] | None, str]:
-        """After an error of ``trainer.fit``: the checkpoint to go on from, None to start anew; and which, in words.
-
-        Where weights and counters cannot be paired (memory ran out between an optimiser step and the end of its batch,
-        or while the pool was being written), it is the last one that was written to ``folder``, or that the run started
-        from.
-        """
-        if self._where == "validation":
-            counters = copy.deepcopy(trainer.fit_loop.state_dict())
-            _before_validation(counters[_VALIDATION])
-            return _saved(trainer, folder, counters), "go on from there"
-        if self._where == "training" and self._counters is not None and _steps(trainer) == self._steps:
-            return _saved(trainer, folder, self._counters), "go on from there"
-        last = folder / "last.ckpt"
-        if not (last.is_file() and last.stat().st_mtime >= self._since):
-            if not trainer.ckpt_path:
-                return None, "start anew"
-            last = Path(trainer.ckpt_path)
-        return _load(last), "go on from the last checkpoint"
+    def _run_stage(self) -> Any:
+        results = super()._run_stage()
+        if self.state.fn == TrainerFn.FITTING and self.evaluates_the_rest and self.evaluates_the_rest(self):
+            loop = self.fit_loop.epoch_loop.val_loop
+            loop.restarting = False
+            self.validating = self.evaluates_now = True
+            loop.run()
+            self.training, self.evaluates_now = True, False
+        return results
 
 
-class TimedCheckpoint(ModelCheckpoint):
-    """Saves in mid-epoch, only where a resumed run goes on exactly.
+class RunCheckpoint(Checkpoint):
+    """``last.ckpt``: at the end of each epoch, every ten minutes, where training is cut short, and when told to end.
 
-    Not while gradients are accumulated, which no checkpoint holds; nor where a validation comes next, which Lightning
-    leaves out after a restart (lightning 2.6).
+    In mid-epoch it is written at the end of a step alone, never while gradients are accumulated, which no checkpoint
+    holds; and where a dev evaluation comes next, as one that was about to begin, which Lightning (2.6) would leave out
+    after a restart. Told to end (SIGINT, SIGTERM), training goes on to the end of the step, on all devices; told twice,
+    it ends at once.
     """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "last.ckpt"
+        self.saved = ""
+        """How far training was when this run last saved, in words; empty if it never did."""
+        self._told = 0
+        self._saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to signals; when it ends, the Trainer puts back what was there before."""
+        self._saved_at = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._tell)
+
+    def _tell(self, number: int, _: Any) -> None:
+        if self._told:
+            raise Interrupted(number)
+        self._told = number
+        say("\nending after this step, which may take a moment; Ctrl-C again ends at once, and loses it")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, and when the process was told to end (SIGTERM), for Lightning ends it next."""
-        if trainer.received_sigterm:
-            self._last_time_checked = -math.inf
-        validation_next = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
-        if not (validation_next or trainer.fit_loop._should_accumulate()):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        """Save in mid-epoch where it is time, or where training ends here."""
+        if trainer.fit_loop._should_accumulate() or whole_epoch(trainer):
+            return
+        ends = trainer.should_stop or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps)
+        late = time.monotonic() - self._saved_at >= SAVE_EVERY_S
+        # All devices at the same step, whichever of them was told, or whose clock is ahead.
+        if trainer.strategy.reduce_boolean_decision(ends or late or bool(self._told), all=False):
+            self._save(trainer)
+            self._end_if_told(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save. An epoch that was cut short has its checkpoint already."""
+        if whole_epoch(trainer):
+            self._save(trainer)
+        self._end_if_told(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Told in the last evaluation: the next bank is not begun."""
+        if self._told:
+            raise Interrupted(self._told)
+
+    def _end_if_told(self, trainer: pl.Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(bool(self._told), all=False):
+            raise Interrupted(self._told or signal.SIGTERM)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        loop = trainer.fit_loop
+        validation = loop.epoch_loop.val_loop.batch_progress
+        before = copy.deepcopy(validation.state_dict())
+        if not whole_epoch(trainer) and evaluation_is_due(trainer):
+            validation.load_state_dict(_begun(before))
+        try:
+            trainer.save_checkpoint(self.file, weights_only=False)
+        finally:
+            validation.load_state_dict(before)
+        self._saved_at, self.saved = time.monotonic(), position(trainer)
 
 
-def _steps(trainer: pl.Trainer) -> int:
-    """The optimiser's own count; Lightning's comes a moment later."""
-    optimizer = trainer.optimizers[0] if trainer.optimizers else None
-    if not isinstance(optimizer, BankAdamW):
-        return 0
-    (weights,) = optimizer.param_groups[0]["params"]
-    return int(optimizer.state[weights].get("step", 0))
+def position(trainer: pl.Trainer) -> str:
+    """``step 12, in epoch 2``."""
+    progress = trainer.fit_loop.epoch_progress.current
+    inside = progress.processed < progress.started
+    return f"step {trainer.global_step}, {'in' if inside else 'the end of'} epoch {progress.processed + inside}"
 
 
-def _before_validation(progress: dict[str, Any]) -> None:
-    """Set a validation's counters to "begun, not one batch done": Lightning then starts it again."""
-    done = progress["total"]["completed"]
+def _begun(validation: dict[str, Any]) -> dict[str, Any]:
+    """A validation's counters as "begun, not one batch done": Lightning then starts it again."""
+    progress, done = copy.deepcopy(validation), validation["total"]["completed"]
     progress["total"].update(ready=done + 1, started=done + 1, processed=done)
     progress["current"].update(ready=1, started=1, processed=0, completed=0)
-
-
-def _saved(trainer: pl.Trainer, folder: Path, counters: dict[str, Any]) -> dict[str, Any]:
-    assert isinstance(trainer.lightning_module, BankModule)
-    trainer.lightning_module.bank.weights.grad = None
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f".out-of-memory.{os.getpid()}"
-    try:
-        trainer.save_checkpoint(file, weights_only=False)
-        content = _load(file)
-    finally:
-        file.unlink(missing_ok=True)
-    content["loops"] = {**content["loops"], "fit_loop": counters}
-    return content
-
-
-def _load(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    return content
+    return progress
 
 
 def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:

@@ -65,9 +65,7 @@ def split_checkpoint(checkpoint: Mapping[str, Any], bank: Bank, names: Sequence[
     ]
     new["bank"] = {**checkpoint["bank"], "members": [described[order[i]] for i in rows]}
     # A checkpoint callback's files are of the whole bank.
-    kept = {
-        k: s for k, s in checkpoint["callbacks"].items() if not k.startswith(("ModelCheckpoint", "TimedCheckpoint"))
-    }
+    kept = {k: s for k, s in checkpoint["callbacks"].items() if "Checkpoint" not in k}
     new["callbacks"] = {k: _writer_rows(s, rows) if k == "PoolWriter" else s for k, s in kept.items()}
     return new
 
@@ -75,6 +73,7 @@ def split_checkpoint(checkpoint: Mapping[str, Any], bank: Bank, names: Sequence[
 def _writer_rows(state: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     """Some members of what PoolWriter keeps: M bests, and per task a list over epochs of (M, N, C) and of M scores."""
     return {
+        **state,
         "best": [state["best"][i] for i in rows],
         "best_epoch": [state["best_epoch"][i] for i in rows],
         "epochs": {t: [a[list(rows)] for a in arrays] for t, arrays in state["epochs"].items()},

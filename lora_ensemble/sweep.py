@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,13 +15,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from lora_ensemble import pool
 from lora_ensemble.away import BROUGHT, take_in
 from lora_ensemble.banks import BankRun, banks_of, writer_of
-from lora_ensemble.curves import log_member_table
 from lora_ensemble.errors import UserError
 from lora_ensemble.halving import EarlyExit, Gate
 from lora_ensemble.module import BankModule
 from lora_ensemble.notices import say
-from lora_ensemble.plan import FILE, Plan, PlannedBank, read_plan, write_plan
-from lora_ensemble.pool_writer import overall, print_summary
+from lora_ensemble.plan import Plan, PlannedBank, read_plan, write_plan
+from lora_ensemble.pool_writer import overall
 from lora_ensemble.progress import SweepProgress, duration
 
 Train = Callable[[Plan, list[int], Callable[[PlannedBank], Path]], None]
@@ -146,11 +143,6 @@ class Sweep(BankRun):
             self._forget(bank)
         return replace(plan, banks=[*plan.banks, *banks], why=why or plan.why)
 
-    def _forget(self, bank: PlannedBank) -> None:
-        """Let a bank start anew: what it left knows scores of members that the pool no longer has."""
-        for name in ("last.ckpt", FILE):  # the checkpoint, and the plan of a bank that was trained by itself
-            (self._folder(bank) / name).unlink(missing_ok=True)
-
     def _checked(self, plan: Plan, finished: set[str], there: set[str]) -> Plan:
         """A saved plan held against the pool: what it calls finished and the pool has not is to be trained again.
 
@@ -244,21 +236,8 @@ class Sweep(BankRun):
     # What was done
 
     def _report(self, plan: Plan, seconds: float, of: Sequence[str] | None = None) -> None:
-        """A table of all members, or of some, from the pool, and what was saved."""
-        tasks = self.module.tasks
-        said = {row[0]: row[1] for bank in plan.banks if bank.finished for row in bank.finished.rows}
-        rows: list[list[Any]] = []
-        for member in [m for m in self.module.members if of is None or m.name in of]:
-            records = [pool.read_record(self._pool, t.name, member.name) for t in tasks]
-            state = said.get(member.name, "-" if records[0] is None else records[0].best_epoch)
-            if member.name in plan.left:
-                state = f"left after {plan.left[member.name]}"
-            scores = [math.nan if r is None or r.score is None else r.score for r in records]
-            rows.append([member.name, state, *scores])
-        header = ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in tasks)]
-        if rank_zero_only.rank == 0:
-            log_member_table(self._loggers, header, rows)
-            print_summary(header, rows, folder=self._pool, tasks=[t.name for t in tasks])
+        """A table of all members, or of some, and what was saved."""
+        rows = self._summary(plan, of)
         most = self._limits["max_epochs"]
         if plan.left and most:
             saved = sum(most - epochs for epochs in plan.left.values()) / (most * len(rows))

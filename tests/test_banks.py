@@ -17,7 +17,7 @@ from test_cli import Program
 
 from lora_ensemble import pool
 from lora_ensemble.module import BankModule
-from lora_ensemble.restart import RestartPoint
+from lora_ensemble.restart import RunCheckpoint
 
 # Ranks 2, 3 and 4 on different layers, and none: in banks of two each row is as long as it must be, and no longer.
 FIVE = (
@@ -141,12 +141,9 @@ def test_out_of_memory_in_training(
     )
     assert_same_members(program, whole)
     assert [len(b) for b in banks(program)] == [3, 2]
-    # Nothing is trained again but the batches whose gradients were being accumulated.
-    at = epoch * 8 + step
+    # The halves go on from the last checkpoint: the end of the epoch before.
     for members in (3, 2):
-        assert [(e, i) for m, e, i in seen if m == members] == [
-            divmod(n, 8) for n in range(at - at % 8 % accumulate, 24)
-        ]
+        assert [(e, i) for m, e, i in seen if m == members] == [divmod(n, 8) for n in range(epoch * 8, 24)]
 
 
 @pytest.mark.parametrize(("epoch", "batch"), [(0, 0), (1, 1)])
@@ -158,7 +155,7 @@ def test_out_of_memory_in_validation(
     assert fit(program) == 0
     assert failed == [5]
     assert_same_members(program, whole)
-    assert [[s[0] for s in steps].count(m) for m in (5, 3, 2)] == [8 * (epoch + 1), 8 * (2 - epoch), 8 * (2 - epoch)]
+    assert [[s[0] for s in steps].count(m) for m in (5, 3, 2)] == [8 * (epoch + 1), 8 * (3 - epoch), 8 * (3 - epoch)]
 
 
 def test_killed_after_a_split(program: Program, whole: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,16 +207,16 @@ def test_out_of_memory_after_an_optimiser_step(
     program: Program, whole: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Weights have moved on, counters have not: back to the last checkpoint."""
-    original = RestartPoint.on_train_batch_end
+    original = RunCheckpoint.on_train_batch_end
     failed: list[bool] = []
 
-    def later(self: RestartPoint, trainer: pl.Trainer, module: pl.LightningModule, *more: Any) -> None:
+    def later(self: RunCheckpoint, trainer: pl.Trainer, module: pl.LightningModule, *more: Any) -> None:
         if not failed and (module.current_epoch, more[-1]) == (1, 4):
             failed.append(True)
             raise MemoryError
         original(self, trainer, module, *more)
 
-    monkeypatch.setattr(RestartPoint, "on_train_batch_end", later)
+    monkeypatch.setattr(RunCheckpoint, "on_train_batch_end", later)
     assert fit(program) == 0
     assert failed
     assert "which go on from the last checkpoint" in capsys.readouterr().out
@@ -245,7 +242,7 @@ def test_another_error_is_no_reason_to_split(program: Program, monkeypatch: pyte
 
 
 def test_the_first_bank_is_let_go(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the halves train, neither the whole bank's weights nor its moments are held."""
+    """While the halves train, nothing of the whole bank is held: weights, moments, fused weights, kept frozen reads."""
     failed, _ = fail_once(monkeypatch, "training_step", (1, 3))
     held: dict[str, weakref.ref[Any]] = {}
     alive: list[list[str]] = []
@@ -254,6 +251,8 @@ def test_the_first_bank_is_let_go(program: Program, monkeypatch: pytest.MonkeyPa
         if not failed:
             state = self.optimizers().optimizer.state[self.bank.weights]  # type: ignore[union-attr]
             tensors = {"weights": self.bank.weights, **{n: state[n] for n in ("exp_avg", "exp_avg_sq")}}
+            tensors["fused"] = next(iter(self.bank._encode._frozen.values()))[1]
+            tensors["read"] = next(iter(self._frozen._kept.values()))
             held.update({n: weakref.ref(t.untyped_storage()) for n, t in tensors.items()})
             held.update({n: weakref.ref(t) for n, t in tensors.items()})
         else:
@@ -262,7 +261,7 @@ def test_the_first_bank_is_let_go(program: Program, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(BankModule, "on_train_epoch_end", look)
     assert fit(program) == 0
-    assert len(held) == 3
+    assert len(held) == 5
     assert alive == [[]] * 4  # two epochs of each half
 
 

@@ -235,6 +235,9 @@ def test_full_fine_tuning_clips_the_whole_model(program: Program, algorithm: str
     gradients = torch.cat([p.grad.flatten() for p in trained if p.grad is not None]).double()
     expected = 0.5 if algorithm == "value" else 0.5 / len(gradients) ** 0.5
     torch.testing.assert_close(gradients, torch.full_like(gradients, expected), rtol=1e-4, atol=0)
+    trained[0].grad = torch.full_like(trained[0], float("inf"))
+    module.configure_gradient_clipping(optimizer, 0.5, algorithm)
+    assert not trained[0].grad.isfinite().any()  # or a model that has diverged would go on unnoticed
 
 
 @pytest.mark.parametrize("verb", ["fit", "sweep"])
