@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_ensemble import __version__
 from lora_ensemble.dicor import truth
+from lora_ensemble.dicor.combine import voices
 from lora_ensemble.dicor.outputs import Form, Outputs, to_logits
 from lora_ensemble.dicor.sources import Source, by_column, read_sources
 from lora_ensemble.errors import UserError
@@ -152,6 +153,11 @@ def import_predictions(request: Request) -> tuple[list[Imported], list[str]]:
             _write(one, found, request, print_, value, notices)
         if value is not None and math.isnan(value):
             notices.append(f"{one.name}: its predictions are constant, so that it has no score; it cannot be selected")
+        if value is not None and _is_truth(one.logits, found, value):
+            notices.append(
+                f"{one.name}: never wrong and always certain on {len(one.logits)} {request.split} examples: are these "
+                "the true labels, or did it learn from these examples? say which columns to take with --columns"
+            )
         done.append(
             Imported(
                 name=one.name,
@@ -194,6 +200,17 @@ def _name_of(source: Source, split: str) -> str:
 
 def _score(logits: np.ndarray, found: truth.Truth) -> float | None:
     return None if found.examples.labels is None else score(logits, found.examples.labels, found.kind)
+
+
+def _is_truth(logits: np.ndarray, found: truth.Truth, value: float) -> bool:
+    """Whether logits (N, C) say the true labels and nothing else: one answer for each class, values on a line."""
+    labels = found.examples.labels
+    if value < 1 - 1e-9 or labels is None:
+        return False
+    if found.kind == "regression":
+        return len(labels) > 2
+    answers = np.unique(voices(logits, found.kind).round(2), axis=0)
+    return len(answers) <= len(np.unique(labels)) < len(labels)
 
 
 def _is_there(one: _Ready, found: truth.Truth, request: Request) -> bool:
