@@ -54,7 +54,7 @@ class Task:
     dataset_config: str | None = None
     """Configuration name of that data set, if it has several."""
     leaderboard_column: str = "Prediction"
-    """Header of the value column that ``dicor apply`` writes, for the presets; other tasks have "Prediction"."""
+    """Header of the value column in the course's leaderboard files, which ``dicor apply`` writes for the presets."""
 
     def __post_init__(self) -> None:
         where = f"task {self.name!r}"

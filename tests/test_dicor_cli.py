@@ -1,5 +1,7 @@
 """The program ``dicor`` itself, called in-process: select, compare, apply and the files they write."""
 
+import csv
+import io
 import itertools
 import json
 import shutil
@@ -21,7 +23,7 @@ from lora_ensemble.dicor.methods import Weighted
 from lora_ensemble.dicor.record import read
 from lora_ensemble.dicor.settings import MethodName
 from lora_ensemble.pool import TaskPool, checksum
-from lora_ensemble.tasks import PRESETS
+from lora_ensemble.tasks import PRESETS, decisions
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +172,8 @@ SAID = {
 LABELS = {"multiclass": [4, 0, 1], "binary": [1, 0, 0], "regression": [4.0, 0.0, 1.0]}
 
 
-def one_member(folder, task, kind, *, test_labels=None, **record):
-    ids = {"dev": ["a", "b", "c"], "test": ["test0", "test1", "test2"]}
+def one_member(folder, task, kind, *, test_labels=None, ids=("test0", "test1", "test2"), **record):
+    ids = {"dev": ["a", "b", "c"], "test": ids}
     labels = {"dev": np.array(LABELS[kind]), "test": test_labels}
     add_member(folder, task, kind, "only", {"dev": SAID[kind], "test": SAID[kind]}, ids, labels, **record)
     selected(folder, folder / "dicor.json", task=task)
@@ -187,16 +189,44 @@ def test_the_leaderboard_file_to_the_letter(task, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "labels", "values"),
     [
-        ("multiclass", ["awful", "bad", "so so", "good", "great"], ["great", "awful", "so so"]),
+        ("multiclass", ["awful", "bad, not awful", 'so "so"', "good", "great"], ["great", "awful", 'so "so"']),
         ("binary", ["no", "yes"], ["yes", "no", "yes"]),
         ("binary", ["1", "0"], ["0", "1", "0"]),
-        ("binary", ["0", "1"], ["1.0", "0.0", "1.0"]),
+        ("binary", ["0", "1"], ["1", "0", "1"]),
         ("regression", [], ["4.25", "-0.5", "0.0"]),
     ],
 )
-def test_predictions_of_a_users_own_task_have_its_labels(kind, labels, values, tmp_path):
-    found = one_member(tmp_path, "mine", kind, labels=labels)
-    assert found == "id \t Prediction \n" + "".join(f"test{i} , {v} \n" for i, v in enumerate(values))
+@pytest.mark.parametrize("task", ["mine", "sst"])
+def test_predictions_of_a_users_own_task_are_plain_csv_with_its_labels(kind, labels, values, task, tmp_path):
+    """A task that is called as the course's one, but is another, is the user's own too."""
+    found = one_member(tmp_path, task, kind, labels=labels, ids=["test0", "a, b", 'c "d"'])
+    assert found.splitlines()[:2] == ["id,prediction", f"test0,{values[0]}"]
+    rows = list(csv.reader(io.StringIO(found)))
+    assert rows == [["id", "prediction"], *([i, v] for i, v in zip(["test0", "a, b", 'c "d"'], values, strict=True))]
+
+
+@pytest.mark.parametrize(("task", "form"), [("sst", "decisions"), ("quora", "decisions"), ("sts", "auto")])
+@pytest.mark.parametrize("blanks", [True, False])
+def test_a_leaderboard_file_comes_back_as_a_member(task, form, blanks, tmp_path):
+    """To the letter as the course writes it, and as an editor leaves it that takes blanks at a line's end."""
+    kind = PRESETS[task].kind
+    lines = [line if blanks else line.rstrip() for line in TO_THE_LETTER[task].splitlines()]
+    (tmp_path / "said.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "dev.csv").write_text(
+        f"id,{PRESETS[task].label}\n" + "".join(f"test{i},{v}\n" for i, v in enumerate(LABELS[kind]))
+    )
+    pool = tmp_path / "pool"
+    given = ["--pool", pool, "--task", task, "--labels", tmp_path / "dev.csv", "--from", form]
+    assert run("import", tmp_path / "said.csv", *given) == 0
+    decided = decisions(TaskPool(pool, task).logits("said"), kind)
+    np.testing.assert_array_equal(decided, decisions(SAID[kind], kind))
+    assert TaskPool(pool, task).examples().ids.tolist() == ["test0", "test1", "test2"]
+    # And its own predictions of a task that is none of the course's.
+    (tmp_path / "own").mkdir()
+    text = one_member(tmp_path / "own", "mine", kind, labels=PRESETS[task].labels)
+    (tmp_path / "plain.csv").write_text(text)
+    assert run("import", tmp_path / "plain.csv", *given) == 0
+    np.testing.assert_array_equal(decisions(TaskPool(pool, task).logits("plain"), kind), decided)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
-"""A chosen ensemble on a split: its decisions, and the course's leaderboard file.
+"""A chosen ensemble on a split: its decisions, and the file of them.
 
 Axes: N examples of a split, C outputs of a head, and M members of the ensemble.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -90,16 +91,17 @@ def chosen_record(ensemble: Ensemble, pool: Path, index: int) -> MemberRecord:
     return record
 
 
-def leaderboard(ensemble: Ensemble, ids: np.ndarray, decided: np.ndarray) -> Iterator[str]:
-    """Lines of the course's leaderboard file, to the letter, blanks at the line's end included.
+def write_predictions(f: TextIO, ensemble: Ensemble, ids: np.ndarray, decided: np.ndarray) -> None:
+    """Decisions (N,) on examples ``ids`` (N,): the course's leaderboard file for its tasks, plain CSV for others.
 
-    ``ids`` (N,), ``decided`` (N,). A multiclass decision is its label, which for sst is the class number; a binary one
-    is 1.0 or 0.0 as the course has it, or its label where the task names its labels otherwise; a regression's is its
-    value.
+    The former to the letter, blanks at the line's end included, a binary decision as 1.0 or 0.0. The latter has the
+    task's labels. A regression's decision is its value.
     """
-    column = PRESETS[ensemble.task].leaderboard_column if ensemble.task in PRESETS else "Prediction"
-    yield f"id \t {column} \n"
-    plain = ensemble.kind == "binary" and ensemble.labels in ([], ["0", "1"])
-    names = [0.0, 1.0] if plain else ensemble.labels
-    for i, value in zip(ids.tolist(), decided.tolist(), strict=True):
-        yield f"{i} , {value if ensemble.kind == 'regression' else names[value]} \n"
+    names = ensemble.labels or ["0", "1"]
+    rows = zip(ids.tolist(), (v if ensemble.kind == "regression" else names[v] for v in decided.tolist()), strict=True)
+    preset = PRESETS.get(ensemble.task)
+    if preset is None or (preset.kind, preset.labels) != (ensemble.kind, ensemble.labels or preset.labels):
+        csv.writer(f, lineterminator="\n").writerows([("id", "prediction"), *rows])
+        return
+    f.write(f"id \t {preset.leaderboard_column} \n")
+    f.writelines(f"{i} , {float(v) if ensemble.kind == 'binary' else v} \n" for i, v in rows)

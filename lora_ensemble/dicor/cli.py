@@ -92,7 +92,7 @@ def _parser() -> Parser:
     apply = commands.add_parser(
         "apply",
         help="predictions of a chosen ensemble",
-        description="Write an ensemble's predictions in the course's leaderboard format.",
+        description="Write an ensemble's predictions: CSV, or for sst, quora and sts the course's leaderboard file.",
     )
     apply.add_argument("--ensemble", type=Path, required=True, metavar="FILE", help="what dicor select wrote")
     apply.add_argument("--split", choices=("dev", "test"), default="test", help="default: test")
@@ -217,14 +217,14 @@ def _report(given: argparse.Namespace) -> None:
 
 def _apply(options: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
-    from lora_ensemble.dicor.apply import leaderboard, predict
+    from lora_ensemble.dicor.apply import predict, write_predictions
     from lora_ensemble.dicor.table import IN_SAMPLE, number
 
     with record.whole(options.output) as f:
         ensemble = record.read(options.ensemble)
         pool = options.pool or options.ensemble.resolve().parent / ensemble.pool
         prediction = predict(ensemble, pool, options.split)
-        f.writelines(leaderboard(ensemble, prediction.examples.ids, prediction.decided))
+        write_predictions(f, ensemble, prediction.examples.ids, prediction.decided)
     if prediction.score is not None:
         name = "Pearson r" if ensemble.kind == "regression" else "accuracy"
         print(f"{ensemble.task} {options.split} {name} {number(prediction.score)}")
