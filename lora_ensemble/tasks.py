@@ -197,6 +197,14 @@ def score(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> float:
     return score_decisions(decisions(logits, kind), labels, kind)
 
 
+def one_label(labels: np.ndarray | None, names: Sequence[str], what: str = "labels") -> list[str]:
+    """A notice where all labels (N,) are the same, values or class numbers of ``names``; ``what``: their name in it."""
+    if labels is None or not len(labels) or (labels != labels[0]).any():
+        return []
+    one = f"{labels[0]:g}" if not names else names[int(labels[0])]
+    return [f"all {len(labels)} {what} are the same ({one}), so a score on them says nothing of how good a member is"]
+
+
 def overall_score(scores: dict[str, tuple[float, Kind]]) -> float:
     """Mean of the tasks' scores, a Pearson r entering as (r + 1) / 2.
 

@@ -11,7 +11,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from pool_factory import add_member, make_pool, random_labels
+from pool_factory import add_member, make_pool, random_labels, random_logits
 from scipy.special import softmax
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score
@@ -156,6 +156,39 @@ def test_the_record_travels_with_the_pool(pool, tmp_path, monkeypatch):
     (tmp_path / "b" / "pool").rename(tmp_path / "elsewhere")
     assert run(*apply) == 2
     assert run(*apply, "--pool", "elsewhere") == 0
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+def test_labels_of_one_class_only_are_told(kind, tmp_path, capsys):
+    """By select, compare, report and the record; by import; of the test split by compare and apply."""
+    said = "task mine: all {} {} labels are the same (1), so a score on them says nothing of how good a member is"
+    labels = {"dev": np.ones(20, int), "test": np.ones(12, int)}
+    ids = {split: [f"{split}{i}" for i in range(len(found))] for split, found in labels.items()}
+    for m in range(3):
+        logits = {s: random_logits(kind, found, 3, noise=0.1)[m] for s, found in labels.items()}
+        add_member(tmp_path / "pool", "mine", kind, f"m{m}", logits, ids, labels)
+    assert (
+        "all 20 dev labels are the same (1)"
+        in selected(tmp_path / "pool", tmp_path / "d.json", task="mine")["notices"][0]
+    )
+    assert said.format(20, "dev") in capsys.readouterr().err
+    where = ("--pool", tmp_path / "pool", "--task", "mine")
+    assert run("compare", *where) == 0
+    assert said.format(20, "dev") in capsys.readouterr().err
+    assert run("compare", *where, "--split", "test") == 0
+    assert said.format(12, "test") in capsys.readouterr().err
+    assert run("report", *where, "--output", tmp_path / "r.html", "--split", "test") == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "all 20 dev labels are the same (1)" in page
+    assert "all 12 test labels are the same (1)" in page
+    capsys.readouterr()
+    assert run("apply", "--ensemble", tmp_path / "d.json", "--output", tmp_path / "p.csv") == 0
+    assert said.format(12, "test") in capsys.readouterr().err
+    (tmp_path / "dev.csv").write_text("id,label\na,yes\nb,yes\n")
+    (tmp_path / "m.csv").write_text("id,p_yes,p_no\na,0.9,0.1\nb,0.4,0.6\n")
+    given = ("--task", "new", "--task-kind", kind, "--label-names", "no", "yes", "--labels", tmp_path / "dev.csv")
+    assert run("import", tmp_path / "m.csv", "--pool", tmp_path / "pool", *given) == 0
+    assert "notice: all 2 dev labels are the same (yes)" in capsys.readouterr().err
 
 
 TO_THE_LETTER = {

@@ -239,8 +239,11 @@ def test_the_card_admits_too_few_examples(tiny: Callable[[str], Path], tmp_path:
     write_pool(tmp_path / "pool", tiny("bert"), "regression", entries=ENTRIES[:2], n=4)
     file = select(tmp_path / "pool", "--method", "omni")
     assert json.loads(file.read_text())["repeats"] == 0
+    file.write_text(json.dumps({**json.loads(file.read_text()), "notices": ["all 4 dev labels are the same"]}))
     ran("--ensemble", file, "--output", tmp_path / "out")
-    assert "too few examples for an honest estimate" in (tmp_path / "out" / "README.md").read_text()
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "too few examples for an honest estimate" in page
+    assert "Notice: all 4 dev labels are the same." in page
 
 
 # One member

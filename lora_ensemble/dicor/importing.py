@@ -31,7 +31,7 @@ from lora_ensemble.pool import (
     write_examples,
     write_member,
 )
-from lora_ensemble.tasks import PRESETS, Kind, Task, score
+from lora_ensemble.tasks import PRESETS, Kind, Task, one_label, score
 
 IMPORTED = "imported"
 """The key of a record's settings that says where each split's logits came from."""
@@ -128,7 +128,8 @@ def import_predictions(request: Request) -> tuple[list[Imported], list[str]]:
         by_row=request.by_row,
     )
     preset = PRESETS[request.task].label if request.task in PRESETS else "label"
-    notices = [*found.notices, *(notice for source in sources for notice in source.notices)]
+    notices = [*found.notices, *one_label(found.examples.labels, found.labels, f"{request.split} labels")]
+    notices += [notice for source in sources for notice in source.notices]
     ready = []
     for name, source in zip(names, sources, strict=True):
         outputs = to_logits(

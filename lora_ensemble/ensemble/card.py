@@ -204,6 +204,7 @@ def _estimates(chosen: record.Ensemble, *, title: bool = True) -> str:
     else:
         how = "There were too few examples for an honest estimate. In-sample figures flatter: they are of the very dev "
         how += "set that was chosen on."
+    gains += [f"Notice: {notice}." for notice in chosen.notices]
     head = ["## How good it is"] if title else []
     return "\n\n".join([*head, "\n".join(rows), " ".join([*gains, how])])
 
