@@ -268,6 +268,52 @@ def test_a_member_in_both_formats(tiny: Callable[[str], Path], tmp_path: Path, f
     assert named == tiny(family).name
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lines_to_load_it_run_for_a_base_with_a_head_for_other_classes(
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: Kind,
+    family: str,
+) -> None:
+    """As a user runs them: those of all cards, and those of the page about the pool."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = tmp_path / "bases" / "three"
+    AutoModelForSequenceClassification.from_pretrained(tiny(family), num_labels=3).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny(family)).save_pretrained(base)
+    pool = tmp_path / "pool"
+    write_pool(pool, base, kind, entries=ENTRIES[:1])
+    expected = peft_logits(pool / "mine" / FIRST, base, ["A quiet, moving film."], C[kind])
+    member = ("--pool", pool, "--task", "mine", "--member", FIRST)
+    ran(*member, "--output", tmp_path / "one")
+    ran(*member, "--format", "merged", "--output", tmp_path / "merged")
+    ran("--ensemble", select(pool, "--method", "omni"), "--output", tmp_path / "all")
+    monkeypatch.chdir(tmp_path)
+    pages = {name: (tmp_path / name / "README.md").read_text() for name in ("one", "merged", "all")}
+    pages["page"] = (Path(__file__).parent.parent / "checkpoints" / "README.md").read_text()
+    for name, page in pages.items():
+        (code,) = [c.split("```")[0] for c in page.split("```python\n")[1:] if "pool import" not in c]
+        # What is the user's to fill in.
+        for theirs, ours in (
+            ("FOLDER/", f"{base.parent}/"),
+            ("checkpoints/pool/sst/r4-c1-qv-lr5e-4-s11711", str(pool / "mine" / FIRST)),
+            ("sentence-transformers/all-MiniLM-L6-v2", str(base)),
+            ("num_labels=5", f"num_labels={C[kind]}"),
+        ):
+            code = code.replace(theirs, ours)
+        capsys.readouterr()
+        shown: dict[str, Any] = {}
+        exec(code, shown)
+        if name in ("one", "page"):
+            tokens = shown["tokenizer"]("A quiet, moving film.", return_tensors="pt")
+            found = shown["model"](**tokens).logits.detach().numpy()
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        assert name == "page" or capsys.readouterr().out
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pipeline_gives_the_labels(tiny: Callable[[str], Path], tmp_path: Path, kind: Kind, family: str) -> None:
