@@ -57,9 +57,8 @@ class Task:
     """Header of the value column in the course's leaderboard files, which ``dicor apply`` writes for the presets."""
 
     def __post_init__(self) -> None:
+        check_task_name(self.name)
         where = f"task {self.name!r}"
-        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name[0] in ".-":
-            raise UserError(f"{where}: a task's name is a folder's name: letters, digits, '-', '_' and '.' only")
         if self.kind not in get_args(Kind):
             raise UserError(f"{where}: kind is {self.kind!r}; expected one of {', '.join(get_args(Kind))}")
         if len(self.text) not in (1, 2):
@@ -89,6 +88,15 @@ class Task:
     def score_name(self) -> str:
         """The task's score in words."""
         return "Pearson r" if self.kind == "regression" else "accuracy"
+
+
+def check_task_name(name: str) -> None:
+    """``UserError`` unless ``name`` can be the name of a task's folder."""
+    good = name and all(c.isalnum() or c in "-_." for c in name) and name[0] not in ".-"
+    if not good or len(name.encode()) > 150:  # file systems end at 255 bytes
+        raise UserError(
+            f"task {name!r}: a task's name is a folder's name: letters, digits, '-', '_', '.', 150 bytes at most"
+        )
 
 
 PRESETS = {

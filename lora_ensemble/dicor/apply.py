@@ -12,17 +12,10 @@ from typing import TextIO
 
 import numpy as np
 
+from lora_ensemble.dicor.located import chosen_records
 from lora_ensemble.dicor.record import Ensemble
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import (
-    Examples,
-    MemberRecord,
-    logits_file,
-    member_folder,
-    read_array,
-    read_examples,
-    read_record,
-)
+from lora_ensemble.pool import Examples, logits_file, member_folder, read_array, read_examples
 from lora_ensemble.tasks import PRESETS, score_decisions
 
 
@@ -41,7 +34,7 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
     Only its own members are looked at. Raises ``UserError`` naming the member that is missing, that was trained again
     since the selection, that has no logits for the split, or whose logits were damaged or belong to other examples.
     """
-    records = [chosen_record(ensemble, pool, i) for i in range(ensemble.size)]
+    records = chosen_records(ensemble, pool)
     missing = [r.name for r in records if split not in r.examples or logits_file(split) not in r.files]
     if missing:
         raise UserError(
@@ -68,27 +61,6 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
     decided = ensemble.decide(np.stack(logits))
     score = None if examples.labels is None else score_decisions(decided, examples.labels, ensemble.kind)
     return Prediction(examples, decided, score)
-
-
-def chosen_record(ensemble: Ensemble, pool: Path, index: int) -> MemberRecord:
-    """The pool's record of one of the ensemble's members; ``UserError`` unless it is still the one that was chosen."""
-    chosen = ensemble.members[index]
-    folder = member_folder(pool, ensemble.task, chosen.name)
-    record = read_record(pool, ensemble.task, chosen.name)
-    if record is None:
-        raise UserError(f"{folder}: no such member, though the ensemble needs it; copy it back, or select again")
-    for what, now, then in (
-        ("dev logits", record.files.get(logits_file("dev")), chosen.dev_logits),
-        ("dev examples", record.examples.get("dev"), ensemble.examples),
-        ("kind", record.kind, ensemble.kind),
-        ("labels", record.labels, ensemble.labels),
-    ):
-        if now != then:
-            raise UserError(
-                f"{folder}: not the member that was chosen: its {what} are others, it was trained again since; "
-                "run dicor select again"
-            )
-    return record
 
 
 def write_predictions(f: TextIO, ensemble: Ensemble, ids: np.ndarray, decided: np.ndarray) -> None:

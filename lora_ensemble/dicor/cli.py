@@ -180,7 +180,7 @@ def _compare(given: argparse.Namespace) -> None:
         from lora_ensemble.dicor.report.facts import gather
 
         plots.check_folder(given.plots)
-    tasks = [given.task] if given.task else task_names(given.pool)
+    tasks = [given.task] if given.task is not None else task_names(given.pool)
     if not tasks:
         raise UserError(f"{given.pool}: no task in this folder; give the folder that training wrote")
     methods, options = given.method or list(METHODS), _options(given)
@@ -214,13 +214,13 @@ def _report(given: argparse.Namespace) -> None:
 def _apply(options: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
     from lora_ensemble.dicor.apply import predict, write_predictions
+    from lora_ensemble.dicor.located import locate
     from lora_ensemble.dicor.table import IN_SAMPLE, number
     from lora_ensemble.tasks import one_label
 
     with record.whole(options.output) as f:
-        ensemble = record.read(options.ensemble)
-        pool = options.pool or options.ensemble.resolve().parent / ensemble.pool
-        prediction = predict(ensemble, pool, options.split)
+        found = locate(options.ensemble, options.pool)
+        ensemble, prediction = found.ensemble, predict(found.ensemble, found.pool, options.split)
         write_predictions(f, ensemble, prediction.examples.ids, prediction.decided)
     if prediction.score is not None:
         _say(ensemble.task, one_label(prediction.examples.labels, ensemble.labels, f"{options.split} labels"))

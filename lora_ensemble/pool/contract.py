@@ -115,8 +115,9 @@ class MemberRecord:
             if type(value) not in plain and not _fits(value, hint):
                 expected = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
                 raise UserError(f"{path}: {key} is {value!r}; expected {expected}")
-        if any("/" in name or "\\" in name for name in record.files):
-            raise UserError(f"{path}: files holds a path; expected names of files in the same folder")
+        for key, names in (("files", record.files), ("examples", record.examples.values())):
+            if any("/" in name or "\\" in name for name in names):
+                raise UserError(f"{path}: {key} holds a path; expected names of files in the same folder")
         task, folder = path.parts[-3:-1]
         if record.name != folder.removeprefix(NEW).removeprefix(OLD):
             raise UserError(f"{path}: name is {record.name!r}, but the folder is {folder!r}")
