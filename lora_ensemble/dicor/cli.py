@@ -93,7 +93,7 @@ def _parser() -> Parser:
         help="predictions of a chosen ensemble",
         description="Write an ensemble's predictions: CSV, or for sst, quora and sts the course's leaderboard file.",
     )
-    apply.add_argument("--ensemble", type=Path, required=True, metavar="FILE", help="what dicor select wrote")
+    apply.add_argument("--ensemble", type=Path, required=True, metavar="FILE", help="what dicor select or export wrote")
     apply.add_argument("--split", choices=("dev", "test"), default="test", help="default: test")
     apply.add_argument("--output", type=Path, required=True, metavar="FILE", help="the predictions to write")
     apply.add_argument("--pool", type=Path, metavar="DIR", help="the pool, if it is no longer where the record says")

@@ -31,7 +31,7 @@ from lora_ensemble.pool import (
     write_examples,
     write_member,
 )
-from lora_ensemble.tasks import PRESETS, Kind, check_task_name, one_label, score
+from lora_ensemble.tasks import PRESETS, Kind, one_label, score
 
 IMPORTED = "imported"
 """The key of a record's settings that says where each split's logits came from."""
@@ -95,7 +95,6 @@ def import_predictions(request: Request) -> tuple[list[Imported], list[str]]:
 
     Importing the same again changes nothing. ``UserError`` where files, labels, pool and request do not fit together.
     """
-    check_task_name(request.task)
     if request.columns and request.member_columns:
         raise UserError("--columns are one model's, --member-columns a model each; give one of them")
     sources = [

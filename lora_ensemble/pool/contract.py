@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import Kind
+from lora_ensemble.tasks import Kind, check_task_name
 
 SCHEMA = 1
 RECORD = "member.json"
@@ -189,6 +189,7 @@ def _label_type(labels: np.ndarray) -> str:
 
 def examples_file(pool: Path, task: str, split: str, print_: str) -> Path:
     """Where the examples of a split lie that have this fingerprint."""
+    check_task_name(task)
     return Path(pool) / task / EXAMPLES / f"{split}-{print_}.npz"
 
 

@@ -42,6 +42,7 @@ def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
 
 def read_records(pool: Path, task: str) -> list[MemberRecord]:
     """The records of all members of a task, by name, finished or not; none where there is no such task."""
+    check_task_name(task)
     home = Path(pool) / task
     if not home.is_dir():
         return []

@@ -21,6 +21,7 @@ import numpy as np
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool.contract import LOCK, NEW, OLD, RECORD, SWEEP, MemberRecord, check_name, checksum
+from lora_ensemble.tasks import check_task_name
 
 
 def write_member(
@@ -33,6 +34,7 @@ def write_member(
     ``keep``: the record now on disk, whose other files are taken over as they are; ``UserError`` where it is another.
     """
     check_name(record.name)
+    check_task_name(record.task)
     home = Path(pool) / record.task
     home.mkdir(parents=True, exist_ok=True)
     with _locked(home):
