@@ -245,6 +245,17 @@ def shards(folder: Path) -> None:
     (folder / "base/bert/model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def adapter(folder: Path) -> None:
+    """transformers takes the base model that an adapter beside the weights names, not the weights."""
+    config = {"peft_type": "LORA", "base_model_name_or_path": "some/model", "r": 1, "target_modules": ["query"]}
+    (folder / "base/bert/adapter_config.json").write_text(json.dumps(config))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "base/bert/model.safetensors").unlink()
+    torch.save({}, folder / "base/bert/pytorch_model.bin")
+
+
 def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
@@ -281,6 +292,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "member a link": (link(MEMBER), (FIRST, "outside")),
     "members a link": (link("members"), ("members", "outside")),
     "record a link": (link("dicor.json"), ("dicor.json", "outside")),
+    "its base model an adapter of another": (adapter, ("base/bert", "adapter_config.json")),
+    "its weights a pickle": (pickled, ("base/bert", "pytorch_model.bin")),
     "no config": (no_config, ("config.json",)),
 }  # fmt: skip
 

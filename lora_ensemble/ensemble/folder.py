@@ -63,6 +63,10 @@ def read_bases(found: Located, records: Sequence[MemberRecord]) -> dict[str, Bas
                 raise UserError(
                     f"{found.home / inside}: missing, though {CONFIG} says that {name} lies there; copy it again"
                 )
+            # transformers would load an adapter and the base model that it names, or weights out of a pickle.
+            for odd in ("adapter_config.json", "pytorch_model*") if inside is not None else ():
+                if there := next((found.home / inside).glob(odd), None):
+                    raise UserError(f"{there}: no file that an export writes; delete it, or get the folder elsewhere")
             where = name if inside is None else str((found.home / inside).resolve())
             bases[name] = Base(name=name, where=where, on_hub=entry["on_hub"], revision=entry["revision"])
     except (KeyError, TypeError, AttributeError) as e:
