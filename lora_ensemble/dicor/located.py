@@ -45,7 +45,9 @@ def locate(path: Path, pool: Path | None = None) -> Located:
     """
     given = path.is_dir()
     home = path if given else path.parent
-    config = _config(home)
+    config = _read(home / CONFIG)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        config = None  # somebody else's config.json may lie beside a dicor.json
     if config is not None:
         home = home.resolve()
         _confine(home)
@@ -56,15 +58,6 @@ def locate(path: Path, pool: Path | None = None) -> Located:
     ensemble = record.read(path / RECORD if given else path)
     where = home / ensemble.pool if pool is None else pool
     return Located(ensemble=ensemble, home=home, pool=where, config=config, inside=config is not None and pool is None)
-
-
-def _config(folder: Path) -> dict[str, Any] | None:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    # Somebody else's config.json may lie beside a dicor.json.
-    return config if isinstance(config, dict) and config.get("format") == FORMAT else None
 
 
 def _confine(home: Path) -> None:
