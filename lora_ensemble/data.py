@@ -22,7 +22,7 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.lora import derived_seed
 from lora_ensemble.notices import say
 from lora_ensemble.readers import Split, fingerprint, read_split, shared_texts, split_file, split_source
-from lora_ensemble.tasks import PRESETS, Task
+from lora_ensemble.tasks import PRESETS, Task, one_label
 from lora_ensemble.tokens import Tokens
 
 
@@ -221,6 +221,7 @@ class BankData(pl.LightningDataModule):
             self._tokenizer = load_tokenizer(self.base_model)
         limit = self._limit()
         tokenised = TokenisedSplit(raw, self._tokenizer, max_length=limit)
+        tokenised.notices += one_label(raw.labels, task.labels)
         if split in ("train", "dev"):
             self._texts.setdefault(split, {})[task.name] = raw
         if split == "dev" and task.name in self._texts.get("train", {}):

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from lora_ensemble import pool
 from lora_ensemble.data import BankData
 from lora_ensemble.dicor import record
-from lora_ensemble.dicor.apply import chosen_record
 from lora_ensemble.dicor.choice import probabilities
+from lora_ensemble.dicor.located import chosen_records, locate
 from lora_ensemble.ensemble.restored import Ensemble, Text
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import NO_TARGETS, MemberConfig, entry_of, expand_members, member_name
@@ -61,8 +61,9 @@ class Distillation:
         if not 0 <= soft_weight <= 1:
             raise UserError(f"--soft_weight: {soft_weight}; expected 0 (the labels alone) to 1 (the ensemble alone)")
         self.path, self.unlabelled, self.soft_weight = Path(ensemble), [Path(u) for u in unlabelled], soft_weight
-        self.record = record.read(self.path)
-        self.pool = Path(ensemble_pool) if ensemble_pool else self.path.resolve().parent / self.record.pool
+        self._elsewhere = Path(ensemble_pool) if ensemble_pool else None
+        found = locate(self.path, self._elsewhere)
+        self.record, self.pool = found.ensemble, found.pool
         try:
             texts = [pool.checksum(path) for path in self.unlabelled]
         except OSError as e:
@@ -80,7 +81,7 @@ class Distillation:
 
     def defaults(self) -> dict[str, Any]:
         """Settings of the run, by option: those of the ensemble's best LoRA member, whose base model, task and pool."""
-        records = [chosen_record(self.record, self.pool, i) for i in range(self.record.size)]
+        records = chosen_records(self.record, self.pool)
         trained = [(m.score, r) for m, r in zip(self.record.members, records, strict=True) if r.base_model]
         adapted = [(score, r) for score, r in trained if r.finetune == "lora"]
         options: dict[str, Any] = {"data.tasks": (self.record.task,), "pool.dir": str(self.pool)}
@@ -180,7 +181,7 @@ class Distillation:
 
     def _ask(self, texts: list[tuple[str, ...]], task: Task, trainer: pl.Trainer, precision: Any) -> np.ndarray:
         device = trainer.strategy.root_device
-        ensemble = Ensemble.load(self.path, pool=self.pool, device=str(device), precision=precision)
+        ensemble = Ensemble.load(self.path, pool=self._elsewhere, device=str(device), precision=precision)
         if ensemble.text and ensemble.text != task.text:
             raise UserError(
                 f"--ensemble: its members read {', '.join(ensemble.text)}, task {task.name!r} {', '.join(task.text)}"

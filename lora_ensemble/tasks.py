@@ -54,12 +54,11 @@ class Task:
     dataset_config: str | None = None
     """Configuration name of that data set, if it has several."""
     leaderboard_column: str = "Prediction"
-    """Header of the value column that ``dicor apply`` writes, for the presets; other tasks have "Prediction"."""
+    """Header of the value column in the course's leaderboard files, which ``dicor apply`` writes for the presets."""
 
     def __post_init__(self) -> None:
+        check_task_name(self.name)
         where = f"task {self.name!r}"
-        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name[0] in ".-":
-            raise UserError(f"{where}: a task's name is a folder's name: letters, digits, '-', '_' and '.' only")
         if self.kind not in get_args(Kind):
             raise UserError(f"{where}: kind is {self.kind!r}; expected one of {', '.join(get_args(Kind))}")
         if len(self.text) not in (1, 2):
@@ -89,6 +88,15 @@ class Task:
     def score_name(self) -> str:
         """The task's score in words."""
         return "Pearson r" if self.kind == "regression" else "accuracy"
+
+
+def check_task_name(name: str) -> None:
+    """``UserError`` unless ``name`` can be the name of a task's folder."""
+    good = name and all(c.isalnum() or c in "-_." for c in name) and name[0] not in ".-"
+    if not good or len(name.encode()) > 150:  # file systems end at 255 bytes
+        raise UserError(
+            f"task {name!r}: a task's name is a folder's name: letters, digits, '-', '_', '.', 150 bytes at most"
+        )
 
 
 PRESETS = {
@@ -195,6 +203,14 @@ def score_decisions(decided: np.ndarray, labels: np.ndarray, kind: Kind) -> floa
 def score(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> float:
     """The task's score of logits (N, C) against labels (N,). NaN where Pearson r is undefined."""
     return score_decisions(decisions(logits, kind), labels, kind)
+
+
+def one_label(labels: np.ndarray | None, names: Sequence[str], what: str = "labels") -> list[str]:
+    """A notice where all labels (N,) are the same, values or class numbers of ``names``; ``what``: their name in it."""
+    if labels is None or not len(labels) or (labels != labels[0]).any():
+        return []
+    one = f"{labels[0]:g}" if not names else names[int(labels[0])]
+    return [f"all {len(labels)} {what} are the same ({one}), so a score on them says nothing of how good a member is"]
 
 
 def overall_score(scores: dict[str, tuple[float, Kind]]) -> float:

@@ -165,6 +165,34 @@ def test_tokenised_once(demo_root: Path, tiny: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "labels", "says"),
+    [
+        ("multiclass", ["b", "b", "b"], "all 3 labels are the same (b)"),
+        ("binary", ["0", "0.0", "0"], "all 3 labels are the same (0)"),
+        ("regression", ["1.5", "1.50", "1.5"], "all 3 labels are the same (1.5)"),
+        ("multiclass", ["b", "a", "b"], None),
+    ],
+)
+def test_labels_that_are_all_the_same_are_told(
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: Any,
+    labels: list[str],
+    says: str | None,
+) -> None:
+    for split, found in (("dev", labels), ("train", ["a", "b"] if kind == "multiclass" else ["0", "1"])):
+        rows = [f"{split} {i},{label}\n" for i, label in enumerate(found)]
+        (tmp_path / f"{split}.csv").write_text("text,label\n" + "".join(rows))
+    names = ["a", "b"] if kind == "multiclass" else []
+    task = Task(name="t", kind=kind, text=["text"], label_names=names, train="train.csv", dev="dev.csv")
+    BankData(base_model=str(tiny("bert")), root=str(tmp_path), tasks=(task,)).setup("fit")
+    train, dev = capsys.readouterr().out.split("t dev:")
+    assert "all" not in train
+    assert (f"{says}, so a score on them says nothing of how good a member is" in dev) == (says is not None)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"tasks": []}, "data.tasks: the list is empty"),

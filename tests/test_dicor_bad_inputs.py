@@ -299,7 +299,36 @@ def test_chosen_member_that_is_gone(home, fails):
 
 def test_pool_that_is_gone(home, fails):
     shutil.move(home / "pool", home / "moved")
-    fails(*apply(home), says=["no such member"])
+    fails(*apply(home), says=[f"{home / 'pool'}: the ensemble's pool is not there", "say where it is with --pool"])
+
+
+def test_a_record_that_went_away_from_its_pool(home, fails, tmp_path_factory):
+    """Where it lies now, its pool's path leads elsewhere: to nothing, or to a pool without the task."""
+    away = tmp_path_factory.mktemp("away")
+    shutil.copy(home / "sst.json", away / "sst.json")
+    moved = ["apply", "--ensemble", away / "sst.json", "--output", home / "p.csv"]
+    fails(*moved, says=[f"{away / 'pool'}: the ensemble's pool is not there", "--pool"])
+    make_pool(away / "pool", "other", "multiclass", members=2)
+    fails(*moved, says=[f"{away / 'pool'}: no task 'sst' in this pool; say where the ensemble's is with --pool"])
+    assert main([str(a) for a in moved] + ["--pool", str(home / "pool")]) == 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{"task": "../pool/sst"}, {"task": ".."}, {"task": ""}, {"examples": "../../x"}, {"task": "a" * 300}]
+)
+def test_names_in_a_record_that_are_no_names_of_folders(home, fails, changes):
+    edit(home / "sst.json", **changes)
+    fails(*apply(home), says=["sst.json: not a whole record of dicor select", f"{next(iter(changes.values()))[:20]}"])
+
+
+@pytest.mark.parametrize("task", ["../pool/sst", "..", "", "sst/", ".hidden", "a" * 300])
+def test_a_task_that_is_no_name_of_a_folder(home, fails, task):
+    says = [f"task {task!r}: a task's name is a folder's name"]
+    for command in (("select", "--output", home / "n.json"), ("compare",), ("report", "--output", home / "n.html")):
+        if (command, task) != (("compare",), ""):  # none is all of them
+            fails(*command, "--pool", home / "pool", "--task", task, says=says)
+    (home / "m.csv").write_text("id,p\na,0.5\n")
+    fails("import", home / "m.csv", "--pool", home / "pool", "--task", task, "--task-kind", "binary", says=says)
 
 
 def test_missing_test_logits(home, fails):

@@ -1,5 +1,7 @@
 """The program ``dicor`` itself, called in-process: select, compare, apply and the files they write."""
 
+import csv
+import io
 import itertools
 import json
 import shutil
@@ -9,7 +11,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from pool_factory import add_member, make_pool, random_labels
+from pool_factory import add_member, make_pool, random_labels, random_logits
 from scipy.special import softmax
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score
@@ -21,7 +23,7 @@ from lora_ensemble.dicor.methods import Weighted
 from lora_ensemble.dicor.record import read
 from lora_ensemble.dicor.settings import MethodName
 from lora_ensemble.pool import TaskPool, checksum
-from lora_ensemble.tasks import PRESETS
+from lora_ensemble.tasks import PRESETS, decisions
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,39 @@ def test_the_record_travels_with_the_pool(pool, tmp_path, monkeypatch):
     assert run(*apply, "--pool", "elsewhere") == 0
 
 
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+def test_labels_of_one_class_only_are_told(kind, tmp_path, capsys):
+    """By select, compare, report and the record; by import; of the test split by compare and apply."""
+    said = "task mine: all {} {} labels are the same (1), so a score on them says nothing of how good a member is"
+    labels = {"dev": np.ones(20, int), "test": np.ones(12, int)}
+    ids = {split: [f"{split}{i}" for i in range(len(found))] for split, found in labels.items()}
+    for m in range(3):
+        logits = {s: random_logits(kind, found, 3, noise=0.1)[m] for s, found in labels.items()}
+        add_member(tmp_path / "pool", "mine", kind, f"m{m}", logits, ids, labels)
+    assert (
+        "all 20 dev labels are the same (1)"
+        in selected(tmp_path / "pool", tmp_path / "d.json", task="mine")["notices"][0]
+    )
+    assert said.format(20, "dev") in capsys.readouterr().err
+    where = ("--pool", tmp_path / "pool", "--task", "mine")
+    assert run("compare", *where) == 0
+    assert said.format(20, "dev") in capsys.readouterr().err
+    assert run("compare", *where, "--split", "test") == 0
+    assert said.format(12, "test") in capsys.readouterr().err
+    assert run("report", *where, "--output", tmp_path / "r.html", "--split", "test") == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "all 20 dev labels are the same (1)" in page
+    assert "all 12 test labels are the same (1)" in page
+    capsys.readouterr()
+    assert run("apply", "--ensemble", tmp_path / "d.json", "--output", tmp_path / "p.csv") == 0
+    assert said.format(12, "test") in capsys.readouterr().err
+    (tmp_path / "dev.csv").write_text("id,label\na,yes\nb,yes\n")
+    (tmp_path / "m.csv").write_text("id,p_yes,p_no\na,0.9,0.1\nb,0.4,0.6\n")
+    given = ("--task", "new", "--task-kind", kind, "--label-names", "no", "yes", "--labels", tmp_path / "dev.csv")
+    assert run("import", tmp_path / "m.csv", "--pool", tmp_path / "pool", *given) == 0
+    assert "notice: all 2 dev labels are the same (yes)" in capsys.readouterr().err
+
+
 TO_THE_LETTER = {
     # What the course's code writes: f.write(f"id \t Predicted_Sentiment \n"), then f.write(f"{p} , {s} \n").
     "sst": "id \t Predicted_Sentiment \ntest0 , 4 \ntest1 , 0 \ntest2 , 2 \n",
@@ -170,8 +205,8 @@ SAID = {
 LABELS = {"multiclass": [4, 0, 1], "binary": [1, 0, 0], "regression": [4.0, 0.0, 1.0]}
 
 
-def one_member(folder, task, kind, *, test_labels=None, **record):
-    ids = {"dev": ["a", "b", "c"], "test": ["test0", "test1", "test2"]}
+def one_member(folder, task, kind, *, test_labels=None, ids=("test0", "test1", "test2"), **record):
+    ids = {"dev": ["a", "b", "c"], "test": ids}
     labels = {"dev": np.array(LABELS[kind]), "test": test_labels}
     add_member(folder, task, kind, "only", {"dev": SAID[kind], "test": SAID[kind]}, ids, labels, **record)
     selected(folder, folder / "dicor.json", task=task)
@@ -187,16 +222,44 @@ def test_the_leaderboard_file_to_the_letter(task, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "labels", "values"),
     [
-        ("multiclass", ["awful", "bad", "so so", "good", "great"], ["great", "awful", "so so"]),
+        ("multiclass", ["awful", "bad, not awful", 'so "so"', "good", "great"], ["great", "awful", 'so "so"']),
         ("binary", ["no", "yes"], ["yes", "no", "yes"]),
         ("binary", ["1", "0"], ["0", "1", "0"]),
-        ("binary", ["0", "1"], ["1.0", "0.0", "1.0"]),
+        ("binary", ["0", "1"], ["1", "0", "1"]),
         ("regression", [], ["4.25", "-0.5", "0.0"]),
     ],
 )
-def test_predictions_of_a_users_own_task_have_its_labels(kind, labels, values, tmp_path):
-    found = one_member(tmp_path, "mine", kind, labels=labels)
-    assert found == "id \t Prediction \n" + "".join(f"test{i} , {v} \n" for i, v in enumerate(values))
+@pytest.mark.parametrize("task", ["mine", "sst"])
+def test_predictions_of_a_users_own_task_are_plain_csv_with_its_labels(kind, labels, values, task, tmp_path):
+    """A task that is called as the course's one, but is another, is the user's own too."""
+    found = one_member(tmp_path, task, kind, labels=labels, ids=["test0", "a, b", 'c "d"'])
+    assert found.splitlines()[:2] == ["id,prediction", f"test0,{values[0]}"]
+    rows = list(csv.reader(io.StringIO(found)))
+    assert rows == [["id", "prediction"], *([i, v] for i, v in zip(["test0", "a, b", 'c "d"'], values, strict=True))]
+
+
+@pytest.mark.parametrize(("task", "form"), [("sst", "decisions"), ("quora", "decisions"), ("sts", "auto")])
+@pytest.mark.parametrize("blanks", [True, False])
+def test_a_leaderboard_file_comes_back_as_a_member(task, form, blanks, tmp_path):
+    """To the letter as the course writes it, and as an editor leaves it that takes blanks at a line's end."""
+    kind = PRESETS[task].kind
+    lines = [line if blanks else line.rstrip() for line in TO_THE_LETTER[task].splitlines()]
+    (tmp_path / "said.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "dev.csv").write_text(
+        f"id,{PRESETS[task].label}\n" + "".join(f"test{i},{v}\n" for i, v in enumerate(LABELS[kind]))
+    )
+    pool = tmp_path / "pool"
+    given = ["--pool", pool, "--task", task, "--labels", tmp_path / "dev.csv", "--from", form]
+    assert run("import", tmp_path / "said.csv", *given) == 0
+    decided = decisions(TaskPool(pool, task).logits("said"), kind)
+    np.testing.assert_array_equal(decided, decisions(SAID[kind], kind))
+    assert TaskPool(pool, task).examples().ids.tolist() == ["test0", "test1", "test2"]
+    # And its own predictions of a task that is none of the course's.
+    (tmp_path / "own").mkdir()
+    text = one_member(tmp_path / "own", "mine", kind, labels=PRESETS[task].labels)
+    (tmp_path / "plain.csv").write_text(text)
+    assert run("import", tmp_path / "plain.csv", *given) == 0
+    np.testing.assert_array_equal(decisions(TaskPool(pool, task).logits("plain"), kind), decided)
 
 
 @pytest.mark.parametrize(

@@ -844,3 +844,86 @@ def test_the_readmes_command_works_as_it_is_written(tmp_path: Path) -> None:
     pool = TaskPool(tmp_path / "checkpoints" / "pool", "tickets")
     assert [m.name for m in pool.members] == ["forest", "svm"]
     assert set(pool.record("forest").examples) == {"dev", "test"}
+
+
+# Nothing is dropped
+
+
+def test_a_column_of_a_class_that_dev_lacks_is_not_dropped(
+    home: Path, importing: Importer, fails: Callable[..., str]
+) -> None:
+    """The dev set has no "pos", so that the labels are neg and neu; whatever the columns are called."""
+    labels = ["neg", "neu", "neg", "neu", "neg"]
+    table(home / "multiclass.csv", ["id", "label"], list(zip(IDS, labels, strict=True)))
+    for prefix, values in (("p_", P3), ("logit_", np.log(P3)), ("", P3), ("logit ", np.log(P3)), ("prob", P3)):
+        table(home / "m.csv", ["id", *(prefix + n for n in NAMES)], [(i, *P3[k]) for k, i in enumerate(IDS)])
+        says = [f"m.csv: column {prefix}pos is called after no label (neg, neu)", "--label-names", f"{prefix}neu"]
+        fails("multiclass", home / "m.csv", says=says)
+        table(home / "m.csv", ["id", *(prefix + n for n in NAMES)], [(i, *values[k]) for k, i in enumerate(IDS)])
+        fails("multiclass", home / "m.csv", "--from", "logits", says=says)
+    # By number, and where the class that is not there is the first.
+    table(home / "n.csv", ["id", "p0", "p1", "p2"], [(i, *P3[k]) for k, i in enumerate(IDS)])
+    fails("multiclass", home / "n.csv", says=["n.csv: column p2 is called after no label (neg, neu)", "--label-names"])
+    table(home / "multiclass.csv", ["id", "label"], list(zip(IDS, [1, 2, 1, 2, 1], strict=True)))
+    fails("multiclass", home / "n.csv", says=["n.csv: column p0 is called after no label (1, 2)", "--label-names"])
+    fails("binary", home / "n.csv", says=["n.csv: column p2 is called after no label (0, 1)", "--label-names"])
+    # Votes for it.
+    table(home / "v.csv", ["id", "said"], list(zip(IDS, [1, 0, 1, 1, 2], strict=True)))
+    fails("multiclass", home / "v.csv", "--from", "decisions", says=["v.csv:3", "expected one of 1, 2; if there are"])
+    importing("multiclass", home / "n.csv", "--label-names", "0", "1", "2")
+    np.testing.assert_allclose(logits(home, "multiclass", "n"), np.log(P3), rtol=1e-6)
+
+
+def test_columns_that_are_no_outputs_may_stand_beside_them(
+    home: Path, importing: Importer, fails: Callable[..., str]
+) -> None:
+    header = ["id", "text", "p_neg", "p_neu", "p_pos", "p_says", "length", "margin", "label"]
+    rows = [(i, "a, b", *P3[k], "neg", k, k + 0.5, CLASSES[k]) for k, i in enumerate(IDS)]
+    importing("multiclass", table(home / "m.csv", header, rows))
+    np.testing.assert_allclose(logits(home, "multiclass", "m"), np.log(P3), rtol=1e-6)
+    bare = [name.removeprefix("p_") for name in header]
+    fails("multiclass", table(home / "n.csv", bare, rows), says=["n.csv: column margin is called after no label"])
+    importing("multiclass", home / "n.csv", "--columns", *NAMES)
+    np.testing.assert_allclose(logits(home, "multiclass", "n"), np.log(P3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("truth", ["label_", "", "is_", "xgb_"])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_the_truth_as_columns_beside_the_predictions(
+    home: Path, importing: Importer, fails: Callable[..., str], truth: str, numbers: bool
+) -> None:
+    """Two sets of columns that could be outputs, one of them 0 and 1: both are named, none is taken."""
+    said = [f"p_{k}" if numbers else f"p_{name}" for k, name in enumerate(NAMES)]
+    one_hot = [truth + name for name in NAMES]
+    rows = [(i, *(int(c == n) for n in NAMES), *P3[k]) for k, (i, c) in enumerate(zip(IDS, CLASSES, strict=True))]
+    table(home / "m.csv", ["id", *one_hot, *said], rows)
+    fails("multiclass", home / "m.csv", says=[", ".join(one_hot), ", ".join(said), "say which with --columns"])
+    importing("multiclass", home / "m.csv", "--columns", *said)
+    np.testing.assert_allclose(logits(home, "multiclass", "m"), np.log(P3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["auto", "logits", "decisions"])
+@pytest.mark.parametrize("kind", ["multiclass", "binary", "regression"])
+def test_predictions_that_are_the_truth_are_told(home: Path, importing: Importer, kind: str, form: str) -> None:
+    """Never wrong and always certain, votes included; a model that is never wrong but doubts is not."""
+    if kind == "regression":
+        form, truth, doubts = "auto", [[v] for v in VALUES], [[v + 0.01 * k] for k, v in enumerate(VALUES)]
+    elif kind == "binary":
+        truth, doubts = [[v] for v in LABELS], [[0.9 if v else 0.1 * k] for k, v in enumerate(LABELS)]
+    else:
+        truth = [[int(c == n) for n in NAMES] for c in CLASSES]
+        doubts = [[0.9 - 0.01 * k if c == n else 0.05 + 0.005 * k for n in NAMES] for k, c in enumerate(CLASSES)]
+    how = ["--from", "probabilities" if form == "auto" and kind == "binary" else form]
+    if form == "decisions":
+        cells = CLASSES if kind == "multiclass" else LABELS
+        table(home / "m.csv", ["id", "said"], list(zip(IDS, cells, strict=True)))
+    else:
+        header = ["id", *(f"out_{k}" for k in range(len(truth[0])))]
+        how += ["--columns", *header[1:]]
+        if form == "logits" and kind == "binary":
+            truth = [[2 * v - 1] for (v,) in truth]
+        table(home / "m.csv", header, [(i, *v) for i, v in zip(IDS, truth, strict=True)])
+        table(home / "d.csv", header, [(i, *v) for i, v in zip(IDS, doubts, strict=True)])
+        assert "never wrong" not in importing(kind, home / "d.csv", *how)[1]
+    err = importing(kind, home / "m.csv", *how)[1]
+    assert "notice: m: never wrong and always certain on 5 dev examples" in err

@@ -111,7 +111,7 @@ def test_every_strategy(tiny: Callable[[str], Path], tmp_path: Path, kind: Kind,
 
     out = tmp_path / "predictions.csv"
     assert dicor(["apply", "--ensemble", str(file), "--split", "dev", "--output", str(out)]) == 0
-    applied = [line.split(" , ")[1].strip() for line in out.read_text().splitlines()[1:]]
+    applied = [line.split(",")[1].strip() for line in out.read_text().splitlines()[1:]]
     again = ensemble.predict(dev)
     if kind == "regression":
         np.testing.assert_allclose(again, [float(a) for a in applied], rtol=0, atol=2e-5)
@@ -230,7 +230,7 @@ def test_what_cannot_be_restored(tiny: Callable[[str], Path], tmp_path: Path) ->
             Ensemble.load(file, device="cuda")
     with pytest.raises(UserError, match="precision is '16'"):
         Ensemble.load(file, precision="16")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="no such member"):
+    with pytest.raises(UserError, match=r"gone: the ensemble's pool is not there; .*--pool"):
         Ensemble.load(file, pool=tmp_path / "gone")
     # Predictions made elsewhere
     make_pool(tmp_path / "elsewhere" / "pool", "mine", "multiclass")

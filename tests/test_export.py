@@ -199,6 +199,170 @@ def test_a_foreign_config_beside_the_record_is_not_read(tiny: Callable[[str], Pa
     assert Ensemble.load(file).logits(["good"]).shape == (2, 1, 5)
 
 
+# A folder that somebody else made
+
+
+def put(path: Path, *keys: str) -> Callable[[Path], None]:
+    """A change of a JSON file: the last of the keys is the new value."""
+
+    def change(folder: Path) -> None:
+        raw = json.loads((folder / path).read_text())
+        at = raw
+        for key in keys[:-2]:
+            at = at[int(key) if isinstance(at, list) else key]
+        at[keys[-2]] = keys[-1]
+        (folder / path).write_text(json.dumps(raw))
+
+    return change
+
+
+def link(name: str) -> Callable[[Path], None]:
+    """What is there is moved out of the folder, and a link to it left in its place."""
+
+    def change(folder: Path) -> None:
+        shutil.move(folder / name, folder.parent / "outside")
+        (folder / name).symlink_to(folder.parent / "outside")
+
+    return change
+
+
+def other_base(folder: Path) -> None:
+    """A base model of the machine that reads, called by its path."""
+    shutil.move(folder / "base" / "bert", folder.parent / "outside")
+    put(Path("members/mine", FIRST, "member.json"), "base_model", str(folder.parent / "outside"))(folder)
+
+
+def other_name(folder: Path) -> None:
+    """The same, by the name that the configuration has for it."""
+    raw = json.loads((folder / "config.json").read_text())
+    raw["bases"] |= {"../outside": {"folder": None, "on_hub": True, "revision": None}}
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def shards(folder: Path) -> None:
+    shutil.move(folder / "base/bert/model.safetensors", folder.parent / "outside")
+    index = {"metadata": {}, "weight_map": {"embeddings.word_embeddings.weight": "../../../outside"}}
+    (folder / "base/bert/model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def adapter(folder: Path) -> None:
+    """transformers takes the base model that an adapter beside the weights names, not the weights."""
+    config = {"peft_type": "LORA", "base_model_name_or_path": "some/model", "r": 1, "target_modules": ["query"]}
+    (folder / "base/bert/adapter_config.json").write_text(json.dumps(config))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "base/bert/model.safetensors").unlink()
+    torch.save({}, folder / "base/bert/pytorch_model.bin")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+MEMBER = f"members/mine/{FIRST}"
+HOSTILE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "base model above": (put(Path("config.json"), "bases", "bert", "folder", "../out"), ("config.json", "'../out'")),
+    "base model far away": (put(Path("config.json"), "bases", "bert", "folder", "/etc"), ("config.json", "'/etc'")),
+    "base model at home": (put(Path("config.json"), "bases", "bert", "folder", "~/m"), ("config.json", "'~/m'")),
+    "base model a link": (link("base/bert"), ("base/bert", "outside")),
+    "its weights a link": (link("base/bert/model.safetensors"), ("model.safetensors", "outside")),
+    "its weights in shards": (shards, ("model.safetensors.index.json", "'../../../outside'")),
+    "its vocabulary": (
+        put(Path("base/bert/tokenizer_config.json"), "vocab_file", "/etc/passwd"), ("tokenizer_config", "'/etc/passwd'")
+    ),
+    "a member's base model": (other_base, (f"{MEMBER}/member.json", "outside")),
+    "a member's base model, which nobody names": (
+        put(Path(MEMBER, "member.json"), "base_model", "some/folder"), (f"{MEMBER}/member.json", "'some/folder'")
+    ),
+    "a base model's name": (other_name, ("config.json", "outside")),
+    "pool above": (put(Path("dicor.json"), "pool", "../pool"), ("dicor.json", "'../pool'")),
+    "pool far away": (put(Path("dicor.json"), "pool", "/tmp"), ("dicor.json", "'/tmp'")),
+    "pool of another system": (put(Path("dicor.json"), "pool", "C:\\pool"), ("dicor.json", "pool'")),
+    "task": (put(Path("dicor.json"), "task", "../members/mine"), ("dicor.json", "'../members/mine'")),
+    "member": (put(Path("dicor.json"), "members", "0", "name", "../mine"), ("dicor.json", "'../mine'")),
+    "a member's files": (
+        put(Path(MEMBER, "member.json"), "files", "../x", "sha256:0"), ("member.json", "files holds a path")
+    ),
+    "a member's examples": (
+        put(Path(MEMBER, "member.json"), "examples", "test", "a/../../x"), ("member.json", "holds a path")
+    ),
+    "weights a link": (link(f"{MEMBER}/adapter_model.safetensors"), ("adapter_model.safetensors", "outside")),
+    "logits a link": (link(f"{MEMBER}/dev.logits.npy"), ("dev.logits.npy", "outside")),
+    "member a link": (link(MEMBER), (FIRST, "outside")),
+    "members a link": (link("members"), ("members", "outside")),
+    "record a link": (link("dicor.json"), ("dicor.json", "outside")),
+    "its base model an adapter of another": (adapter, ("base/bert", "adapter_config.json")),
+    "its weights a pickle": (pickled, ("base/bert", "pytorch_model.bin")),
+    "no config": (no_config, ("config.json",)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("exported")
+    shutil.copytree(tiny("bert"), home / "bert")
+    write_pool(home / "pool", home / "bert", "multiclass", entries=ENTRIES[:1])
+    ran("--ensemble", select(home / "pool", "--method", "omni"), "--output", home / "out", "--with-examples")
+    return home / "out"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_folder_that_names_files_outside_is_refused(exported: Path, tmp_path: Path, name: str) -> None:
+    """By whatever reads it, in one line that says which file names what."""
+    folder = tmp_path / "out"
+    shutil.copytree(exported, folder)
+    assert len(Ensemble.load(folder).members) == 1
+    change, says = HOSTILE[name]
+    change(folder)
+    for given in (folder, folder / "dicor.json")[: 1 if change is no_config else 2]:
+        for read in (Ensemble.load, lambda at: ran("--ensemble", at, "--output", tmp_path / "again")):
+            with pytest.raises(UserError) as e:
+                read(given)
+            assert all(words in str(e.value) for words in says), str(e.value)
+    assert not (tmp_path / "again").exists()
+
+
+def test_dicor_apply_reads_nothing_outside_either(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_ensemble.dicor.cli import main as dicor
+
+    shutil.copytree(exported, tmp_path / "out")
+    apply = ["apply", "--split", "dev", "--output", str(tmp_path / "p.csv"), "--ensemble", str(tmp_path / "out")]
+    assert dicor(apply) == 0
+    link(f"{MEMBER}/dev.logits.npy")(tmp_path / "out")
+    assert dicor(apply) == 2
+    assert "dev.logits.npy: a link to" in capsys.readouterr().err
+
+
+def test_links_that_stay_inside_and_the_hubs_cache_are_read(exported: Path, tmp_path: Path) -> None:
+    """snapshot_download gives a folder of links into the folder blobs beside it."""
+    expected = Ensemble.load(exported).logits(["good"])
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "abc", tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    for i, path in enumerate(p for p in exported.rglob("*") if p.is_file()):
+        shutil.copy(path, blobs / str(i))
+        at = snapshot / path.relative_to(exported)
+        at.parent.mkdir(parents=True, exist_ok=True)
+        at.symlink_to(os.path.relpath(blobs / str(i), at.parent))
+    for given in (snapshot, snapshot / "dicor.json"):
+        np.testing.assert_array_equal(Ensemble.load(given).logits(["good"]), expected)
+    folder = tmp_path / "out"
+    shutil.copytree(exported, folder)
+    shutil.move(folder / "base" / "bert", folder / "encoder")
+    (folder / "base" / "bert").symlink_to(Path("..", "encoder"))
+    (tmp_path / "linked").symlink_to(folder)
+    np.testing.assert_array_equal(Ensemble.load(tmp_path / "linked").logits(["good"]), expected)
+
+
+@pytest.mark.parametrize(("member", "task"), [("../mine/" + FIRST, "mine"), (FIRST, "../pool/mine"), (".x", "mine")])
+def test_a_member_that_is_no_name_of_a_folder(exported: Path, tmp_path: Path, member: str, task: str) -> None:
+    with pytest.raises(UserError, match="name"):
+        ran("--pool", exported.parent / "pool", "--task", task, f"--member={member}", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # The card
 
 
@@ -239,8 +403,11 @@ def test_the_card_admits_too_few_examples(tiny: Callable[[str], Path], tmp_path:
     write_pool(tmp_path / "pool", tiny("bert"), "regression", entries=ENTRIES[:2], n=4)
     file = select(tmp_path / "pool", "--method", "omni")
     assert json.loads(file.read_text())["repeats"] == 0
+    file.write_text(json.dumps({**json.loads(file.read_text()), "notices": ["all 4 dev labels are the same"]}))
     ran("--ensemble", file, "--output", tmp_path / "out")
-    assert "too few examples for an honest estimate" in (tmp_path / "out" / "README.md").read_text()
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "too few examples for an honest estimate" in page
+    assert "Notice: all 4 dev labels are the same." in page
 
 
 # One member
@@ -263,6 +430,52 @@ def test_a_member_in_both_formats(tiny: Callable[[str], Path], tmp_path: Path, f
         assert str(tiny(family).parent).encode() not in path.read_bytes(), path
     named = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == tiny(family).name
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lines_to_load_it_run_for_a_base_with_a_head_for_other_classes(
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: Kind,
+    family: str,
+) -> None:
+    """As a user runs them: those of all cards, and those of the page about the pool."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = tmp_path / "bases" / "three"
+    AutoModelForSequenceClassification.from_pretrained(tiny(family), num_labels=3).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny(family)).save_pretrained(base)
+    pool = tmp_path / "pool"
+    write_pool(pool, base, kind, entries=ENTRIES[:1])
+    expected = peft_logits(pool / "mine" / FIRST, base, ["A quiet, moving film."], C[kind])
+    member = ("--pool", pool, "--task", "mine", "--member", FIRST)
+    ran(*member, "--output", tmp_path / "one")
+    ran(*member, "--format", "merged", "--output", tmp_path / "merged")
+    ran("--ensemble", select(pool, "--method", "omni"), "--output", tmp_path / "all")
+    monkeypatch.chdir(tmp_path)
+    pages = {name: (tmp_path / name / "README.md").read_text() for name in ("one", "merged", "all")}
+    pages["page"] = (Path(__file__).parent.parent / "checkpoints" / "README.md").read_text()
+    for name, page in pages.items():
+        (code,) = [c.split("```")[0] for c in page.split("```python\n")[1:] if "pool import" not in c]
+        # What is the user's to fill in.
+        for theirs, ours in (
+            ("FOLDER/", f"{base.parent}/"),
+            ("checkpoints/pool/sst/r4-c1-qv-lr5e-4-s11711", str(pool / "mine" / FIRST)),
+            ("sentence-transformers/all-MiniLM-L6-v2", str(base)),
+            ("num_labels=5", f"num_labels={C[kind]}"),
+        ):
+            code = code.replace(theirs, ours)
+        capsys.readouterr()
+        shown: dict[str, Any] = {}
+        exec(code, shown)
+        if name in ("one", "page"):
+            tokens = shown["tokenizer"]("A quiet, moving film.", return_tensors="pt")
+            found = shown["model"](**tokens).logits.detach().numpy()
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        assert name == "page" or capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -41,6 +41,7 @@ from lora_ensemble.pool import (
     read_array,
     read_examples,
     read_record,
+    read_records,
     read_tensors,
     task_names,
     write_examples,
@@ -262,6 +263,24 @@ def test_what_cannot_be_written_leaves_the_old_member_as_it_is(pool):
     assert read_record(pool, "quora", "m0") == old
     np.testing.assert_array_equal(TaskPool(pool, "quora").logits("m0"), LOGITS)
     assert [p.name for p in (pool / "quora").iterdir() if p.name.startswith((".new", ".old"))] == []
+
+
+@pytest.mark.parametrize("task", ["../x", "a/b", "", ".x", "/x", "a" * 151])
+def test_nothing_is_written_to_or_read_from_a_task_that_is_no_folders_name(tmp_path, task):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    record = MemberRecord(name="m", task=task, kind="binary")
+    for call in (
+        lambda: write_member(pool, record, {}),
+        lambda: write_examples(pool, task, "dev", ["a"], None),
+        lambda: read_record(pool, task, "m"),
+        lambda: read_records(pool, task),
+        lambda: read_examples(pool, task, "dev", "0"),
+        lambda: TaskPool(pool, task),
+    ):
+        with pytest.raises(UserError, match="a task's name is a folder's name"):
+            call()
+    assert [p.name for p in tmp_path.rglob("*")] == ["pool"]
 
 
 def test_task_names(tmp_path):

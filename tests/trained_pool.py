@@ -102,7 +102,9 @@ def peft_logits(folder: Path, base: Path, texts: Sequence[Any], outputs: int, ma
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     if (folder / "adapter_config.json").is_file():
-        plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs)
+        plain = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=outputs, ignore_mismatched_sizes=True
+        )
         model: Any = PeftModel.from_pretrained(plain, str(folder))
         types = accepts_token_types(plain.base_model)
     else:

@@ -1,27 +1,21 @@
-"""A chosen ensemble on a split: its decisions, and the course's leaderboard file.
+"""A chosen ensemble on a split: its decisions, and the file of them.
 
 Axes: N examples of a split, C outputs of a head, and M members of the ensemble.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
+from lora_ensemble.dicor.located import chosen_records
 from lora_ensemble.dicor.record import Ensemble
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import (
-    Examples,
-    MemberRecord,
-    logits_file,
-    member_folder,
-    read_array,
-    read_examples,
-    read_record,
-)
+from lora_ensemble.pool import Examples, logits_file, member_folder, read_array, read_examples
 from lora_ensemble.tasks import PRESETS, score_decisions
 
 
@@ -40,7 +34,7 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
     Only its own members are looked at. Raises ``UserError`` naming the member that is missing, that was trained again
     since the selection, that has no logits for the split, or whose logits were damaged or belong to other examples.
     """
-    records = [chosen_record(ensemble, pool, i) for i in range(ensemble.size)]
+    records = chosen_records(ensemble, pool)
     missing = [r.name for r in records if split not in r.examples or logits_file(split) not in r.files]
     if missing:
         raise UserError(
@@ -69,37 +63,17 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
     return Prediction(examples, decided, score)
 
 
-def chosen_record(ensemble: Ensemble, pool: Path, index: int) -> MemberRecord:
-    """The pool's record of one of the ensemble's members; ``UserError`` unless it is still the one that was chosen."""
-    chosen = ensemble.members[index]
-    folder = member_folder(pool, ensemble.task, chosen.name)
-    record = read_record(pool, ensemble.task, chosen.name)
-    if record is None:
-        raise UserError(f"{folder}: no such member, though the ensemble needs it; copy it back, or select again")
-    for what, now, then in (
-        ("dev logits", record.files.get(logits_file("dev")), chosen.dev_logits),
-        ("dev examples", record.examples.get("dev"), ensemble.examples),
-        ("kind", record.kind, ensemble.kind),
-        ("labels", record.labels, ensemble.labels),
-    ):
-        if now != then:
-            raise UserError(
-                f"{folder}: not the member that was chosen: its {what} are others, it was trained again since; "
-                "run dicor select again"
-            )
-    return record
+def write_predictions(f: TextIO, ensemble: Ensemble, ids: np.ndarray, decided: np.ndarray) -> None:
+    """Decisions (N,) on examples ``ids`` (N,): the course's leaderboard file for its tasks, plain CSV for others.
 
-
-def leaderboard(ensemble: Ensemble, ids: np.ndarray, decided: np.ndarray) -> Iterator[str]:
-    """Lines of the course's leaderboard file, to the letter, blanks at the line's end included.
-
-    ``ids`` (N,), ``decided`` (N,). A multiclass decision is its label, which for sst is the class number; a binary one
-    is 1.0 or 0.0 as the course has it, or its label where the task names its labels otherwise; a regression's is its
-    value.
+    The former to the letter, blanks at the line's end included, a binary decision as 1.0 or 0.0. The latter has the
+    task's labels. A regression's decision is its value.
     """
-    column = PRESETS[ensemble.task].leaderboard_column if ensemble.task in PRESETS else "Prediction"
-    yield f"id \t {column} \n"
-    plain = ensemble.kind == "binary" and ensemble.labels in ([], ["0", "1"])
-    names = [0.0, 1.0] if plain else ensemble.labels
-    for i, value in zip(ids.tolist(), decided.tolist(), strict=True):
-        yield f"{i} , {value if ensemble.kind == 'regression' else names[value]} \n"
+    names = ensemble.labels or ["0", "1"]
+    rows = zip(ids.tolist(), (v if ensemble.kind == "regression" else names[v] for v in decided.tolist()), strict=True)
+    preset = PRESETS.get(ensemble.task)
+    if preset is None or (preset.kind, preset.labels) != (ensemble.kind, ensemble.labels or preset.labels):
+        csv.writer(f, lineterminator="\n").writerows([("id", "prediction"), *rows])
+        return
+    f.write(f"id \t {preset.leaderboard_column} \n")
+    f.writelines(f"{i} , {float(v) if ensemble.kind == 'binary' else v} \n" for i, v in rows)

@@ -18,7 +18,6 @@ from lora_ensemble.dicor.settings import MethodName, Similarity, Strategy
 from lora_ensemble.errors import UserError
 
 if TYPE_CHECKING:
-    from lora_ensemble.dicor.compare import Comparison
     from lora_ensemble.dicor.options import Options
     from lora_ensemble.pool import TaskPool
 
@@ -92,9 +91,9 @@ def _parser() -> Parser:
     apply = commands.add_parser(
         "apply",
         help="predictions of a chosen ensemble",
-        description="Write an ensemble's predictions in the course's leaderboard format.",
+        description="Write an ensemble's predictions: CSV, or for sst, quora and sts the course's leaderboard file.",
     )
-    apply.add_argument("--ensemble", type=Path, required=True, metavar="FILE", help="what dicor select wrote")
+    apply.add_argument("--ensemble", type=Path, required=True, metavar="FILE", help="what dicor select or export wrote")
     apply.add_argument("--split", choices=("dev", "test"), default="test", help="default: test")
     apply.add_argument("--output", type=Path, required=True, metavar="FILE", help="the predictions to write")
     apply.add_argument("--pool", type=Path, metavar="DIR", help="the pool, if it is no longer where the record says")
@@ -121,15 +120,9 @@ def _options(given: argparse.Namespace) -> Options:
     )
 
 
-def _compared(
-    task_pool: TaskPool, methods: Sequence[MethodName], options: Options, *, probabilities: bool = False
-) -> Comparison:
-    from lora_ensemble.dicor.compare import compare
-
-    comparison = compare(task_pool, methods, options, probabilities=probabilities)
-    for notice in comparison.notices:
-        print(f"dicor: notice: task {task_pool.name}: {notice}", file=sys.stderr)
-    return comparison
+def _say(task: str, notices: Sequence[str]) -> None:
+    for notice in notices:
+        print(f"dicor: notice: task {task}: {notice}", file=sys.stderr)
 
 
 def _head(task_pool: TaskPool) -> str:
@@ -146,6 +139,7 @@ def _score_name(task_pool: TaskPool) -> str:
 
 def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
+    from lora_ensemble.dicor.compare import compare
     from lora_ensemble.dicor.options import refuse_unheard
     from lora_ensemble.dicor.report import words
     from lora_ensemble.dicor.settings import DEFAULT_METHOD
@@ -156,7 +150,8 @@ def _select(given: argparse.Namespace) -> None:
         task_pool, options = TaskPool(given.pool, given.task), _options(given)
         method = given.method or DEFAULT_METHOD[task_pool.kind]
         refuse_unheard(options, [method])
-        comparison = _compared(task_pool, [method], options)
+        comparison = compare(task_pool, [method], options)
+        _say(given.task, comparison.notices)
         ensemble = record.make(comparison, method, folder=given.output.resolve().parent)
         f.write(ensemble.to_json())
     width = max(len(m.name) for m in ensemble.members)
@@ -173,7 +168,7 @@ def _select(given: argparse.Namespace) -> None:
 
 
 def _compare(given: argparse.Namespace) -> None:
-    from lora_ensemble.dicor.compare import overall, test_scores
+    from lora_ensemble.dicor.compare import compare, overall, test_scores
     from lora_ensemble.dicor.options import METHODS, refuse_unheard
     from lora_ensemble.dicor.settings import DEFAULT_METHOD
     from lora_ensemble.dicor.table import about, number, table, verdict
@@ -185,7 +180,7 @@ def _compare(given: argparse.Namespace) -> None:
         from lora_ensemble.dicor.report.facts import gather
 
         plots.check_folder(given.plots)
-    tasks = [given.task] if given.task else task_names(given.pool)
+    tasks = [given.task] if given.task is not None else task_names(given.pool)
     if not tasks:
         raise UserError(f"{given.pool}: no task in this folder; give the folder that training wrote")
     methods, options = given.method or list(METHODS), _options(given)
@@ -193,9 +188,10 @@ def _compare(given: argparse.Namespace) -> None:
     comparisons = {}
     for task in tasks:
         task_pool = TaskPool(given.pool, task)
-        comparison = comparisons[task] = _compared(task_pool, methods, options, probabilities=bool(given.plots))
+        comparison = comparisons[task] = compare(task_pool, methods, options, probabilities=bool(given.plots))
         found = comparison.estimates
         test = test_scores(comparison) if given.split == "test" else None
+        _say(task, comparison.notices)
         print(f"{_head(task_pool)}\n\n{table(found, _score_name(task_pool), test)}\n")
         default = DEFAULT_METHOD[task_pool.kind]
         method = default if default in found.of else list(found.of)[-1]
@@ -217,15 +213,17 @@ def _report(given: argparse.Namespace) -> None:
 
 def _apply(options: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
-    from lora_ensemble.dicor.apply import leaderboard, predict
+    from lora_ensemble.dicor.apply import predict, write_predictions
+    from lora_ensemble.dicor.located import locate
     from lora_ensemble.dicor.table import IN_SAMPLE, number
+    from lora_ensemble.tasks import one_label
 
     with record.whole(options.output) as f:
-        ensemble = record.read(options.ensemble)
-        pool = options.pool or options.ensemble.resolve().parent / ensemble.pool
-        prediction = predict(ensemble, pool, options.split)
-        f.writelines(leaderboard(ensemble, prediction.examples.ids, prediction.decided))
+        found = locate(options.ensemble, options.pool)
+        ensemble, prediction = found.ensemble, predict(found.ensemble, found.pool, options.split)
+        write_predictions(f, ensemble, prediction.examples.ids, prediction.decided)
     if prediction.score is not None:
+        _say(ensemble.task, one_label(prediction.examples.labels, ensemble.labels, f"{options.split} labels"))
         name = "Pearson r" if ensemble.kind == "regression" else "accuracy"
         print(f"{ensemble.task} {options.split} {name} {number(prediction.score)}")
         if options.split == "dev":

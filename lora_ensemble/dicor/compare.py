@@ -19,7 +19,7 @@ from lora_ensemble.dicor.options import Options, check, method_of
 from lora_ensemble.dicor.settings import MethodName
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import TaskPool
-from lora_ensemble.tasks import PRESETS, Kind, overall_score, score_decisions
+from lora_ensemble.tasks import PRESETS, Kind, one_label, overall_score, score_decisions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,7 @@ def compare(
 def test_scores(comparison: Comparison) -> dict[str, float]:
     """Method to the score, on the labelled test split, of what it chose on dev. NaN where r is undefined.
 
+    What is to be known of the test labels is added to the notices of the comparison.
     Raises ``UserError`` where the test labels are unknown or a member has no test logits.
     """
     dev_pool = comparison.task_pool
@@ -78,6 +79,7 @@ def test_scores(comparison: Comparison) -> dict[str, float]:
         raise UserError(
             f"{pool.pool / pool.name}: the test examples have no labels, so there is no score; leave out --split test"
         )
+    comparison.notices.extend(one_label(labels, pool.labels, "test labels"))
     ranks = {r.name: r.rank for r in pool.members}
     scores = comparison.estimates.scores
 

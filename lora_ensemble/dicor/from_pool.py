@@ -14,6 +14,7 @@ import numpy as np
 from lora_ensemble.dicor.members import Dev
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import DISTILLED, EPOCHS, TaskPool, logits_file, map_array, member_folder, read_array
+from lora_ensemble.tasks import one_label
 
 SMALL = 32_000_000
 
@@ -75,12 +76,13 @@ def dev_of(task_pool: TaskPool) -> Dev:
         epochs=[_epochs(task_pool, i) for i in range(len(records))],
         fingerprints=[r.files.get(file, r.name) for r in records],
     )
+    notices = [*dev.notices, *one_label(examples.labels, task_pool.labels, "dev labels")]
     students = sum(DISTILLED in r.settings for r in records)
     if not students:
-        return dev
+        return replace(dev, notices=notices)
     who, whose = ("1 member was", "its") if students == 1 else (f"{students} members were", "their")
     said = f"{who} distilled from an ensemble that was chosen on dev: {whose} scores flatter a little, honest ones too"
-    return replace(dev, notices=[*dev.notices, said])
+    return replace(dev, notices=[*notices, said])
 
 
 def _epochs(task_pool: TaskPool, i: int) -> np.ndarray | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_ensemble import __version__
 from lora_ensemble.dicor import truth
+from lora_ensemble.dicor.combine import voices
 from lora_ensemble.dicor.outputs import Form, Outputs, to_logits
 from lora_ensemble.dicor.sources import Source, by_column, read_sources
 from lora_ensemble.errors import UserError
@@ -30,7 +31,7 @@ from lora_ensemble.pool import (
     write_examples,
     write_member,
 )
-from lora_ensemble.tasks import PRESETS, Kind, Task, score
+from lora_ensemble.tasks import PRESETS, Kind, one_label, score
 
 IMPORTED = "imported"
 """The key of a record's settings that says where each split's logits came from."""
@@ -94,7 +95,6 @@ def import_predictions(request: Request) -> tuple[list[Imported], list[str]]:
 
     Importing the same again changes nothing. ``UserError`` where files, labels, pool and request do not fit together.
     """
-    Task(name=request.task, kind="regression", text=["text"])  # its name is a folder's name
     if request.columns and request.member_columns:
         raise UserError("--columns are one model's, --member-columns a model each; give one of them")
     sources = [
@@ -127,7 +127,8 @@ def import_predictions(request: Request) -> tuple[list[Imported], list[str]]:
         by_row=request.by_row,
     )
     preset = PRESETS[request.task].label if request.task in PRESETS else "label"
-    notices = [*found.notices, *(notice for source in sources for notice in source.notices)]
+    notices = [*found.notices, *one_label(found.examples.labels, found.labels, f"{request.split} labels")]
+    notices += [notice for source in sources for notice in source.notices]
     ready = []
     for name, source in zip(names, sources, strict=True):
         outputs = to_logits(
@@ -152,6 +153,11 @@ def import_predictions(request: Request) -> tuple[list[Imported], list[str]]:
             _write(one, found, request, print_, value, notices)
         if value is not None and math.isnan(value):
             notices.append(f"{one.name}: its predictions are constant, so that it has no score; it cannot be selected")
+        if value is not None and _is_truth(one.logits, found, value):
+            notices.append(
+                f"{one.name}: never wrong and always certain on {len(one.logits)} {request.split} examples: are these "
+                "the true labels, or did it learn from these examples? say which columns to take with --columns"
+            )
         done.append(
             Imported(
                 name=one.name,
@@ -194,6 +200,17 @@ def _name_of(source: Source, split: str) -> str:
 
 def _score(logits: np.ndarray, found: truth.Truth) -> float | None:
     return None if found.examples.labels is None else score(logits, found.examples.labels, found.kind)
+
+
+def _is_truth(logits: np.ndarray, found: truth.Truth, value: float) -> bool:
+    """Whether logits (N, C) say the true labels and nothing else: one answer for each class, values on a line."""
+    labels = found.examples.labels
+    if value < 1 - 1e-9 or labels is None:
+        return False
+    if found.kind == "regression":
+        return len(labels) > 2
+    answers = np.unique(voices(logits, found.kind).round(2), axis=0)
+    return len(answers) <= len(np.unique(labels)) < len(labels)
 
 
 def _is_there(one: _Ready, found: truth.Truth, request: Request) -> bool:

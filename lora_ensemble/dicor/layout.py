@@ -5,6 +5,8 @@ Axes: N rows, C outputs of the task, K columns.
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,16 +41,14 @@ def pick(
         return [ARRAY], []
     names = [name for name in source.columns if name != but]
     if kind != "regression" and not decisions:
-        sets, notice = _named_after(names, labels), ""
-        if not sets and (sets := _named_after(names, [str(i) for i in range(len(labels))])):
-            notice = f"{source.path.name}: columns {', '.join(sets[0])} are taken in the order of the labels: "
-            notice += ", ".join(labels)
-        if len(sets) > 1:
-            raise UserError(
-                f"{source.path}: columns {', '.join(sets[0])}, but also {', '.join(sets[1])}; say which with --columns"
-            )
-        if sets:
-            return sets[0], [notice] if notice else []
+        numbered = [str(i) for i in range(len(labels))]
+        by_label, by_number = _named_after(names, labels), _named_after(names, numbered)
+        # What stands before the label tells outputs from other columns of numbers.
+        for prefix, picked in [*by_label.items(), *by_number.items()]:
+            if prefix.rstrip("_-.: ").lower() in _PREFIXES:
+                _refuse_others(source, names, labels, prefix, picked, [*by_label.values(), *by_number.values()])
+                order = f"columns {', '.join(picked)} are taken in the order of the labels: {', '.join(labels)}"
+                return picked, [] if picked in by_label.values() else [f"{source.path.name}: {order}"]
     found = [n for n in names if n.lower() in _VALUE_NAMES] or [
         n for n in names if _is_value(source, n, labels, decisions)
     ]
@@ -67,17 +67,37 @@ def pick(
     return found, []
 
 
-def _named_after(names: Sequence[str], labels: Sequence[str]) -> list[list[str]]:
-    """Every full set of columns that are a prefix and a label."""
-    there = set(names)
-    sets = []
-    for name in names:
-        prefix = name.removesuffix(labels[0])
-        if name.endswith(labels[0]) and prefix.rstrip("_-.: ").lower() in _PREFIXES:
-            wanted = [prefix + label for label in labels]
-            if there.issuperset(wanted):
-                sets.append(wanted)
-    return sets
+def _named_after(names: Sequence[str], labels: Sequence[str]) -> dict[str, list[str]]:
+    """Every full set of columns that are some prefix and a label, by the prefix."""
+    prefixes = [name.removesuffix(labels[0]) for name in names if name.endswith(labels[0])]
+    sets = {prefix: [prefix + label for label in labels] for prefix in prefixes}
+    return {prefix: wanted for prefix, wanted in sets.items() if set(names).issuperset(wanted)}
+
+
+def _refuse_others(
+    source: Source, names: Sequence[str], labels: Sequence[str], prefix: str, picked: list[str], sets: list[list[str]]
+) -> None:
+    """``UserError`` where columns beside those picked could be outputs too: of a class, a model, or the truth."""
+    numbers = [name for name in names if name not in picked and _is_value(source, name, labels, False)]
+    other = next((one for one in sets if set(numbers).issuperset(one)), None)
+    if other is not None:
+        raise UserError(
+            f"{source.path}: columns {', '.join(picked)}, but also {', '.join(other)}; say which with --columns"
+        )
+
+    def is_output(name: str) -> bool:
+        # With nothing between prefix and label: p3, but not place. Lengths and folds are whole, outputs hardly ever.
+        apart = bool(prefix) and not prefix[-1].isalnum()
+        counts = not math.isnan(number(name.removeprefix(prefix)))
+        return apart or counts or any(number(str(cell)) % 1 > 0 for cell in source.columns[name])
+
+    extra = [name for name in numbers if name.startswith(prefix) and is_output(name)]
+    if extra:
+        what = f"column {extra[0]} is" if len(extra) == 1 else f"columns {', '.join(extra[:5])} are"
+        raise UserError(
+            f"{source.path}: {what} called after no label ({', '.join(labels)}); if there are other labels, name all "
+            f"with --label-names; if not, say --columns {shlex.join(picked)}"
+        )
 
 
 def _is_value(source: Source, name: str, labels: Sequence[str], decisions: bool) -> bool:

@@ -113,7 +113,10 @@ def _decided(source: Source, name: str, kind: Kind, labels: Sequence[str]) -> Ou
     decided = [to_class(cell) for cell in cells]
     bad = next((row for row, value in enumerate(decided) if value is None), None)
     if bad is not None:
-        raise UserError(f"{source.at(bad)}: {called(name)}{shown(cells[bad])}; expected one of {', '.join(labels)}")
+        raise UserError(
+            f"{source.at(bad)}: {called(name)}{shown(cells[bad])}; expected one of {', '.join(labels)}"
+            + ("; if there are others, name all with --label-names" if kind == "multiclass" else "")
+        )
     logits = np.eye(len(labels), dtype=np.float32)[np.array(decided, np.int64)]
     if kind == "binary":
         logits = logits[:, 1:] - logits[:, :1]

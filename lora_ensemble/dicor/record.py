@@ -22,7 +22,7 @@ from lora_ensemble.dicor.interval import LEVEL, Interval
 from lora_ensemble.dicor.settings import Strategy
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import check_name, logits_file
-from lora_ensemble.tasks import Kind
+from lora_ensemble.tasks import Kind, check_task_name
 
 SCHEMA = 2
 
@@ -227,6 +227,12 @@ def _check(ensemble: Ensemble) -> None:
     for key in ("task", "pool", "examples"):
         if not isinstance(getattr(ensemble, key), str):
             raise ValueError(f"{key} is {getattr(ensemble, key)!r}; expected text")
+    try:
+        check_task_name(ensemble.task)
+        for name in (ensemble.examples, *(member.name for member in ensemble.members)):
+            check_name(name)
+    except UserError as e:
+        raise ValueError(str(e)) from e
     labels = ensemble.labels
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"labels is {labels!r}; expected a list of texts")
@@ -245,10 +251,6 @@ def _check(ensemble: Ensemble) -> None:
     if len({member.name for member in ensemble.members}) < ensemble.size:
         raise ValueError("a member is there twice")
     for member in ensemble.members:
-        try:
-            check_name(member.name)
-        except UserError as e:
-            raise ValueError(str(e)) from e
         if not isinstance(member.score, int | float) or not isinstance(member.rank, int | None):
             raise ValueError(f"member {member.name}: score is {member.score!r}, rank is {member.rank!r}")
         for key, value in (("weight", member.weight), ("temperature", member.temperature)):

@@ -69,9 +69,9 @@ def run(given: argparse.Namespace, options: Options) -> None:
     refuse_unheard(options, methods)
     with record.whole(given.output) as f:
         comparison = compare(TaskPool(given.pool, given.task), methods, options, probabilities=True)
+        test = test_scores(comparison) if given.split == "test" else None
         for notice in comparison.notices:
             print(f"dicor: notice: task {given.task}: {notice}", file=sys.stderr)
-        test = test_scores(comparison) if given.split == "test" else None
         facts = gather(comparison, method_shown(comparison, given.method), test=test)
         text = page(facts, options)
         f.write(text)

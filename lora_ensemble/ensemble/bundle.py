@@ -12,7 +12,8 @@ from typing import Any
 from lora_ensemble import __version__, pool
 from lora_ensemble.base_model import load_classifier, load_tokenizer, longest_input
 from lora_ensemble.dicor import record
-from lora_ensemble.ensemble.folder import BASE, CONFIG, FORMAT, MEMBERS, RECORD, VERSION, Base
+from lora_ensemble.dicor.located import CONFIG, FORMAT, RECORD
+from lora_ensemble.ensemble.folder import BASE, MEMBERS, VERSION, Base
 from lora_ensemble.ensemble.single import save
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord

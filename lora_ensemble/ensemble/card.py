@@ -162,7 +162,10 @@ def _peft(name: str, task: Task, columns: Sequence[str], base: Base) -> str:
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-base = AutoModelForSequenceClassification.from_pretrained("{where}", num_labels={task.num_outputs})
+# A head that the base has for other classes is left aside: the adapter brings its own.
+base = AutoModelForSequenceClassification.from_pretrained(
+    "{where}", num_labels={task.num_outputs}, ignore_mismatched_sizes=True
+)
 model = PeftModel.from_pretrained(base, "{name}").eval()
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 print(model(**tokenizer({texts}, truncation=True, return_tensors="pt")).logits)  {meaning}"""
@@ -204,6 +207,7 @@ def _estimates(chosen: record.Ensemble, *, title: bool = True) -> str:
     else:
         how = "There were too few examples for an honest estimate. In-sample figures flatter: they are of the very dev "
         how += "set that was chosen on."
+    gains += [f"Notice: {notice}." for notice in chosen.notices]
     head = ["## How good it is"] if title else []
     return "\n\n".join([*head, "\n".join(rows), " ".join([*gains, how])])
 

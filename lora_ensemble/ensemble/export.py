@@ -132,20 +132,17 @@ def _member(args: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def _ensemble(args: argparse.Namespace, folder: Path) -> list[str]:
-    from lora_ensemble.dicor import record
-    from lora_ensemble.dicor.apply import chosen_record
+    from lora_ensemble.dicor.located import chosen_records, locate
     from lora_ensemble.ensemble import bundle, card
-    from lora_ensemble.ensemble.folder import CARD, find_bases, read_bases, record_file
+    from lora_ensemble.ensemble.folder import CARD, find_bases, read_bases
     from lora_ensemble.ensemble.restored import check_weights, text_columns
     from lora_ensemble.ensemble.single import known_columns
 
-    file = record_file(args.ensemble)
-    chosen = record.read(file)
-    home = file.resolve().parent
-    members = home / chosen.pool if args.pool is None else args.pool
-    records = [chosen_record(chosen, members, i) for i in range(chosen.size)]
+    found = locate(args.ensemble, args.pool)
+    chosen, members = found.ensemble, found.pool
+    records = chosen_records(chosen, members)
     check_weights(records, members)
-    bases = find_bases(records, read_bases(home))
+    bases = find_bases(records, read_bases(found, records))
     text = known_columns(chosen.task, chosen.kind, text_columns(records, members))
     if args.merge:
         return _merge(args, folder, chosen, members, records, text, bases)

@@ -10,7 +10,6 @@ README.md         the model card
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_ensemble.base_model import hub_id
+from lora_ensemble.dicor.located import CONFIG, Located, leads_out
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import MemberRecord
+from lora_ensemble.pool import RECORD as MEMBER
+from lora_ensemble.pool import MemberRecord, member_folder
 
-FORMAT, VERSION = "lora-ensemble", 1
-RECORD, CONFIG, MEMBERS, BASE, CARD = "dicor.json", "config.json", "members", "base", "README.md"
+VERSION = 1
+MEMBERS, BASE, CARD = "members", "base", "README.md"
 SIGNED = "lora-ensemble export"
 """Stands in every card: a folder whose card lacks it is never overwritten."""
 
@@ -39,42 +40,43 @@ class Base:
     revision: str | None = None
 
 
-def record_file(path: Path) -> Path:
-    """The ensemble's record, of an exported folder or as the file itself."""
-    return path / RECORD if path.is_dir() else path
+def read_bases(found: Located, records: Sequence[MemberRecord]) -> dict[str, Base]:
+    """The base models that an exported folder speaks of, by the name its members have for them; else none.
 
-
-def read_bases(folder: Path) -> dict[str, Base]:
-    """The base models that an exported folder speaks of, by the name its members have for them.
-
-    None where ``folder`` is not an exported one. ``UserError`` where its ``config.json`` is of a later version, or
-    names what is not in the folder.
+    ``records``: its members'. ``UserError`` where its ``config.json`` is of a later version or names what is not in the
+    folder, or where a member in it has a base model that is not named there.
     """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    # Somebody else's config.json may lie beside a dicor.json.
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config, path = found.config, found.home / CONFIG
+    if config is None:
         return {}
     if config.get("format_version") != VERSION:
         raise UserError(
             f"{path}: format_version is {config.get('format_version')!r}; this version of lora-ensemble reads {VERSION}"
         )
-    found = {}
+    bases = {}
     try:
         for name, entry in config["bases"].items():
             inside = entry["folder"]
-            if inside is not None and not (folder / inside).is_dir():
+            if leads_out(name):
+                raise UserError(f"{path}: a base model is called {name!r}; expected a name of the hub or of a folder")
+            if inside is not None and not (found.home / inside).is_dir():
                 raise UserError(
-                    f"{folder / inside}: missing, though {CONFIG} says that {name} lies there; copy it again"
+                    f"{found.home / inside}: missing, though {CONFIG} says that {name} lies there; copy it again"
                 )
-            where = name if inside is None else str((folder / inside).resolve())
-            found[name] = Base(name=name, where=where, on_hub=entry["on_hub"], revision=entry["revision"])
+            # transformers would load an adapter and the base model that it names, or weights out of a pickle.
+            for odd in ("adapter_config.json", "pytorch_model*") if inside is not None else ():
+                if there := next((found.home / inside).glob(odd), None):
+                    raise UserError(f"{there}: no file that an export writes; delete it, or get the folder elsewhere")
+            where = name if inside is None else str((found.home / inside).resolve())
+            bases[name] = Base(name=name, where=where, on_hub=entry["on_hub"], revision=entry["revision"])
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: damaged ({type(e).__name__}: {e}); export again") from e
-    return found
+    # A folder of the reader's, or another model of the hub, is nothing that an export writes there.
+    other = next((r for r in records if found.inside and r.base_model not in {None, *bases}), None)
+    if other is not None:
+        where = member_folder(found.pool, other.task, other.name) / MEMBER
+        raise UserError(f"{where}: base_model is {other.base_model!r}, which {CONFIG} does not name; export it again")
+    return bases
 
 
 def find_bases(records: Sequence[MemberRecord], known: Mapping[str, Base]) -> dict[str, Base]:

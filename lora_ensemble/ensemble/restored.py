@@ -29,9 +29,9 @@ from lora_ensemble import pool
 from lora_ensemble.bank_io import member_of, restore_members
 from lora_ensemble.base_model import load_classifier, load_tokenizer, longest_input
 from lora_ensemble.dicor import record
-from lora_ensemble.dicor.apply import chosen_record
 from lora_ensemble.dicor.choice import probabilities
-from lora_ensemble.ensemble.folder import Base, read_bases, record_file
+from lora_ensemble.dicor.located import chosen_records, locate
+from lora_ensemble.ensemble.folder import Base, read_bases
 from lora_ensemble.errors import UserError
 from lora_ensemble.model import Bank
 from lora_ensemble.pool import MemberRecord
@@ -89,14 +89,12 @@ class Ensemble:
         """
         if precision not in get_args(Precision):
             raise UserError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
-        file = record_file(Path(path))
-        chosen = record.read(file)
-        home = file.resolve().parent
-        folder = home / chosen.pool if pool is None else Path(pool)
+        found = locate(Path(path), None if pool is None else Path(pool))
+        chosen, folder = found.ensemble, found.pool
         where = _device(device)
-        records = [chosen_record(chosen, folder, i) for i in range(chosen.size)]
+        records = chosen_records(chosen, folder)
         check_weights(records, folder)
-        bases = read_bases(home)
+        bases = read_bases(found, records)
         text = text_columns(records, folder)
         task = Task(name=chosen.task, kind=chosen.kind, text=text or ["text"], label_names=chosen.labels)
         together: dict[Any, list[int]] = {}

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import Kind
+from lora_ensemble.tasks import Kind, check_task_name
 
 SCHEMA = 1
 RECORD = "member.json"
@@ -115,8 +115,9 @@ class MemberRecord:
             if type(value) not in plain and not _fits(value, hint):
                 expected = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
                 raise UserError(f"{path}: {key} is {value!r}; expected {expected}")
-        if any("/" in name or "\\" in name for name in record.files):
-            raise UserError(f"{path}: files holds a path; expected names of files in the same folder")
+        for key, names in (("files", record.files), ("examples", record.examples.values())):
+            if any("/" in name or "\\" in name for name in names):
+                raise UserError(f"{path}: {key} holds a path; expected names of files in the same folder")
         task, folder = path.parts[-3:-1]
         if record.name != folder.removeprefix(NEW).removeprefix(OLD):
             raise UserError(f"{path}: name is {record.name!r}, but the folder is {folder!r}")
@@ -188,6 +189,7 @@ def _label_type(labels: np.ndarray) -> str:
 
 def examples_file(pool: Path, task: str, split: str, print_: str) -> Path:
     """Where the examples of a split lie that have this fingerprint."""
+    check_task_name(task)
     return Path(pool) / task / EXAMPLES / f"{split}-{print_}.npz"
 
 

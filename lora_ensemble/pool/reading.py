@@ -21,6 +21,7 @@ from lora_ensemble.pool.contract import (
     RECORD,
     Examples,
     MemberRecord,
+    check_name,
     checksum,
     checksum_of,
     logits_file,
@@ -28,11 +29,13 @@ from lora_ensemble.pool.contract import (
     read_examples,
 )
 from lora_ensemble.pool.swap import no_swap
-from lora_ensemble.tasks import Kind
+from lora_ensemble.tasks import Kind, check_task_name
 
 
 def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
     """A member's record, or None where there is no such member."""
+    check_task_name(task)
+    check_name(name)
     home = Path(pool) / task
     with no_swap(home):
         return MemberRecord.read(home / name / RECORD) if (home / name).is_dir() else None
@@ -43,6 +46,7 @@ def read_records(pool: Path, task: str, names: Sequence[str] | None = None) -> l
 
     None where there is no such task.
     """
+    check_task_name(task)
     home = Path(pool) / task
     if not home.is_dir():
         return []
@@ -164,6 +168,7 @@ class TaskPool:
     """
 
     def __init__(self, pool: str | Path, task: str, *, split: str = "dev") -> None:
+        check_task_name(task)
         self.pool, self.name, self.split = Path(pool), task, split
         home = self.pool / task
         if not home.is_dir():

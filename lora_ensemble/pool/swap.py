@@ -25,6 +25,7 @@ import numpy as np
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool.contract import LOCK, NEW, OLD, RECORD, SWEEP, MemberRecord, check_name, checksum, checksum_of
+from lora_ensemble.tasks import check_task_name
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
@@ -61,6 +62,7 @@ def write_members(
     """
     written: dict[str, MemberRecord] = {}
     for member in members:
+        check_task_name(member.record.task)
         check_name(member.record.name)
     for task in dict.fromkeys(m.record.task for m in members):
         home = Path(pool) / task

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_ensemble.dicor import record
-from lora_ensemble.dicor.apply import leaderboard
 from lora_ensemble.dicor.apply import predict as decide
+from lora_ensemble.dicor.apply import write_predictions
 from lora_ensemble.dicor.compare import Comparison, compare
 from lora_ensemble.dicor.estimate import Estimate
 from lora_ensemble.dicor.options import Options
@@ -109,7 +109,7 @@ def _test_predictions(
     prediction = decide(ensemble, pool, "test")
     file = output / f"{name}-test.csv"
     with record.whole(file) as f:
-        f.writelines(leaderboard(ensemble, prediction.examples.ids, prediction.decided))
+        write_predictions(f, ensemble, prediction.examples.ids, prediction.decided)
     return file, prediction.score
 
 
