@@ -150,8 +150,9 @@ def load_classifier(
 
 _DECIDING = (
     *("model_type", "hidden_act", "hidden_activation", "activation", "layer_norm_eps", "norm_eps", "pad_token_id"),
-    *("num_attention_heads", "n_heads", "max_position_embeddings", "local_attention"),
-    *("relative_attention", "max_relative_positions", "position_buckets", "pos_att_type", "norm_rel_ebd"),
+    *("num_attention_heads", "n_heads", "max_position_embeddings", "local_attention", "relative_attention"),
+    *("max_relative_positions", "position_buckets", "pos_att_type", "norm_rel_ebd"),
+    *("pooler_hidden_act", "classifier_activation"),
 )
 """What a configuration may change of an encoder's answers though its weights stay."""
 

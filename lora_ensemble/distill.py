@@ -189,8 +189,9 @@ class Distillation:
 
     def _ask(self, texts: list[tuple[str, ...]], task: Task, trainer: pl.Trainer, precision: Any) -> np.ndarray:
         device = trainer.strategy.root_device
-        how = {"device": str(device), "precision": precision, "any_base": self.any_base}
-        ensemble = Ensemble.load(self.path, pool=self.pool, **how)
+        ensemble = Ensemble.load(
+            self.path, pool=self.pool, device=str(device), precision=precision, any_base=self.any_base
+        )
         if ensemble.text and ensemble.text != task.text:
             raise UserError(
                 f"--ensemble: its members read {', '.join(ensemble.text)}, task {task.name!r} {', '.join(task.text)}"

@@ -57,8 +57,13 @@ def run(args: Sequence[str]) -> int:
         from lora_ensemble.ensemble.restored import Ensemble
         from lora_ensemble.precision import advice
 
-        how = {"device": given.device, "precision": given.precision, "any_base": given.any_base}
-        ensemble = Ensemble.load(given.ensemble, pool=given.pool, **how)
+        ensemble = Ensemble.load(
+            given.ensemble,
+            pool=given.pool,
+            device=given.device,
+            precision=given.precision,
+            any_base=given.any_base,
+        )
         if note := advice(given.precision, ensemble.device.type, instead="--precision 32"):
             print(note, file=sys.stderr)
         if given.probabilities and ensemble.record.kind == "regression":

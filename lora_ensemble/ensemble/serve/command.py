@@ -37,8 +37,9 @@ def run(argv: Sequence[str]) -> int:
             batch=args.max_batch,
             waiting=args.max_waiting,
         )
-        how = {"device": args.device, "precision": args.precision, "any_base": args.any_base}
-        ensemble = Ensemble.load(args.ensemble, pool=args.pool, **how)
+        ensemble = Ensemble.load(
+            args.ensemble, pool=args.pool, device=args.device, precision=args.precision, any_base=args.any_base
+        )
         if note := advice(args.precision, ensemble.device.type, instead="--precision 32"):
             print(note, file=sys.stderr)
         columns = _columns(ensemble.text, args.columns, ensemble.record.task, ensemble.record.kind)
