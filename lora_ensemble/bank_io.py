@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,14 @@ import torch
 from torch import Tensor
 
 from lora_ensemble import pool
+from lora_ensemble.base_model import (
+    base_difference,
+    encoder_fingerprint,
+    load_classifier,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    way_back,
+)
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import Adapter, Member, from_peft, peft_config, peft_tensors
 from lora_ensemble.model import Bank
@@ -60,11 +71,54 @@ def member_of(record: pool.MemberRecord) -> Member:
     )
 
 
-def restore_members(bank: Bank, folder: Path, *, base_model: str) -> None:
+@functools.cache  # once, however many members, banks and tasks there are
+def say_unknown_base(where: str) -> None:
+    """The notice that an earlier version did not record what the base model was."""
+    said = "an earlier version did not record which base model it was: whether it is this one cannot be checked"
+    print(f"lora-ensemble: notice: {where}: {said}", file=sys.stderr)
+
+
+def check_base(records: Sequence[pool.MemberRecord], folder: Path, here: Mapping[str, Any]) -> None:
+    """``UserError`` for a member of the pool at ``folder`` that was trained over another base model.
+
+    ``here``: the fingerprint of the one that is here.
+    """
+    for r in records:
+        if not r.base_fingerprint:
+            say_unknown_base(str(folder))
+        # A fully fine-tuned member brings the whole encoder.
+        but = ["weights"] if r.finetune == "full" else []
+        if difference := base_difference(r.base_fingerprint, here, but=but):
+            where = pool.member_folder(folder, r.task, r.name)
+            raise UserError(f"{where}: trained over another {r.base_model}: {difference}; {way_back(r.revision)}")
+
+
+def load_base(
+    records: Sequence[pool.MemberRecord],
+    folder: Path,
+    where: str,
+    revision: str | None,
+    *,
+    outputs: int,
+    any_base: bool,
+) -> tuple[Any, set[str], Any]:
+    """The base model of members of the pool at ``folder``: as ``load_classifier`` gives it, and its tokeniser.
+
+    ``UserError`` where it cannot be loaded, or, unless ``any_base``, is not the one that they were trained over.
+    """
+    tokenizer = load_tokenizer(where, revision)
+    frozen = any(r.finetune != "full" for r in records)
+    classifier, fresh = load_classifier(where, num_labels=outputs, revision=revision, frozen=frozen)
+    if not any_base:
+        check_base(records, folder, encoder_fingerprint(classifier, fresh) | tokenizer_fingerprint(tokenizer))
+    return classifier, fresh, tokenizer
+
+
+def restore_members(bank: Bank, folder: Path, *, base_model: str, fingerprint: Mapping[str, Any] | None = None) -> None:
     """Fill a bank with its members' best weights from the pool at ``folder``.
 
-    ``UserError`` where a member is missing, has another base model or other settings, or comes from different runs or
-    epochs in several tasks.
+    ``fingerprint``: the base model's, to be checked. ``UserError`` where a member is missing, has another base model or
+    other settings, or comes from different runs or epochs in several tasks.
     """
     for index, member in enumerate(bank.members):
         heads: dict[str, dict[str, Tensor]] = {}
@@ -76,6 +130,8 @@ def restore_members(bank: Bank, folder: Path, *, base_model: str) -> None:
                 raise UserError(f"{where}: no such member; train it first, or set --pool.dir or --ckpt_path")
             if record.base_model != base_model:
                 raise UserError(f"{where}: its base model is {record.base_model}; model.base_model is {base_model}")
+            if fingerprint is not None:
+                check_base([record], folder, fingerprint)
             given = {
                 "finetune": "full" if bank.train_encoder else "lora",
                 **{key: getattr(member, key) for key in ("rank", "scaling", "targets")},

@@ -45,13 +45,15 @@ from lora_ensemble.ray_sweep import RayOptions
 from lora_ensemble.restart import BankTrainer, RunCheckpoint
 from lora_ensemble.sweep import Sweep
 
-# Trainer settings that do not change what a run trains, so that it may be resumed with others.
+# Settings that do not change what a run trains, so that it may be resumed with others. Another revision of the base
+# model does, but a run that began with the newest goes on with the one that it recorded.
 _NOT_THE_RUN = {
     *("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps", "devices", "num_nodes", "accelerator"),
     *("strategy", "logger", "callbacks", "log_every_n_steps", "enable_progress_bar", "enable_model_summary"),
     *("enable_checkpointing", "default_root_dir", "profiler", "num_sanity_val_steps", "fast_dev_run", "barebones"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "inference_mode", "detect_anomaly"),
     *("check_val_every_n_epoch", "val_check_interval"),
+    "revision",
 }
 
 
@@ -116,6 +118,7 @@ class CLI(LightningCLI):
             "others wait for their turn, in banks of their own.",
         )
         parser.link_arguments("model.base_model", "data.base_model")
+        parser.link_arguments("model.revision", "data.revision")
         parser.link_arguments("data.seed", "model.seed")
         parser.link_arguments("data.tasks", "model.tasks", apply_on="instantiate")
 
@@ -149,14 +152,18 @@ class CLI(LightningCLI):
             ensemble_pool=given.ensemble_pool,
             unlabelled=[given.unlabelled] if isinstance(given.unlabelled, str) else given.unlabelled or [],
             soft_weight=given.soft_weight,
+            any_base=given.pool.any_base,
         )
+        defaults = self._distillation.defaults()
         try:
-            self._parser("distill").set_defaults(self._distillation.defaults())
+            self._parser("distill").set_defaults(defaults)
         except ArgumentError as e:
             reason = " ".join(str(e).split())
             raise UserError(f"--ensemble: its best member has settings that are none ({reason})") from e
         super().parse_arguments(parser, args)
         model = self.config.distill.model
+        if model.base_model != defaults.get("model.base_model") and model.revision == defaults.get("model.revision"):
+            model.revision = self.config.distill.data.revision = None  # the ensemble's is of its own base model
         entries = None if model.members is None else [MemberConfig(**vars(entry)) for entry in model.members]
         students = self._distillation.named(entries, finetune=model.finetune)
         model.members = tuple(Namespace(**dataclasses.asdict(s)) for s in students)
@@ -213,7 +220,7 @@ class CLI(LightningCLI):
         """A Trainer whose checkpoints go to ``folder``; ``whole``: for all members, so that it prints the table."""
         config = self.config[self.subcommand]
         given = self._get(self.config_init, "pool")
-        writer = PoolWriter(str(given.dir), given.overwrite)
+        writer = PoolWriter(str(given.dir), given.overwrite, given.any_base)
         writer.run, writer.resumed, writer.summarise = self.run_dir.name, resumed, whole
         saves = self._trains and self._writes_checkpoints(config)
         writer.replaced = self.run_dir / "replaced" if saves else None
@@ -282,6 +289,8 @@ class CLI(LightningCLI):
             bank: Train this bank of the plan alone, counted from 1: for an array of jobs. Then sweep once more.
             ray: Train the banks as tasks of a Ray cluster.
         """
+        # Whoever trains a bank elsewhere has the base model of this process, though the hub's newest be another there.
+        self.config["sweep"].model.revision = model.revision
         train = None
         if plan_only:
             train = ray_sweep.planned
@@ -363,7 +372,7 @@ class CLI(LightningCLI):
         """The same settings give the same name, so that ``--ckpt_path last`` finds the run that they began."""
         plain = json.loads(self._parser(self.subcommand).dump(config, format="json", skip_none=False))
         what = {
-            "model": plain["model"],
+            "model": {k: v for k, v in plain["model"].items() if k not in _NOT_THE_RUN},
             "data": {k: v for k, v in plain["data"].items() if k not in ("eval_batch_size", "predict_split")},
             "trainer": {k: v for k, v in plain["trainer"].items() if k not in _NOT_THE_RUN},
         }

@@ -8,6 +8,7 @@ Axes: N examples of a split, B examples in a batch, T tokens of all of them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from lora_ensemble.base_model import load_tokenizer, longest_input
+from lora_ensemble.base_model import load_tokenizer, longest_input, tokenizer_fingerprint
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import derived_seed
 from lora_ensemble.notices import say
@@ -159,6 +160,7 @@ class BankData(pl.LightningDataModule):
         steps_per_epoch: int | Literal["longest", "shortest"] = "longest",
         seed: int = 11711,
         predict_split: Literal["train", "dev", "test"] = "test",
+        revision: str | None = None,
     ) -> None:
         """
         Args:
@@ -172,9 +174,10 @@ class BankData(pl.LightningDataModule):
                 the shortest is; or a number of steps, each epoch going on where the last one stopped.
             seed: Orders the batches; all members share the order.
             predict_split: Which split ``predict`` adds to the pool.
+            revision: Of the base model (taken from ``model.revision``).
         """
         super().__init__()
-        self.base_model, self.root = base_model, None if root is None else Path(root)
+        self.base_model, self.revision, self.root = base_model, revision, None if root is None else Path(root)
         self.tasks = resolve_tasks(tasks)
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
@@ -218,7 +221,7 @@ class BankData(pl.LightningDataModule):
     def _read(self, task: Task, split: str, *, need_labels: bool) -> TokenisedSplit:
         raw = read_split(task, split, self.root, need_labels=need_labels)
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.base_model)
+            self._tokenizer = load_tokenizer(self.base_model, self.revision)
         limit = self._limit()
         tokenised = TokenisedSplit(raw, self._tokenizer, max_length=limit)
         tokenised.notices += one_label(raw.labels, task.labels)
@@ -230,6 +233,11 @@ class BankData(pl.LightningDataModule):
                 tokenised.notices.append(f"{shared} of {len(raw.ids)} examples also stand in train")
         say("\n  ".join([f"{task.name} {split}: {len(tokenised)} examples", *tokenised.notices]))
         return tokenised
+
+    @functools.cached_property
+    def tokenizer_fingerprint(self) -> dict[str, str]:
+        """What tells the tokeniser from others, once a split was read."""
+        return tokenizer_fingerprint(self._tokenizer)
 
     def texts(self, split: str, task: str) -> Split:
         """The train or dev split of a task as it was read."""
@@ -249,7 +257,7 @@ class BankData(pl.LightningDataModule):
         self.splits["train"][task], self.taught = taught, how
 
     def _limit(self) -> int:
-        most = longest_input(self.base_model, self._tokenizer)
+        most = longest_input(self.base_model, self._tokenizer, self.revision)
         if self.max_length is not None and self.max_length > most:
             raise UserError(f"data.max_length: {self.max_length}; {self.base_model} takes at most {most} tokens")
         return self.max_length or most

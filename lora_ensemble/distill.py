@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lora_ensemble import pool
+from lora_ensemble.base_model import on_hub
 from lora_ensemble.data import BankData
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.choice import probabilities
@@ -51,17 +52,23 @@ class Distillation:
     """What the students of a run learn from.
 
     ``ensemble``: the record that ``dicor select`` wrote. ``ensemble_pool``: where its members are, if no longer where
-    it says. ``unlabelled``: files with the task's text columns. ``soft_weight``: λ. Raises ``UserError`` where a file
-    cannot be read or λ is not from 0 to 1.
+    it says. ``unlabelled``: files with the task's text columns. ``soft_weight``: λ. ``any_base``: as
+    ``Ensemble.load``. Raises ``UserError`` where a file cannot be read or λ is not from 0 to 1.
     """
 
     def __init__(
-        self, ensemble: str, *, ensemble_pool: str | None, unlabelled: Sequence[str], soft_weight: float
+        self,
+        ensemble: str,
+        *,
+        ensemble_pool: str | None,
+        unlabelled: Sequence[str],
+        soft_weight: float,
+        any_base: bool = False,
     ) -> None:
         if not 0 <= soft_weight <= 1:
             raise UserError(f"--soft_weight: {soft_weight}; expected 0 (the labels alone) to 1 (the ensemble alone)")
         self.path, self.unlabelled, self.soft_weight = Path(ensemble), [Path(u) for u in unlabelled], soft_weight
-        self._elsewhere = Path(ensemble_pool) if ensemble_pool else None
+        self._elsewhere, self.any_base = Path(ensemble_pool) if ensemble_pool else None, any_base
         found = locate(self.path, self._elsewhere)
         self.record, self.pool = found.ensemble, found.pool
         try:
@@ -88,6 +95,8 @@ class Distillation:
         if trained:
             best = max(adapted or trained, key=lambda pair: pair[0])[1]
             options["model.base_model"] = best.base_model
+            if best.revision is not None and best.base_model is not None and on_hub(best.base_model):
+                options["model.revision"] = best.revision
             if adapted:
                 options |= _settings(best)
         return options
@@ -165,7 +174,7 @@ class Distillation:
     def _asked(self, texts: list[tuple[str, ...]], task: Task, trainer: pl.Trainer, keep: Path | None) -> np.ndarray:
         """What the ensemble says of the texts, (N + U, C) or (N + U,), from ``keep`` if it was asked before."""
         precision = "bf16" if str(trainer.precision).startswith("bf16") else "32"
-        if keep is None:
+        if keep is None or self.any_base:  # what another base model says is kept for nobody
             return self._ask(texts, task, trainer, precision)
         what = [_identity(self.record), precision, texts]
         file = keep / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npy"
@@ -181,7 +190,9 @@ class Distillation:
 
     def _ask(self, texts: list[tuple[str, ...]], task: Task, trainer: pl.Trainer, precision: Any) -> np.ndarray:
         device = trainer.strategy.root_device
-        ensemble = Ensemble.load(self.path, pool=self._elsewhere, device=str(device), precision=precision)
+        ensemble = Ensemble.load(
+            self.path, pool=self._elsewhere, device=str(device), precision=precision, any_base=self.any_base
+        )
         if ensemble.text and ensemble.text != task.text:
             raise UserError(
                 f"--ensemble: its members read {', '.join(ensemble.text)}, task {task.name!r} {', '.join(task.text)}"

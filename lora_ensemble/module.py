@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_ensemble.base_model import hub_id, load_classifier
+from lora_ensemble.bank_io import say_unknown_base
+from lora_ensemble.base_model import (
+    base_difference,
+    commit_of,
+    encoder_fingerprint,
+    hub_id,
+    load_classifier,
+    on_hub,
+    way_back,
+)
 from lora_ensemble.errors import UserError
 from lora_ensemble.frozen import FrozenReads
 from lora_ensemble.lora import Member, MemberConfig, derived_seed, entry_of, expand_members
@@ -83,6 +92,7 @@ class BankModule(pl.LightningModule):
         schedule: Literal["constant", "linear", "cosine"] = "constant",
         warmup: float = 0.0,
         seed: int = 11711,
+        revision: str | None = None,
     ) -> None:
         """
         Args:
@@ -99,6 +109,8 @@ class BankModule(pl.LightningModule):
             schedule: Learning rate over the run, after the warm-up: constant, or linear or cosine decay to zero.
             warmup: Linear warm-up from zero: a fraction of all steps if below 1, otherwise a number of steps.
             seed: Seed of the dropout masks (taken from ``data.seed``).
+            revision: Commit, branch or tag of a base model of the hub; null for the newest. Not part of a run's name,
+                so that a run can go on with it.
         """
         super().__init__()
         self.tasks, self.base_model, self.finetune, self.seed = tasks, base_model, finetune, seed
@@ -120,9 +132,21 @@ class BankModule(pl.LightningModule):
             if p is not None and not 0 <= p < 1:
                 raise UserError(f"model.{name}: {p}; expected a probability from 0 to below 1")
         self.weight_decay, self.schedule, self.warmup = weight_decay, schedule, warmup
+        if revision is not None and not on_hub(base_model):
+            raise UserError(f"model.revision: {revision}; {base_model} is a folder here, which has none; leave it out")
+        self.revision = commit_of(base_model, revision)
+        """The hub's commit of the base model, where it has one: what all banks of the run get."""
         classifier, fresh = load_classifier(
-            base_model, num_labels=tasks[0].num_outputs, head_dropout=head_dropout, encoder_dropout=encoder_dropout
+            base_model,
+            num_labels=tasks[0].num_outputs,
+            revision=self.revision,
+            frozen=finetune == "lora",
+            head_dropout=head_dropout,
+            encoder_dropout=encoder_dropout,
         )
+        self._encoder_fingerprint = encoder_fingerprint(classifier, fresh)
+        self.any_base = False
+        """Whether to go on from a checkpoint over another base model; set by the pool's writer."""
         self.bank = Bank(
             classifier,
             members=self.members,
@@ -147,8 +171,13 @@ class BankModule(pl.LightningModule):
             members=tuple(entry_of(m) for m in members),
             finetune=self.finetune,
             seed=self.seed,
+            revision=self.revision,
             **self.training_settings,
         )
+
+    def base_fingerprint(self, data: Any) -> dict[str, Any]:
+        """What tells the base model from others, before it was trained; ``data``: a BankData that has read a split."""
+        return self._encoder_fingerprint | data.tokenizer_fingerprint
 
     # Training
 
@@ -365,16 +394,25 @@ class BankModule(pl.LightningModule):
         """Keep only what is trained; the encoder is the base model's."""
         trained = {n for n, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
-        checkpoint["bank"] = self._signature()
+        base = {"revision": self.revision, "base_fingerprint": self.base_fingerprint(self.trainer.datamodule)}
+        checkpoint["bank"] = self._signature() | base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """``UserError`` where the checkpoint is another bank's."""
+        """``UserError`` where the checkpoint is another bank's, or one over another base model."""
         found, expected = checkpoint.get("bank", {}), self._signature()
         for key, value in expected.items():
             if found.get(key) != value:
                 raise UserError(
                     f"--ckpt_path: the checkpoint is another bank's ({key} differs); give the settings it was made with"
                 )
+        then, now = found.get("base_fingerprint", {}), self.base_fingerprint(self.trainer.datamodule)
+        if not then:
+            say_unknown_base("--ckpt_path")
+        if not self.any_base and (difference := base_difference(then, now)):
+            raise UserError(
+                f"--ckpt_path: the checkpoint was trained over another {self.base_model}: {difference}; "
+                f"{way_back(found['revision'])}"
+            )
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what was trained; the frozen rest may be missing, nothing else may."""

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lora_ensemble import pool
 from lora_ensemble.bank_io import restore_members, weight_files
-from lora_ensemble.base_model import hub_id
+from lora_ensemble.base_model import base_difference, hub_id, way_back
 from lora_ensemble.data import BankData
 from lora_ensemble.errors import Interrupted, UserError
 from lora_ensemble.module import BankModule
@@ -46,13 +46,14 @@ _WAY_OUT = "choose another --pool.dir, give the member another name, or set --po
 class PoolWriter(pl.Callback):
     """Puts a member that improved on dev into the pool; restores members for validate, test and predict."""
 
-    def __init__(self, dir: str = "checkpoints/pool", overwrite: bool = False) -> None:
+    def __init__(self, dir: str = "checkpoints/pool", overwrite: bool = False, any_base: bool = False) -> None:
         """
         Args:
             dir: The pool's folder.
             overwrite: Replace members that are already there, finished or of other settings.
+            any_base: Use members and checkpoints although the base model is no longer the one they were trained over.
         """
-        self.dir, self.overwrite = Path(dir), overwrite
+        self.dir, self.overwrite, self.any_base = Path(dir), overwrite, any_base
         self.run = ""
         """Name of the run, set by the command line; it ties one member's folders in several tasks."""
         self.replaced: Path | None = None
@@ -102,12 +103,13 @@ class PoolWriter(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the pool before an hour is spent; restore the members where nothing else was asked for."""
         assert isinstance(pl_module, BankModule)
-        self._tasks = pl_module.tasks
+        self._tasks, pl_module.any_base = pl_module.tasks, self.any_base
         if stage == "fit":
             if not trainer.fast_dev_run:
                 self._check_pool(trainer, trainer.datamodule, pl_module)
         elif not self.resumed:
-            restore_members(pl_module.bank, self.dir, base_model=hub_id(pl_module.base_model))
+            here = None if self.any_base else pl_module.base_fingerprint(trainer.datamodule)
+            restore_members(pl_module.bank, self.dir, base_model=hub_id(pl_module.base_model), fingerprint=here)
             self._restored = True
 
     def _check_pool(self, trainer: pl.Trainer, data: BankData, module: BankModule) -> None:
@@ -133,11 +135,13 @@ class PoolWriter(pl.Callback):
         if self.overwrite:
             return there
         number: Counter[str] = Counter()
-        for task, wanted in self._records(trainer, data, module).items():
-            expected = {record.name: record for record in wanted}
+        for task, records in self._records(trainer, data, module).items():
+            expected = {record.name: record for record in records}
             for found in pool.read_records(self.dir, task, list(expected)):
-                difference = _difference(found, expected[found.name], resumed=resumed and found.run == self.run)
-                where = pool.member_folder(self.dir, task, found.name)
+                where, wanted = pool.member_folder(self.dir, task, found.name), expected[found.name]
+                difference = _difference(found, wanted, resumed=resumed and found.run == self.run)
+                if not self.any_base and (base := base_difference(found.base_fingerprint, wanted.base_fingerprint)):
+                    difference = difference or f"base_fingerprint: {base}; {way_back(found.revision)}"
                 if difference:
                     raise UserError(
                         f"{where}: holds a member of this name with other settings ({difference}); {_WAY_OUT}"
@@ -180,7 +184,8 @@ class PoolWriter(pl.Callback):
                 "text": task.text,
                 "train_fingerprint": train[task.name].fingerprint,
                 "base_model": hub_id(module.base_model),
-                "revision": getattr(module.bank.config, "_commit_hash", None),
+                "revision": module.revision,
+                "base_fingerprint": module.base_fingerprint(data),
                 "finetune": module.finetune,
                 "settings": settings,
                 "run": self.run,

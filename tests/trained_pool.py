@@ -14,7 +14,7 @@ import torch
 from pool_factory import LABELS, random_labels
 
 from lora_ensemble.bank_io import weight_files
-from lora_ensemble.base_model import load_classifier
+from lora_ensemble.base_model import encoder_fingerprint, load_classifier, load_tokenizer, tokenizer_fingerprint
 from lora_ensemble.families import accepts_token_types
 from lora_ensemble.lora import MemberConfig, expand_members
 from lora_ensemble.model import Bank
@@ -56,6 +56,7 @@ def write_pool(
     texts, labels = texts_of(n, columns), random_labels(kind, n)
     members = expand_members(list(entries), finetune=finetune)
     classifier, fresh = load_classifier(str(base), num_labels=task.num_outputs)
+    fingerprint = encoder_fingerprint(classifier, fresh) | tokenizer_fingerprint(load_tokenizer(str(base)))
     bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=finetune == "full")
     with torch.no_grad():
         generator = torch.Generator().manual_seed(len(members))
@@ -79,6 +80,7 @@ def write_pool(
             examples={"dev": print_},
             text=task.text,
             base_model=str(base),
+            base_fingerprint=fingerprint,
             finetune=finetune,
             rank=member.rank,
             scaling=member.scaling,

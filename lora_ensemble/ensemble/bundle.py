@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_ensemble import __version__, pool
-from lora_ensemble.base_model import load_classifier, load_tokenizer, longest_input
+from lora_ensemble.bank_io import load_base
+from lora_ensemble.base_model import load_tokenizer, longest_input
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.located import CONFIG, FORMAT, RECORD
 from lora_ensemble.ensemble.folder import BASE, MEMBERS, VERSION, Base
@@ -33,12 +34,14 @@ def write_ensemble(
     bases: Mapping[str, Base],
     with_base: bool,
     with_examples: bool,
+    any_base: bool = False,
 ) -> None:
     """Fill the empty folder ``target`` with the ensemble ``chosen`` from the pool at ``folder``.
 
     ``text``: the columns that it reads, if known. ``bases``: the members' base models (``find_bases``). ``with_base``:
     also their weights and tokenisers; without, a local one is a ``UserError``. ``with_examples``: also ids and labels
-    of dev. Raises ``UserError`` naming what is missing or damaged.
+    of dev. Raises ``UserError`` naming what is missing or damaged, and, unless ``any_base``, for weights of a base
+    model that are not those that a member was trained over.
     """
     local = [base.name for base in bases.values() if not base.on_hub]
     if local and not with_base:
@@ -54,13 +57,14 @@ def write_ensemble(
         (target / MEMBERS / name).parent.mkdir()
         shutil.copyfile(folder / name, target / MEMBERS / name)
     entries: dict[str, Any] = {}
-    for base in bases.values():
+    for called, base in bases.items():
         inside = f"{BASE}/{_folder_name(base.name, entries)}" if with_base else None
         if inside is not None:
+            over = [r for r in records if r.base_model == called]
             # Two outputs are transformers' own default: the configuration then says nothing of a head.
-            classifier, _ = load_classifier(base.where, num_labels=2)
+            classifier, _, tokenizer = load_base(over, folder, base.where, base.revision, outputs=2, any_base=any_base)
             save(classifier.base_model, target / inside)
-            load_tokenizer(base.where).save_pretrained(target / inside)
+            tokenizer.save_pretrained(target / inside)
         entries[base.name] = {"folder": inside, "on_hub": base.on_hub, "revision": base.revision}
     (target / RECORD).write_text(dataclasses.replace(chosen, pool=MEMBERS).to_json(), encoding="utf-8")
     config = {
@@ -83,8 +87,8 @@ def longest_of(record: MemberRecord, bases: Mapping[str, Base]) -> int:
     """Tokens after which a member cuts a text."""
     if record.settings.get("max_length"):
         return int(record.settings["max_length"])
-    where = bases[record.base_model or ""].where
-    return longest_input(where, load_tokenizer(where))
+    base = bases[record.base_model or ""]
+    return longest_input(base.where, load_tokenizer(base.where, base.revision), base.revision)
 
 
 def _folder_name(base: str, entries: Mapping[str, Any]) -> str:

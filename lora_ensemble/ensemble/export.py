@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_ensemble.arguments import Parser
+from lora_ensemble.arguments import ANY_BASE, Parser
 from lora_ensemble.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def _parser() -> Parser:
     add("--member", metavar="NAME", help="one member of --pool and --task")
     add("--task", help="the member's task")
     add("--format", choices=("peft", "merged"), help="of one model: PEFT's (default), or a plain transformers model")
+    add("--any-base", action="store_true", help=ANY_BASE)
     add("--overwrite", action="store_true", help="replace a folder that this command wrote")
     add("--push", metavar="USER/NAME", help="send the folder to the Hugging Face hub, too")
     add("--private", action="store_true", help="with --push: as a private repository, if it is new")
@@ -104,10 +105,10 @@ def _member(args: argparse.Namespace, folder: Path) -> list[str]:
         where = pool.member_folder(args.pool, args.task, args.member)
         raise UserError(f"{where}: no such member; members of this task: {found}")
     check_weights([r], args.pool)
-    (base,) = find_bases([r], {}).values()
+    (base,) = find_bases([r], {}, any_base=args.any_base).values()
     text = known_columns(r.task, r.kind, r.text)
     task = Task(name=r.task, kind=r.kind, text=text or ["text"], label_names=r.labels)
-    single = member_of(args.pool, r, task, base)
+    single = member_of(args.pool, r, task, base, any_base=args.any_base)
     merged = args.format == "merged"
     if merged:
         write_merged(folder, single, plain_model(single))
@@ -142,7 +143,7 @@ def _ensemble(args: argparse.Namespace, folder: Path) -> list[str]:
     chosen, members = found.ensemble, found.pool
     records = chosen_records(chosen, members)
     check_weights(records, members)
-    bases = find_bases(records, read_bases(found, records))
+    bases = find_bases(records, read_bases(found, records), any_base=args.any_base)
     text = known_columns(chosen.task, chosen.kind, text_columns(records, members))
     if args.merge:
         return _merge(args, folder, chosen, members, records, text, bases)
@@ -155,6 +156,7 @@ def _ensemble(args: argparse.Namespace, folder: Path) -> list[str]:
         bases=bases,
         with_base=not args.without_base,
         with_examples=args.with_examples,
+        any_base=args.any_base,
     )
     page = card.ensemble_card(
         args.output.name,
@@ -188,7 +190,7 @@ def _merge(
     check_mergeable(records, members)
     (base,) = bases.values()
     task = Task(name=chosen.task, kind=chosen.kind, text=text or ["text"], label_names=chosen.labels)
-    made = merge_members(chosen, members, records, task, base, rank=args.rank)
+    made = merge_members(chosen, members, records, task, base, rank=args.rank, any_base=args.any_base)
     merged = args.format == "merged"
     if not merged:
         write_peft(folder, made.single)
@@ -199,7 +201,7 @@ def _merge(
         from lora_ensemble.ensemble.measure import measure
         from lora_ensemble.ensemble.restored import Ensemble
 
-        ensemble = Ensemble.load(args.ensemble, pool=args.pool)
+        ensemble = Ensemble.load(args.ensemble, pool=args.pool, any_base=args.any_base)
         loss = measure(model, made.single, ensemble, args.measure_on, text=args.text, label=args.label).sentences()
     if merged:
         write_merged(folder, made.single, model)

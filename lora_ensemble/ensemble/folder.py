@@ -79,8 +79,9 @@ def read_bases(found: Located, records: Sequence[MemberRecord]) -> dict[str, Bas
     return bases
 
 
-def find_bases(records: Sequence[MemberRecord], known: Mapping[str, Base]) -> dict[str, Base]:
-    """The members' base models by what the pool calls them. ``known``: those of an exported folder.
+def find_bases(records: Sequence[MemberRecord], known: Mapping[str, Base], *, any_base: bool) -> dict[str, Base]:
+    """The members' base models by what the pool calls them. ``known``: those of an exported folder. ``any_base``: the
+    hub's newest, not those that the members were trained over.
 
     Local folders are called by their own names, told apart where two have the same. ``UserError`` for a member that
     does not say what its base model is.
@@ -97,7 +98,7 @@ def find_bases(records: Sequence[MemberRecord], known: Mapping[str, Base]) -> di
         local = Path(r.base_model).expanduser()
         if not local.is_dir():
             name = hub_id(r.base_model)
-            found[r.base_model] = Base(name=name, where=name, on_hub=True, revision=r.revision)
+            found[r.base_model] = Base(name=name, where=name, on_hub=True, revision=None if any_base else r.revision)
             continue
         taken = {base.name for base in found.values()}
         names = (local.resolve().name + end for end in ("", *(f"-{i}" for i in range(2, len(records) + 2))))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
-from lora_ensemble.arguments import Parser
+from lora_ensemble.arguments import ANY_BASE, Parser
 from lora_ensemble.errors import UserError
 from lora_ensemble.streams import Format, Row, Rows, format_of
 
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--pool", type=Path, metavar="DIR", help="the pool, if it is no longer where the record says")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
     p.add_argument("--precision", choices=("32", "bf16"), default="32", help="of the matrix products")
+    p.add_argument("--any-base", action="store_true", help=ANY_BASE)
     return p
 
 
@@ -56,7 +57,13 @@ def run(args: Sequence[str]) -> int:
         from lora_ensemble.ensemble.restored import Ensemble
         from lora_ensemble.precision import advice
 
-        ensemble = Ensemble.load(given.ensemble, pool=given.pool, device=given.device, precision=given.precision)
+        ensemble = Ensemble.load(
+            given.ensemble,
+            pool=given.pool,
+            device=given.device,
+            precision=given.precision,
+            any_base=given.any_base,
+        )
         if note := advice(given.precision, ensemble.device.type, instead="--precision 32"):
             print(note, file=sys.stderr)
         if given.probabilities and ensemble.record.kind == "regression":

@@ -45,13 +45,14 @@ def merge_members(
     base: Base,
     *,
     rank: int | None,
+    any_base: bool = False,
 ) -> Merged:
     """The ensemble ``chosen`` from the pool at ``folder`` as one model of its task.
 
     ``rank``: at most so many ranks at a layer, the best in the sense of least squares; None: all of them. Members must
     pass :func:`check_mergeable`.
     """
-    shared = base_of(records[0], task, base)
+    shared = base_of(records, folder, task, base, any_base=any_base)
     classifier = shared["classifier"]
     weights = torch.tensor([m.weight for m in chosen.members], dtype=torch.float64)
     weights = weights / weights.sum()

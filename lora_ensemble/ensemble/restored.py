@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from lora_ensemble import pool
-from lora_ensemble.bank_io import member_of, restore_members
-from lora_ensemble.base_model import load_classifier, load_tokenizer, longest_input
+from lora_ensemble.bank_io import load_base, member_of, restore_members
+from lora_ensemble.base_model import longest_input
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.choice import probabilities
 from lora_ensemble.dicor.located import chosen_records, locate
@@ -76,6 +76,7 @@ class Ensemble:
         pool: str | Path | None = None,
         device: str = "auto",
         precision: Precision = "32",
+        any_base: bool = False,
     ) -> Ensemble:
         """Restore the members that ``dicor select`` chose.
 
@@ -83,9 +84,10 @@ class Ensemble:
         and base models along. ``pool``: where the members are, if no longer where the record says.
         ``device``: cpu, cuda, cuda:1, ...; auto: a GPU where there is one. ``precision``: 32 or bf16, of the matrix
         products. Members trained in bf16 have seen their dev logits in bf16; both answer the same but for rounding.
+        ``any_base``: take the base model that is here, though its weights or tokeniser be others than in training.
 
         Raises ``UserError`` naming what is missing: a member, its weights (predictions made elsewhere have none), its
-        base model, the device.
+        base model, the device; and for another base model than a member was trained over.
         """
         if precision not in get_args(Precision):
             raise UserError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
@@ -99,11 +101,13 @@ class Ensemble:
         task = Task(name=chosen.task, kind=chosen.kind, text=text or ["text"], label_names=chosen.labels)
         together: dict[Any, list[int]] = {}
         for i, r in enumerate(records):
-            # A fully fine-tuned encoder is one member's own.
-            key = (r.base_model, r.settings.get("max_length"), None if r.finetune != "full" else r.name)
+            # Of the hub's revisions many have the same weights. A fully fine-tuned encoder is one member's own.
+            version = str(r.base_fingerprint or r.revision) if r.revision and not any_base else ""
+            key = (r.base_model, version, r.settings.get("max_length"), None if r.finetune != "full" else r.name)
             together.setdefault(key, []).append(i)
         parts = [
-            _part([records[i] for i in places], folder, task, places, where, bases) for places in together.values()
+            _part([records[i] for i in places], folder, task, places, where, bases, any_base)
+            for places in together.values()
         ]
         return cls(chosen, parts, text=text, precision=precision)
 
@@ -240,17 +244,20 @@ def _part(
     places: list[int],
     device: torch.device,
     bases: Mapping[str, Base],
+    any_base: bool,
 ) -> _Part:
     """A bank of these members on the device, ready to answer. ``bases``: those of an exported folder."""
     base_model, full = records[0].base_model, records[0].finetune == "full"
     if base_model is None:
         raise UserError(f"{folder / task.name / records[0].name}: it does not say what its base model is")
     source = bases[base_model].where if base_model in bases else base_model
-    tokenizer = load_tokenizer(source)
-    classifier, fresh = load_classifier(source, num_labels=task.num_outputs)
+    revision = None if any_base else records[0].revision
+    classifier, fresh, tokenizer = load_base(
+        records, folder, source, revision, outputs=task.num_outputs, any_base=any_base
+    )
     members = [member_of(r) for r in records]
     bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=full)
     restore_members(bank, folder, base_model=base_model)
-    longest = records[0].settings.get("max_length") or longest_input(source, tokenizer)
+    longest = records[0].settings.get("max_length") or longest_input(source, tokenizer, revision)
     bank.eval().requires_grad_(False).to(device)
     return _Part(bank=bank, tokenizer=tokenizer, max_length=longest, places=places)

@@ -6,6 +6,7 @@ Axes: C outputs of a head, H hidden width, r rank.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_ensemble import pool
-from lora_ensemble.base_model import load_classifier, load_tokenizer, longest_input
+from lora_ensemble.bank_io import load_base
+from lora_ensemble.base_model import longest_input
 from lora_ensemble.ensemble.folder import Base
 from lora_ensemble.errors import UserError
 from lora_ensemble.families import accepts_token_types
@@ -46,15 +48,19 @@ class Single:
     """All of the encoder where it was fully fine-tuned, and the adapter is empty; otherwise nothing."""
 
 
-def base_of(record: MemberRecord, task: Task, base: Base) -> dict[str, Any]:
-    """What members of a base model share, as arguments of :class:`Single`. ``UserError`` where it cannot be loaded."""
-    tokenizer = load_tokenizer(base.where)
-    classifier, _ = load_classifier(base.where, num_labels=task.num_outputs)
+def base_of(records: Sequence[MemberRecord], folder: Path, task: Task, base: Base, *, any_base: bool) -> dict[str, Any]:
+    """What members of a base model, in the pool at ``folder``, share, as arguments of :class:`Single`.
+
+    ``UserError`` where it cannot be loaded, or, unless ``any_base``, is not the one that they were trained over.
+    """
+    classifier, _, tokenizer = load_base(
+        records, folder, base.where, base.revision, outputs=task.num_outputs, any_base=any_base
+    )
     return {
         "task": task,
         "base_model": base.name,
         "revision": base.revision,
-        "max_length": record.settings.get("max_length") or longest_input(base.where, tokenizer),
+        "max_length": records[0].settings.get("max_length") or longest_input(base.where, tokenizer, base.revision),
         "classifier": classifier.eval(),
         "tokenizer": tokenizer,
     }
@@ -80,9 +86,9 @@ def read_weights(
     return Adapter(A={}, B={}), {key: tensor for key, tensor in tensors.items() if key not in encoder}, encoder
 
 
-def member_of(folder: Path, record: MemberRecord, task: Task, base: Base) -> Single:
+def member_of(folder: Path, record: MemberRecord, task: Task, base: Base, *, any_base: bool = False) -> Single:
     """A member of the pool at ``folder``. ``UserError`` where its weights or its base model cannot be had."""
-    shared = base_of(record, task, base)
+    shared = base_of([record], folder, task, base, any_base=any_base)
     adapter, head, encoder = read_weights(folder, record, prefix=shared["classifier"].base_model_prefix)
     scaling = 1.0 if record.scaling is None else record.scaling
     return Single(name=record.name, scaling=scaling, adapter=adapter, head=head, encoder=encoder, **shared)

@@ -71,6 +71,8 @@ class MemberRecord:
     base_model: str | None = None
     """Hub id or the path as the user gave it; never a path inside site-packages."""
     revision: str | None = None
+    base_fingerprint: dict[str, Any] = field(default_factory=dict)
+    """What tells the encoder and its tokeniser from others; empty where an earlier version trained."""
     finetune: str | None = None
     rank: int | None = None
     scaling: float | None = None

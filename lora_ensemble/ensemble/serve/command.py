@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from lora_ensemble.arguments import Parser
+from lora_ensemble.arguments import ANY_BASE, Parser
 from lora_ensemble.ensemble.serve.limits import Limits
 from lora_ensemble.errors import UserError
 
@@ -37,7 +37,9 @@ def run(argv: Sequence[str]) -> int:
             batch=args.max_batch,
             waiting=args.max_waiting,
         )
-        ensemble = Ensemble.load(args.ensemble, pool=args.pool, device=args.device, precision=args.precision)
+        ensemble = Ensemble.load(
+            args.ensemble, pool=args.pool, device=args.device, precision=args.precision, any_base=args.any_base
+        )
         if note := advice(args.precision, ensemble.device.type, instead="--precision 32"):
             print(note, file=sys.stderr)
         columns = _columns(ensemble.text, args.columns, ensemble.record.task, ensemble.record.kind)
@@ -92,6 +94,7 @@ def _parser() -> Parser:
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (default): a GPU where there is one"
     )
     parser.add_argument("--precision", default="32", help="32 (default) or bf16")
+    parser.add_argument("--any-base", action="store_true", help=ANY_BASE)
     for name, about in (
         ("texts", "texts of a request"),
         ("chars", "characters of a text"),
