@@ -43,6 +43,7 @@ from lora_ensemble.precision import advice
 from lora_ensemble.ray_sweep import RayOptions
 from lora_ensemble.restart import TimedCheckpoint
 from lora_ensemble.sweep import Sweep
+from lora_ensemble.tasks import Task
 
 # Trainer settings that do not change what a run trains, so that it may be resumed with others.
 _NOT_THE_RUN = {
@@ -66,6 +67,8 @@ class _Parser(LightningArgumentParser):
         said = " ".join(line.strip() for line in message.splitlines() if line.strip())
         # jsonargparse puts the command before the option: distill.ensemble.
         said = re.sub(r"^the following arguments are required: \w+\.(\S+)$", r"--\1 is required", said)
+        if "Expected a <class 'str'>. Got value" in said:  # which YAML made of a word without quotes
+            said += '; write words like no, yes, on and off, and numbers, in quotes: "no"'
         print(f"lora-ensemble: error: {said}", file=sys.stderr)
         sys.exit(2)
 
@@ -126,6 +129,7 @@ class CLI(LightningCLI):
         if self.config.subcommand == "distill":
             self._parse_as_the_ensemble(parser, args)
         config = self.config[self.config.subcommand]
+        _check_tasks(config)
         check_precision(config.trainer.precision)
         check_bank_size(config.bank_size)
         if config.get("ckpt_path") not in (None, "last", "best", "hpc"):
@@ -374,6 +378,17 @@ class OurTrainer(pl.Trainer):
     # LightningCLI reads a command's arguments off the Trainer's method, and then calls its own.
     distill = CLI.distill
     sweep = CLI.sweep
+
+
+def _check_tasks(config: Any) -> None:
+    """What is wrong with a task, told with the files of settings: a task does not know where it was written."""
+    files = ", ".join(str(path) for path in config.get("config") or []) or "--data.tasks"
+    for entry in config.data.tasks:
+        if isinstance(entry, Namespace):
+            try:
+                Task(**vars(entry))
+            except UserError as e:
+                raise UserError(f"{files}: {e}") from e
 
 
 def _check_checkpoint(path: str) -> None:

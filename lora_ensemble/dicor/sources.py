@@ -6,6 +6,8 @@ JSON lines, Parquet: see tables.py). What the columns mean is decided in outputs
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.tables import Table, read_table
+from lora_ensemble.tables import DAMAGED, GZIP, Table, read_table
 
 ARRAY = ""
 """Name of the one column that an array is: (N,) or (N, K)."""
@@ -132,8 +134,11 @@ def _start(path: Path) -> bytes:
         raise UserError(f"{path}: empty file; expected predictions or labels")
     if path.suffix.lower() in _PICKLES or (start[0] == 0x80 and start[1:2] in (b"\2", b"\3", b"\4", b"\5")):
         raise UserError(f"{path}: a pickle, which is never loaded; save the numbers with numpy.save, or as CSV")
-    if start.startswith(b"\x1f\x8b"):
-        raise UserError(f"{path}: compressed with gzip; unpack it first: gunzip {path.name}")
+    if start.startswith(GZIP):
+        with contextlib.suppress(*DAMAGED), gzip.open(path) as f:  # read_table says what is damaged
+            start = f.read(8)
+        if start.startswith((b"\x93NUMPY", b"PK", b"\x80")):
+            raise UserError(f"{path}: an array, compressed with gzip; unpack it first: gunzip {path.name}")
     return start
 
 
