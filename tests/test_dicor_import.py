@@ -52,6 +52,10 @@ def run(*args: object) -> int:
 
 def table(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
     """A file of these rows in the format of its ending."""
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(table(path.with_suffix(""), header, rows).read_bytes()))
+        path.with_suffix("").unlink()
+        return path
     if path.suffix == ".parquet":
         pq.write_table(pa.table({n: [r[i] for r in rows] for i, n in enumerate(header)}), path)
     elif path.suffix == ".jsonl":
@@ -119,7 +123,7 @@ def logits(home: Path, kind: str, name: str, split: str = "dev") -> np.ndarray:
 SHUFFLED = [3, 0, 4, 2, 1]
 
 
-@pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.jsonl", "m.parquet"])
+@pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.jsonl", "m.parquet", "m.csv.gz", "m.parquet.gz"])
 def test_tables_of_probabilities_are_matched_by_id(home: Path, importing: Importer, name: str) -> None:
     table(home / name, ["id", "p"], [(IDS[i], P[i]) for i in SHUFFLED])
     out, err = importing("binary", home / name)
