@@ -151,7 +151,7 @@ class Delimited:
         if '"' not in lines[i] or len(lines) - i >= LOOK_AHEAD:
             return False
         try:
-            next(csv.reader(lines[i:], delimiter=self.delimiter, strict=True))
+            next(csv.reader((lines[j] for j in range(i, len(lines))), delimiter=self.delimiter, strict=True))
         except csv.Error as e:
             return "end of data" in str(e)
         return False

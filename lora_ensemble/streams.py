@@ -189,6 +189,8 @@ class Rows:
             empty = row.cells is None
             return self._csv([*([""] * len(self.header) if empty else row.cells), *values])
         if self.kind == "jsonl":
+            if twice := set(added or {}) & set(row.cells or {}):
+                raise UserError(f"{self.name}:{row.line}: has a key {min(twice)!r} of its own; choose another --column")
             wrong = {"error": f"line {row.line}: {row.error}"}
             return json.dumps({**(row.cells or {}), **(wrong if added is None else added)}, ensure_ascii=False) + "\n"
         if self.kind == "parquet":

@@ -196,7 +196,7 @@ def arrow_table(where: str, raw: bytes, wanted: Sequence[str] | None) -> tuple[l
             found = file.schema_arrow.names
             return found, file.read(columns=list(_positions(where, found, wanted)))
     except (pa.ArrowException, OSError, ValueError) as e:
-        raise UserError(f"{where}: damaged, or not a Parquet file ({_one_line(e)}); write it again") from e
+        raise UserError(f"{where}: damaged, or not a Parquet file ({one_line(e)}); write it again") from e
 
 
 def read_hub(
@@ -220,7 +220,7 @@ def read_hub(
         columns = data.select_columns([c for c in wanted if c in found]).to_dict()
     except Exception as e:  # hub, network, cache and format each raise their own
         raise UserError(
-            f"data set {where}: cannot be loaded ({type(e).__name__}: {_one_line(e)}); check the name, the "
+            f"data set {where}: cannot be loaded ({type(e).__name__}: {one_line(e)}); check the name, the "
             "configuration and the split, and whether the hub can be reached"
         ) from e
     if label in columns and isinstance(data.features[label], datasets.ClassLabel):
@@ -230,5 +230,6 @@ def read_hub(
     return Table(where, f"data set {where}", found, columns)
 
 
-def _one_line(e: Exception) -> str:
+def one_line(e: Exception) -> str:
+    """What an exception of another library says, for an error of ours."""
     return " ".join(str(e).split())[:300]

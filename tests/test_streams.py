@@ -148,6 +148,8 @@ def test_json_lines(step: int) -> None:
     assert "not JSON" in errors[6]  # half of a surrogate pair
     assert json.loads(rows.back(found[0], {"prediction": "4"})) == {"t": "one", "n": 1, "prediction": "4"}
     assert json.loads(rows.back(found[1], None))["error"].startswith("line 3: not JSON")
+    with pytest.raises(UserError, match=r"in\.csv:1: has a key 'n' of its own; choose another --column"):
+        rows.back(found[0], {"n": "4"})
 
 
 def test_plain_lines() -> None:

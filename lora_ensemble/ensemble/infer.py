@@ -73,7 +73,7 @@ def run(args: Sequence[str]) -> int:
         stream, start = _unpacked(source, name)
         kind = given.format or format_of(name, start)
         if given.output != "-" and (kind == "parquet") != (format_of(given.output) == "parquet"):
-            raise UserError(f"--output {given.output}: the input is {kind}, and the output too; name it so")
+            raise UserError(f"--output {given.output}: the output is {kind}, as the input is; let its name say so")
         if given.header and kind != "csv":
             raise UserError(f"--header: {name} is {kind}; it is for CSV and TSV without a header line")
         rows = Rows(stream, name, kind, given.text or ensemble.text, given.header)
