@@ -224,6 +224,7 @@ def test_header_without_a_name_for_an_index_that_counts(tmp_path: Path, first: i
     assert read(tmp_path, more).notices == [
         f"t.csv: 1 row skipped: starts with '0' instead of the row's number {first + 9} (line 12)"
     ]
+    assert "t.csv:2: 4 fields instead of 3" in error(tmp_path, rows.replace(f"\n{first}", "\n7", 1))
 
 
 @pytest.mark.parametrize("need_labels", [True, False])

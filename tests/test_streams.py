@@ -193,10 +193,10 @@ def test_one_column_with_commas() -> None:
 def test_an_open_quote_does_not_swallow_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After so many lines it is text, in a file that is read at once too."""
     monkeypatch.setattr(delimited, "LOOK_AHEAD", 1000)
-    lines = ["id\ttext", '0\t"never closed', *(f"{i}\tline {i}" for i in range(1, 3000)), 'closed"\t']
+    lines = ["id,text", '0,"closed too late', *(f"{i},line {i}" for i in range(1, 3000)), 'closed"']
     _, found = rows_of("\n".join(lines), "csv", ["text"], step=4000)
     assert len(found) == 3001
-    assert found[0].texts == ['"never closed']
+    assert found[0].texts == ['"closed too late']
     (tmp_path / "in.csv").write_text("\n".join(lines))
     assert read_table(tmp_path / "in.csv", None).columns["text"] == [(row.texts or [""])[0] for row in found]
     # The first answer waits for no more than that.
