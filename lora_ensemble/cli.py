@@ -44,6 +44,7 @@ from lora_ensemble.precision import advice
 from lora_ensemble.ray_sweep import RayOptions
 from lora_ensemble.restart import BankTrainer, RunCheckpoint
 from lora_ensemble.sweep import Sweep
+from lora_ensemble.tasks import Task
 
 # Settings that do not change what a run trains, so that it may be resumed with others. Another revision of the base
 # model does, but a run that began with the newest goes on with the one that it recorded.
@@ -67,6 +68,8 @@ class _Parser(LightningArgumentParser):
         said = " ".join(line.strip() for line in message.splitlines() if line.strip())
         # jsonargparse puts the command before the option: distill.ensemble.
         said = re.sub(r"^the following arguments are required: \w+\.(\S+)$", r"--\1 is required", said)
+        if "Expected a <class 'str'>. Got value" in said:  # which YAML made of a word without quotes
+            said += '; write words like no, yes, on and off, and numbers, in quotes: "no"'
         print(f"lora-ensemble: error: {said}", file=sys.stderr)
         sys.exit(2)
 
@@ -128,6 +131,7 @@ class CLI(LightningCLI):
         if self.config.subcommand == "distill":
             self._parse_as_the_ensemble(parser, args)
         config = self.config[self.config.subcommand]
+        _check_tasks(config)
         check_precision(config.trainer.precision)
         check_bank_size(config.bank_size)
         if config.get("ckpt_path") not in (None, "last", "best", "hpc"):
@@ -371,6 +375,9 @@ class CLI(LightningCLI):
     def _run_name(self, config: Any, experiment: str) -> str:
         """The same settings give the same name, so that ``--ckpt_path last`` finds the run that they began."""
         plain = json.loads(self._parser(self.subcommand).dump(config, format="json", skip_none=False))
+        for task in plain["data"]["tasks"]:
+            if isinstance(task, dict) and not task.get("columns"):
+                task.pop("columns", None)  # a run that an earlier version began keeps its name
         what = {
             "model": {k: v for k, v in plain["model"].items() if k not in _NOT_THE_RUN},
             "data": {k: v for k, v in plain["data"].items() if k not in ("eval_batch_size", "predict_split")},
@@ -385,6 +392,17 @@ class OurTrainer(BankTrainer):
     # LightningCLI reads a command's arguments off the Trainer's method, and then calls its own.
     distill = CLI.distill
     sweep = CLI.sweep
+
+
+def _check_tasks(config: Any) -> None:
+    """What is wrong with a task, told with the files of settings: a task does not know where it was written."""
+    files = ", ".join(str(path) for path in config.get("config") or []) or "--data.tasks"
+    for entry in config.data.tasks:
+        if isinstance(entry, Namespace):
+            try:
+                Task(**vars(entry))
+            except UserError as e:
+                raise UserError(f"{files}: {e}") from e
 
 
 def _check_checkpoint(path: str) -> None:

@@ -17,10 +17,12 @@ import numpy as np
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.places import place
-from lora_ensemble.tables import Table, read_hub, read_table
+from lora_ensemble.tables import Table, as_text, read_hub, read_table
 from lora_ensemble.tasks import SPLITS, Task, class_reader, number
 
 _HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+_MOST_SKIPPED = 0.2
+"""Share of a split's rows: more is no untidiness but a file that is read the wrong way (commas without quotes)."""
 _LONGEST_ID = 1000  # ids are an array of fixed width: one endless id would cost its length for every row
 
 
@@ -56,8 +58,7 @@ def read_split(task: Task, split: str, root: Path | None, *, need_labels: bool) 
     labels = table.columns.get(task.label)
     notices = list(table.notices)
     rows = _usable_rows(task, table, texts, labels, need_labels, notices)
-    if not rows:
-        raise UserError(f"{table.where}: no usable examples{''.join('; ' + n for n in notices) or ': no rows'}")
+    _enough(table, "examples", rows, len(texts[0]), notices)
     numbers = None if labels is None else _read_labels(task, table, labels, rows, notices)
     return Split(_read_ids(task, table, rows), [[column[r] for r in rows] for column in texts], numbers, notices)
 
@@ -68,13 +69,12 @@ def read_texts(task: Task, path: Path) -> Split:
     Rows with an empty text are skipped, and ``notices`` says so. ``UserError`` as :func:`read_split`.
     """
     nameless = replace(task, id=None)
-    table = read_table(path, task.text)
+    table = read_table(path, task.text, task.columns)
     _check_columns(nameless, table, need_labels=False)
     texts = [_text_column(table, name) for name in task.text]
     notices = list(table.notices)
     rows = _usable_rows(nameless, table, texts, None, True, notices)
-    if not rows:
-        raise UserError(f"{table.where}: no usable texts{''.join('; ' + n for n in notices) or ': no rows'}")
+    _enough(table, "texts", rows, len(texts[0]), notices)
     return Split(np.array([f"{path.name}:{r}" for r in rows]), [[c[r] for r in rows] for c in texts], None, notices)
 
 
@@ -112,7 +112,7 @@ def _open(task: Task, split: str, root: Path | None) -> Table:
     if task.dataset is not None:
         source, name = place(split_source(task, split, root)), getattr(task, split) or _HUB_SPLITS[split]
         return read_hub(source, task.dataset_config, name, wanted, task.label, task.labels)
-    return read_table(split_file(task, split, root), wanted)
+    return read_table(split_file(task, split, root), wanted, task.columns)
 
 
 def split_file(task: Task, split: str, root: Path | None) -> Path:
@@ -128,12 +128,12 @@ def split_file(task: Task, split: str, root: Path | None) -> Path:
 
 def _check_columns(task: Task, table: Table, need_labels: bool) -> None:
     shown = ", ".join(c[:40] for c in table.found[:20] if c) or "none"
+    advice = f"of task {task.name!r} to what the file has"
+    if table.header_line and not table.columns:
+        advice += "; if these are no names, a header line seems to be missing: give the names as columns: of the task"
     for name, key in [*((t, "text") for t in task.text), *([(task.id, "id")] if task.id is not None else [])]:
         if name not in table.columns:
-            raise UserError(
-                f"{table.where}: no column {name!r}; columns found: {shown}; "
-                f"set {key}: of task {task.name!r} to what the file has"
-            )
+            raise UserError(f"{table.where}: no column {name!r}; columns found: {shown}; set {key}: {advice}")
     if need_labels and task.label not in table.columns:
         raise UserError(
             f"{table.where}: no label column {task.label!r}; columns found: {shown}; "
@@ -146,13 +146,12 @@ def _is_empty(value: Any) -> bool:
 
 
 def _string(table: Table, row: int, column: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value.strip()
     if _is_empty(value):
         return ""
-    if isinstance(value, (bool, int, float)):
-        return str(value)
-    raise UserError(f"{table.at(row)}: column {column!r} holds a {type(value).__name__}; expected text")
+    text = as_text(value)
+    if text is None:
+        raise UserError(f"{table.at(row)}: column {column!r} holds a {type(value).__name__}; expected text")
+    return text.strip()
 
 
 def _text_column(table: Table, name: str) -> list[str]:
@@ -187,6 +186,17 @@ def _usable_rows(
     for why, where in odd.items():
         notices.append(f"{table.name}: {len(where)} row{'s' * (len(where) > 1)} {done}: {why} ({table.places(where)})")
     return rows
+
+
+def _enough(table: Table, what: str, rows: Sequence[int], count: int, notices: Sequence[str]) -> None:
+    """``UserError`` where few of a table's rows are usable."""
+    if not rows:
+        raise UserError(f"{table.where}: no usable {what}{''.join('; ' + n for n in notices) or ': no rows'}")
+    if count - len(rows) > _MOST_SKIPPED * count:
+        raise UserError(
+            f"{table.where}: only {len(rows)} of {count} rows are usable {what}; {'; '.join(notices)}; mend the "
+            f"others, or take them out (up to {_MOST_SKIPPED:.0%} are skipped)"
+        )
 
 
 def _read_ids(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray:

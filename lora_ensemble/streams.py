@@ -10,23 +10,15 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
+from lora_ensemble.delimited import NO_DELIMITER, Delimited
 from lora_ensemble.errors import UserError
-from lora_ensemble.tables import JSON_SUFFIXES, NO_DELIMITER, delimiter_of, goes_on, record_at, width_of
+from lora_ensemble.tables import BOM, DAMAGED, Format, arrow_table, as_text, json_object
 
-Format = Literal["csv", "jsonl", "text"]
 BLOCK = 1 << 18
 """Bytes that are read at once, fewer where a pipe has no more: several hundred texts, to sort and pack."""
-_LOOK_AHEAD = 1000
-"""Lines in which a quote that was opened may be closed; after that it is text."""
-
-
-def format_of(name: str) -> Format:
-    """The format that a file's suffix says; plain lines where it says nothing."""
-    suffix = name[name.rfind(".") :].lower()
-    return "csv" if suffix in (".csv", ".tsv") else "jsonl" if suffix in JSON_SUFFIXES else "text"
+_AT_ONCE = 4096  # rows of a Parquet file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +26,7 @@ class Row:
     """One row: either its texts, or what is wrong with it."""
 
     line: int
-    """On which it starts, counted from 1."""
+    """On which it starts, counted from 1; of Parquet, the row, counted from 0."""
     cells: Any
     """As it was read: fields, an object, a line; None where it could not be read."""
     texts: list[str] | None = None
@@ -46,148 +38,111 @@ class Rows:
     """The rows of a stream in blocks, as ``(bytes read, rows)``.
 
     ``name``: of the stream, for errors. ``columns``: where the texts are, two for a pair; empty: the only column there
-    is. Of plain lines the whole line is the text, or two with a tab between them. Raises ``UserError`` for a header
-    without these columns; what is wrong with a single row is in the row.
+    is. Of plain lines the whole line is the text, or two with a tab between them. ``header``: the columns of a
+    delimited file without a header line. Raises ``UserError`` for a header without these columns; what is wrong with a
+    single row is in the row.
     """
 
-    def __init__(self, stream: BinaryIO, name: str, kind: Format, columns: Sequence[str]) -> None:
+    def __init__(
+        self, stream: BinaryIO, name: str, kind: Format, columns: Sequence[str], header: Sequence[str] = ()
+    ) -> None:
         self.stream, self.name, self.kind, self.columns = stream, name, kind, list(columns)
-        self.header: list[str] = []
-        """The columns of a delimited file, once the first block is there."""
-        self.delimiter = ","
+        self._delimited = Delimited(name, header)
         self._places: list[int] = []
-        self._width = 0
+        self._table: Any = None
+        self._added: list[dict[str, Any] | None] = []
+
+    @property
+    def header(self) -> list[str]:
+        """The columns, where a file has some, once the first block is there."""
+        return self._delimited.header if self._table is None else list(self._table.column_names)
 
     def __iter__(self) -> Iterator[tuple[int, list[Row]]]:
+        if self.kind == "parquet":
+            yield from self._parquet()
+            return
         number, waiting, rest, end = 1, list[bytes](), b"", False
         while not end:
             read = self._read()
             end = not read
-            *lines, rest = (rest + read).split(b"\n")
-            if end and rest:
-                lines.append(rest)
+            lines = (rest + read).splitlines(keepends=True)
+            # A "\r" may be half of a line end.
+            rest = lines.pop() if lines and not end and not lines[-1].endswith(b"\n") else b""
+            if number == 1 and not waiting and lines:
+                lines[0] = lines[0].removeprefix(BOM)
             waiting += lines
-            if not self.header and self.kind == "csv":
-                number += self._read_header(waiting, end)
-                if not self.header:  # not all of it is there yet
-                    continue
             rows, used = self._rows(waiting, number, end)
             del waiting[:used]
             number += used
-            if rows or read:
+            if self.header or self.kind != "csv":  # else not all of it is there yet
                 yield len(read), rows
 
-    def _read(self) -> bytes:
+    def _read(self, most: int = BLOCK) -> bytes:
         read1 = getattr(self.stream, "read1", None)  # what a pipe has now, without waiting for more
-        return bytes(read1(BLOCK) if read1 else self.stream.read(BLOCK))
+        try:
+            return bytes(read1(most) if read1 and most > 0 else self.stream.read(most))
+        except DAMAGED as e:
+            raise UserError(f"{self.name}: damaged, cannot be read to its end ({e}); write it again") from e
 
     def _rows(self, lines: list[bytes], first: int, end: bool) -> tuple[list[Row], int]:
         """The rows in these lines, and how many lines they take."""
+        text, errors = [], {}
+        for number, line in enumerate(lines, first):
+            decoded, error = _decoded(line)
+            text.append(decoded)
+            if error:
+                errors[number] = error
         if self.kind == "csv":
-            return self._delimited(lines, first, end)
-        one = self._object if self.kind == "jsonl" else self._line
-        rows = [one(first + i, line) for i, line in enumerate(lines)]
+            return self._records(text, first, end, errors)
+        rows = [self._row(number, line, errors.get(number)) for number, line in enumerate(text, first)]
         return [row for row in rows if row is not None], len(lines)
 
-    # Delimited
-
-    def _read_header(self, lines: list[bytes], end: bool) -> int:
-        """Find the header, take it away, and return how many lines that were; 0 where too few lines are there yet.
-
-        The first row must be there too: it says whether there is a nameless index in front.
-        """
-        first = next((i for i, line in enumerate(lines) if line.strip()), None)
-        if first is None or (not end and not any(line.strip() for line in lines[first + 1 :])):
-            if end:
-                raise UserError(f"{self.name}: empty; expected a header line with the names of the columns")
-            return 0
-        text = []
-        for i, line in enumerate(lines[first : first + _LOOK_AHEAD], first + 1):
-            decoded, error = _decoded(line.removeprefix(b"\xef\xbb\xbf") if i == first + 1 else line)
-            if i == first + 1 and error:
-                raise UserError(f"{self.name}:{i}: {error}; save it as UTF-8 text")
-            text.append(decoded)
-        self.delimiter = delimiter_of(Path(self.name), text[0])
-        names, used, _ = record_at(text, 0, self.delimiter, None)
-        row = next((i for i in range(used, len(text)) if text[i].strip()), 0)
-        if not end and len(text) < _LOOK_AHEAD and any(goes_on(text, i, self.delimiter) for i in (0, row)):
-            return 0
-        names = [name.strip() for name in names]
-        self._width = width_of(text, used, self.delimiter, len(names))
-        self.header = [""] * (self._width - len(names)) + names
-        self._places = [self._place(name) for name in self.columns] or self._only()
-        del lines[: first + used]
-        return first + used
+    def _records(self, text: list[str], first: int, end: bool, errors: dict[int, str]) -> tuple[list[Row], int]:
+        if not self.header:
+            line = next((first + i for i, line in enumerate(text) if line.strip()), 0)
+            if line in errors:
+                raise UserError(f"{self.name}:{line}: {errors[line]}; save it as UTF-8 text")
+        records, used = self._delimited.read(text, first, end=end)
+        if self.header and not self._places:
+            self._places = [self._place(name) for name in self.columns] or self._only()
+        rows = []
+        for record in records:
+            lines = range(record.line, record.line + record.used)
+            error = next((errors[line] for line in lines if line in errors), record.error)
+            texts = None if error else [record.cells[place] for place in self._places]
+            rows.append(Row(line=record.line, cells=None if error else record.cells, texts=texts, error=error))
+        return rows, used
 
     def _place(self, column: str) -> int:
         if self.header.count(column) == 1:
             return self.header.index(column)
         what = "is there twice" if column in self.header else "is not there"
-        found = ", ".join(name for name in self.header if name)
-        raise UserError(f"{self.name}: column {column!r} {what}; columns found: {found}; say --text COLUMN ...")
+        raise UserError(f"{self.name}: column {column!r} {what}; {self._found()}")
 
     def _only(self) -> list[int]:
         if len(self.header) > 1:
-            found = ", ".join(name for name in self.header if name)
-            raise UserError(f"{self.name}: which columns hold the text? columns found: {found}; say --text COLUMN ...")
+            raise UserError(f"{self.name}: which columns hold the text? {self._found()}")
         return [0]
 
-    def _delimited(self, lines: list[bytes], first: int, end: bool) -> tuple[list[Row], int]:
-        text, errors = [], {}
-        for i, line in enumerate(lines):
-            decoded, error = _decoded(line)
-            text.append(decoded)
-            if error:
-                errors[i] = error
-        rows, i = [], 0
-        while i < len(text):
-            if not text[i].strip(self.delimiter + " \r") and i not in errors:
-                i += 1
-                continue
-            # A field may go on in lines that are not there yet.
-            if '"' in text[i] and not end and len(text) - i < _LOOK_AHEAD and goes_on(text, i, self.delimiter):
-                break
-            cells, used, _ = record_at(text, i, self.delimiter, self._width)
-            error = next((errors[k] for k in range(i, i + used) if k in errors), None)
-            if error is None and len(cells) != self._width:
-                error = f"{len(cells)} fields instead of {self._width}"
-            texts = None if error else [cells[place] for place in self._places]
-            rows.append(Row(line=first + i, cells=None if error else cells, texts=texts, error=error))
-            i += used
-        return rows, i
+    def _found(self) -> str:
+        found = ", ".join(name[:40] for name in self.header[:20] if name)
+        return f"columns found: {found}; say --text COLUMN ..., and --header COLUMN ... where that is no header"
 
     # The others
 
-    def _object(self, number: int, line: bytes) -> Row | None:
-        text, error = _decoded(line)
-        if not error and not text.strip():
-            return None
-        record: Any = None
-        if not error:
+    def _row(self, number: int, line: str, error: str | None) -> Row | None:
+        """A line of JSON or of text; None where there is none."""
+        text = line.rstrip("\r\n")
+        if error:
+            return Row(line=number, cells=None, error=error)
+        if self.kind == "jsonl":
+            if not text.strip():
+                return None
             try:
-                record = json.loads(text)
-                json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-            except (ValueError, RecursionError) as e:
-                record, error = None, f"not JSON ({e})"
-        if not error and not isinstance(record, dict):
-            error = f"a JSON {type(record).__name__}; expected an object"
-        if error:
-            return Row(line=number, cells=None, error=error)
-        columns = self.columns or [k for k, v in record.items() if isinstance(v, str)]
-        if not self.columns and len(columns) != 1:
-            return Row(line=number, cells=record, error="which keys hold the text? say --text KEY ...")
-        texts = [record.get(column) for column in columns]
-        wrong = next((c for c, t in zip(columns, texts, strict=True) if not isinstance(t, str)), None)
-        if wrong is not None:
-            what = f"{wrong!r} holds no text" if wrong in record else f"no key {wrong!r}"
-            return Row(line=number, cells=record, error=what)
-        return Row(line=number, cells=record, texts=texts)
-
-    def _line(self, number: int, line: bytes) -> Row:
-        text, error = _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-        text = text.removesuffix("\r")
-        if error:
-            return Row(line=number, cells=None, error=error)
+                record = json_object(text)
+            except ValueError as e:
+                return Row(line=number, cells=None, error=str(e))
+            return self._object(number, record, self.columns or [k for k, v in record.items() if isinstance(v, str)])
         if not text.strip():
             return Row(line=number, cells=text)
         texts = text.split("\t") if len(self.columns) == 2 else [text]
@@ -196,39 +151,76 @@ class Rows:
             return Row(line=number, cells=text, error=error)
         return Row(line=number, cells=text, texts=texts)
 
+    def _object(self, number: int, record: dict[str, Any], columns: list[str]) -> Row:
+        """A row of JSON or Parquet."""
+        if not self.columns and len(columns) != 1:
+            return Row(line=number, cells=record, error="which keys hold the text? say --text KEY ...")
+        texts = [as_text(record.get(column)) for column in columns]
+        if None in texts:
+            column = columns[texts.index(None)]
+            what = f"{column!r} holds no text" if column in record else f"no key {column!r}"
+            return Row(line=number, cells=record, error=what)
+        return Row(line=number, cells=record, texts=[text for text in texts if text is not None])
+
+    def _parquet(self) -> Iterator[tuple[int, list[Row]]]:
+        raw = self._read(-1)
+        _, self._table = arrow_table(self.name, raw, None)
+        columns = [self.header[i] for i in [self._place(name) for name in self.columns] or self._only()]
+        texts, n = self._table.select(columns), len(self._table)
+        for start in range(0, max(n, 1), _AT_ONCE):
+            block = texts.slice(start, _AT_ONCE).to_pylist()
+            yield (
+                len(raw) * len(block) // max(n, 1),
+                [self._object(start + i, row, columns) for i, row in enumerate(block)],
+            )
+
     # And back
 
     def head(self, added: Sequence[str]) -> str:
-        """The line that the output starts with, if its format has one. ``UserError`` where a name is there already."""
-        if self.kind != "csv":
-            return ""
+        """What the output starts with, if its format has a header. ``UserError`` where a name is there already."""
         if twice := set(added) & set(self.header):
             raise UserError(f"{self.name}: has a column {min(twice)!r} of its own; choose another --column")
-        return self._csv([*self.header, *added])
+        return self._csv([*self.header, *added]) if self.kind == "csv" and not self._delimited.names else ""
 
     def back(self, row: Row, added: dict[str, Any] | None) -> str:
         """The row as a line, with something ``added`` to it: name to value; None where there is nothing to add."""
         if self.kind == "csv":
             values = list((added or {}).values())
             empty = row.cells is None
-            return self._csv([*([""] * self._width if empty else row.cells), *values])
+            return self._csv([*([""] * len(self.header) if empty else row.cells), *values])
         if self.kind == "jsonl":
+            if twice := set(added or {}) & set(row.cells or {}):
+                raise UserError(f"{self.name}:{row.line}: has a key {min(twice)!r} of its own; choose another --column")
             wrong = {"error": f"line {row.line}: {row.error}"}
             return json.dumps({**(row.cells or {}), **(wrong if added is None else added)}, ensure_ascii=False) + "\n"
+        if self.kind == "parquet":
+            self._added.append(added)
+            return ""
         return "\t".join(str(value) for value in (added or {}).values()) + "\n"
+
+    def tail(self, added: Sequence[str]) -> bytes:
+        """What the output ends with: of Parquet, all of it."""
+        if self._table is None:
+            return b""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table, out = self._table, io.BytesIO()
+        for name in added:
+            table = table.append_column(name, pa.array([None if a is None else a[name] for a in self._added]))
+        pq.write_table(table, out)
+        return out.getvalue()
 
     def _csv(self, cells: Sequence[Any]) -> str:
         out = io.StringIO(newline="")
-        delimiter = "," if self.delimiter == NO_DELIMITER else self.delimiter
+        delimiter = "," if self._delimited.delimiter == NO_DELIMITER else self._delimited.delimiter
         csv.writer(out, delimiter=delimiter, lineterminator="\n").writerow(cells)
         return out.getvalue()
 
 
 def _decoded(line: bytes) -> tuple[str, str | None]:
     """A line as text, and what is wrong with it."""
-    if b"\0" in line:
-        return "", "a NUL byte"
     try:
-        return line.decode("utf-8"), None
+        return line.decode("utf-8"), "a NUL byte" if b"\0" in line else None
     except UnicodeDecodeError as e:
-        return "", f"byte 0x{line[e.start]:02x} is not UTF-8"
+        return line.decode("utf-8", "replace"), f"byte 0x{line[e.start]:02x} is not UTF-8"

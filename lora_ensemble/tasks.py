@@ -35,16 +35,19 @@ class Task:
     """One text column, or two that are cross-encoded as a pair."""
     label: str = "label"
     """The label column."""
-    label_names: list[str] = field(default_factory=list)
+    label_names: Sequence[str | bool | int | float] = field(default_factory=list)
     """The label values as they stand in the files, in the order of the outputs (not for regression).
-    Required for multiclass; binary defaults to 0 and 1. Numbers match whatever way they are written (1 is 1.0)."""
+    Required for multiclass; binary defaults to 0 and 1. Numbers match whatever way they are written (1 is 1.0).
+    YAML reads yes, no, on and off as booleans, which are refused: write them in quotes."""
     label_range: list[float] = field(default_factory=list)
     """Regression only: lowest and highest label; a label outside is an error. Empty: any finite number."""
     id: str | None = None
     """The column of unique example ids. None: examples are named by their position in the file."""
+    columns: list[str] = field(default_factory=list)
+    """All the columns, in their order, of CSV or TSV files without a header line. Empty: the first line names them."""
     train: str | None = None
-    """Training file below ``data.root`` (.tsv, .csv, .jsonl, .parquet; the course's .csv files are
-    recognised as tab-separated), or the split's name where ``dataset`` is given."""
+    """Training file below ``data.root`` (.tsv, .csv, .jsonl, .parquet, packed as .gz or not; the course's .csv files
+    are recognised as tab-separated), or the split's name where ``dataset`` is given."""
     dev: str | None = None
     """Dev file (or split name): what epochs, members and ensembles are chosen on."""
     test: str | None = None
@@ -71,13 +74,22 @@ class Task:
             raise UserError(f"{where}: label_names has no meaning for regression; use label_range")
         if self.label_range and (self.kind != "regression" or len(self.label_range) != 2):
             raise UserError(f"{where}: label_range is [lowest, highest], for regression only")
-        if len(set(self.label_names)) != len(self.label_names):
-            raise UserError(f"{where}: label_names holds a name twice: {self.label_names}")
+        for name in self.label_names:
+            if isinstance(name, bool):
+                word = "yes" if name else "no"
+                raise UserError(
+                    f'{where}: label_names holds {name}, which is what YAML makes of {word}; write "{word}" in quotes, '
+                    "or whatever stands in the data"
+                )
+        if len(set(self.labels)) != len(self.labels):
+            raise UserError(f"{where}: label_names holds a name twice: {self.labels}")
+        if self.columns and self.dataset is not None:
+            raise UserError(f"{where}: columns is for files without a header; a data set names its columns")
 
     @property
     def labels(self) -> list[str]:
         """Label values in the order of the outputs; empty for regression."""
-        return self.label_names or (["0", "1"] if self.kind == "binary" else [])
+        return [str(name) for name in self.label_names] or (["0", "1"] if self.kind == "binary" else [])
 
     @property
     def num_outputs(self) -> int:

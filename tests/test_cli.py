@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import FAMILY_NAMES, REPOSITORY
 from safetensors.torch import load_file, save_file
 
@@ -269,6 +270,48 @@ def test_a_task_of_ones_own(program: Program, capsys: pytest.CaptureFixture[str]
     assert "1 row skipped" in capsys.readouterr().out
     assert pool.TaskPool(program.pool, "tickets").labels == ["rail", "food", "room"]
     assert len(pool.TaskPool(program.pool, "tickets").examples().ids) == 23
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"), [("[1, 2]", ["1", "2"]), ("[1.0, 2.5]", ["1.0", "2.5"]), ("['01', x]", ["01", "x"])]
+)
+def test_label_names_in_yaml_without_quotes(program: Program, names: str, labels: list[str]) -> None:
+    for name in ("train", "dev"):
+        rows = [f"text {i},{labels[i % 2]}\n" for i in range(16)]
+        (program.folder / f"{name}.csv").write_text("".join(["text,label\n", *rows]))
+    task = program.folder / "task.yaml"
+    task.write_text(
+        "data: {tasks: [{name: own, kind: binary, text: [text], train: train.csv, dev: dev.csv, "
+        f"label_names: {names}}}]}}"
+    )
+    arguments = [a for a in program.arguments("fit", f"--data.root={program.folder}") if "--data.tasks" not in a]
+    assert main([*arguments, "--config", str(task)]) == 0
+    assert pool.TaskPool(program.pool, "own").labels == labels
+    kept = yaml.safe_load((program.run_dir() / "config.yaml").read_text())
+    assert kept["data"]["tasks"][0]["label_names"] == yaml.safe_load(names)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("label_names: [no, yes]", "{file}: task 'own': label_names holds False, which is what YAML makes of no;"),
+        ("label_names: [1, 2, 3]", "{file}: task 'own': label_names has 3 entries; binary needs two or none"),
+        ("label: yes", 'Got value: True; write words like no, yes, on and off, and numbers, in quotes: "no"'),
+    ],
+)
+def test_what_yaml_makes_of_words(
+    program: Program, capsys: pytest.CaptureFixture[str], task: str, message: str
+) -> None:
+    file = program.folder / "task.yaml"
+    file.write_text(f"data: {{tasks: [{{name: own, kind: binary, text: [text], {task}}}]}}")
+    arguments = [a for a in program.arguments("fit") if "--data.tasks" not in a]
+    try:
+        code = main([*arguments, "--config", str(file)])
+    except SystemExit as e:  # argparse's way
+        code = int(e.code or 0)
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message.format(file=file) in line
 
 
 def test_accumulation_keeps_its_meaning(program: Program) -> None:

@@ -52,6 +52,10 @@ def run(*args: object) -> int:
 
 def table(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
     """A file of these rows in the format of its ending."""
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(table(path.with_suffix(""), header, rows).read_bytes()))
+        path.with_suffix("").unlink()
+        return path
     if path.suffix == ".parquet":
         pq.write_table(pa.table({n: [r[i] for r in rows] for i, n in enumerate(header)}), path)
     elif path.suffix == ".jsonl":
@@ -119,7 +123,7 @@ def logits(home: Path, kind: str, name: str, split: str = "dev") -> np.ndarray:
 SHUFFLED = [3, 0, 4, 2, 1]
 
 
-@pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.jsonl", "m.parquet"])
+@pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.jsonl", "m.parquet", "m.csv.gz", "m.parquet.gz"])
 def test_tables_of_probabilities_are_matched_by_id(home: Path, importing: Importer, name: str) -> None:
     table(home / name, ["id", "p"], [(IDS[i], P[i]) for i in SHUFFLED])
     out, err = importing("binary", home / name)
@@ -636,7 +640,9 @@ GOOD = [f"{i},{p}" for i, p in zip(IDS, P, strict=True)]
         (lines("id,p_0,p_1", "q7,0.5,0.4"), "m.csv:2: the probabilities sum to 0.9; expected 1: one for each class"),
         (b"id,p\nq7,\xff\n", "m.csv:2: byte 0xff is not UTF-8 (byte offset 8); save it as UTF-8 text"),
         ("id,p\nq7,0.5\n".encode("utf-16"), "m.csv:1: byte 0xff is not UTF-8"),
-        (gzip.compress(b"id,p\n", mtime=0), "m.csv: compressed with gzip; unpack it first: gunzip m.csv"),
+        (gzip.compress(b"id,p\n", mtime=0), "m.csv: no rows; expected a header"),
+        (gzip.compress(b"id,p\n", mtime=0)[:-9], "m.csv: damaged gzip file ("),
+        (gzip.compress(b"\x93NUMPY", mtime=0), "m.csv: an array, compressed with gzip; unpack it first: gunzip m.csv"),
         (pickle.dumps({"a": 1}), "m.csv: a pickle, which is never loaded; save the numbers with numpy.save, or as CSV"),
         ('{"id": "q7", "p": [0.5, 0.5]}\n{"id": "q2", "p": [1]}\n', "m.csv:2: column 'p' is [1]; expected 2 numbers"),
     ],

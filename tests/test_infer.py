@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -14,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from trained_pool import texts_of, write_pool
 
@@ -75,6 +79,128 @@ def test_json_lines_and_another_column(record: Path, tmp_path: Path) -> None:
     assert rows[5]["error"].startswith("line 6: not JSON")
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("name", ["in.csv", "in.tsv", "in.csv.gz"])
+def test_a_header_alone_comes_back(record: Path, tmp_path: Path, name: str, probabilities: bool) -> None:
+    d = "\t" if name == "in.tsv" else ","
+    header, args = f"id{d}one\r".encode(), ["--probabilities"] * probabilities
+    (tmp_path / name).write_bytes(gzip.compress(header) if name.endswith(".gz") else header)
+    assert infer(record, tmp_path / name, tmp_path / "out", *args) == 0
+    names = ["id", "one", "prediction", *[f"p_{i}" for i in range(5)] * probabilities]
+    assert (tmp_path / "out").read_text() == d.join(names) + "\n"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_header_alone_through_a_pipe(record: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lora_ensemble", "infer", "--ensemble", str(record), "--input", "-"]
+    for content, code, out in ((b"id,one", 0, b"id,one,prediction\n"), (b"\n", 2, b"")):
+        done = subprocess.run([*command, "--output", "-", "--format", "csv"], input=content, capture_output=True)
+        assert (done.returncode, done.stdout) == (code, out)
+    assert b"stdin: empty file; expected a header line" in done.stderr
+
+
+def test_a_packed_file_comes_back_packed_where_its_name_says_so(record: Path, tmp_path: Path) -> None:
+    content = "id,one\n" + "".join(f"{i},{text}\n" for i, text in enumerate(texts_of(400, 1)))
+    (tmp_path / "in.csv").write_text(content)
+    (tmp_path / "in.csv.gz").write_bytes(gzip.compress(content.encode()))
+    assert infer(record, tmp_path / "in.csv", tmp_path / "plain.csv") == 0
+    for source, target in (("in.csv.gz", "out.csv"), ("in.csv.gz", "out.csv.gz"), ("in.csv", "again.csv.gz")):
+        assert infer(record, tmp_path / source, tmp_path / target) == 0
+        raw = (tmp_path / target).read_bytes()
+        assert (gzip.decompress(raw) if target.endswith(".gz") else raw) == (tmp_path / "plain.csv").read_bytes()
+
+
+def test_parquet_in_parquet_out(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Types stay; a row without text keeps its place."""
+    texts = texts_of(5000, 1)
+    whole = pa.table({"n": pa.array(range(5002), pa.int16()), "one": [*texts, None, "good"]})
+    pq.write_table(whole, tmp_path / "in.parquet")
+    assert infer(record, tmp_path / "in.parquet", tmp_path / "out.parquet", "--probabilities") == 1
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/in.parquet:5000: 'one' holds no text; no decision" in told
+    assert "5002 rows, 5001 answered" in told
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found.column_names == ["n", "one", "prediction", *(f"p_{i}" for i in range(5))]
+    assert found.select(["n", "one"]) == whole
+    expected = [*Ensemble.load(record).predict(texts).tolist(), None]
+    assert found["prediction"].to_pylist()[:-1] == expected
+    p = [[row[f"p_{i}"] for i in range(5)] for row in found.slice(0, 5000).to_pylist()]
+    np.testing.assert_allclose(p, Ensemble.load(record).predict_proba(texts), atol=1e-5)
+    pq.write_table(whole.slice(0, 0), tmp_path / "none.parquet")
+    assert infer(record, tmp_path / "none.parquet", tmp_path / "out.parquet") == 0
+    assert pq.read_table(tmp_path / "out.parquet").column_names == ["n", "one", "prediction"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_without_a_header(record: Path, tmp_path: Path) -> None:
+    texts = texts_of(5, 1)
+    (tmp_path / "in.tsv").write_text("".join(f"{i}\t{text}\n" for i, text in enumerate(texts)))
+    assert infer(record, tmp_path / "in.tsv", tmp_path / "out.tsv", "--header", "id", "one") == 0
+    rows = [line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines()]
+    assert [row[:2] for row in rows] == [[str(i), text] for i, text in enumerate(texts)]
+    assert [row[2] for row in rows] == Ensemble.load(record).predict(texts).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "args", "message"),
+    [
+        ("in.csv", b"", [], "in.csv: empty file; expected a header line"),
+        ("in.csv.gz", gzip.compress(b""), [], "in.csv.gz: empty file; expected a header line"),
+        ("in.csv.gz", gzip.compress(b"id,one\n1,good\n")[:-9], [], "in.csv.gz: damaged"),
+        ("in.csv.gz", b"\x1f\x8b nothing", [], "in.csv.gz: damaged gzip file"),
+        (
+            "in.csv.gz",
+            gzip.compress(b"id,one\n1,good\n") + gzip.compress(np.random.default_rng(0).bytes(300_000))[:200_000],
+            [],
+            "in.csv.gz: damaged, cannot be read to its end",
+        ),
+        ("in.csv", "id,one\n1,good\n".encode("utf-16"), [], "in.csv:1: byte 0xff is not UTF-8"),
+        ("in.txt", "good\nbad\n".encode("utf-16-le"), [], "in.txt: none of its 3 rows could be read as text"),
+        ("in.txt", b"\x28\xb5\x2f\xfd packed otherwise", [], "in.txt: none of its 1 rows could be read as text"),
+        ("in.parquet", b"PAR1 and nothing else", [], "in.parquet: damaged, or not a Parquet file"),
+        ("in.csv", b"one,n\ngood, or not,1\n", [], "in.csv:2: 3 fields instead of 2: header 'one,n', row 'good, or"),
+        ("in.jsonl", b'{"one": 1}\n', ["--header", "one"], "--header: in.jsonl is jsonl"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_what_cannot_be_read_leaves_no_output(
+    record: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes,
+    args: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content)
+    output = "out.parquet" if name == "in.parquet" else "out.csv"
+    assert main(["infer", "--ensemble", str(record), "--input", name, "--output", output, *args]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(os.listdir()) == [name]
+
+
+def test_a_table_named_as_another_format_is_refused(
+    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.table({"one": ["good"]}), tmp_path / "in.csv")
+    (tmp_path / "in2.csv").write_text("one\ngood\n")
+    for source, target in (("in.csv", "out.csv"), ("in2.csv", "out.parquet")):
+        assert infer(record, tmp_path / source, tmp_path / target) == 2
+        assert f"--output {tmp_path / target}: the output is " in capsys.readouterr().err
+        assert not (tmp_path / target).exists()
+
+
+def test_numbers_are_text_as_in_training(record: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"one": 100}\n{"one": 2.5}\n{"one": true}\n{"one": "good"}\n')
+    assert infer(record, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["one"] for row in rows] == [100, 2.5, True, "good"]
+    expected = Ensemble.load(record).predict(["100", "2.5", "True", "good"]).tolist()
+    assert [row["prediction"] for row in rows] == expected
+
+
 def test_a_pipe_of_lines_is_answered_as_it_comes(record: Path) -> None:
     """The answer to a line is there before the next line is."""
     command = [sys.executable, "-m", "lora_ensemble", "infer", "--ensemble", str(record), "--input", "-"]
@@ -112,14 +238,14 @@ def test_whoever_reads_may_stop(record: Path, tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "err").read_text()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(("how", "name"), [(signal.SIGKILL, "out.csv"), (signal.SIGINT, "out.csv.gz")])
 def test_killed_it_goes_on_and_ends_the_same(
-    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: signal.Signals
+    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: signal.Signals, name: str
 ) -> None:
     lines = [f'{i},"{text}"' for i, text in enumerate(texts_of(6000, 1, longest=30))]
     (tmp_path / "in.csv").write_text("id,one\n" + "\n".join(lines))
     assert infer(record, tmp_path / "in.csv", tmp_path / "whole.csv") == 0
-    target = tmp_path / "out.csv"
+    target = tmp_path / name
     command = [sys.executable, "-m", "lora_ensemble", "infer", "--ensemble", str(record)]
     program = subprocess.Popen([*command, "--input", str(tmp_path / "in.csv"), "--output", str(target)])
     while program.poll() is None and not list(tmp_path.glob(".out.csv.*.json")):
@@ -133,7 +259,8 @@ def test_killed_it_goes_on_and_ends_the_same(
     capsys.readouterr()
     assert infer(record, tmp_path / "in.csv", target) == 0
     assert "going on after" in capsys.readouterr().err
-    assert target.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    raw = target.read_bytes()
+    assert (gzip.decompress(raw) if name.endswith(".gz") else raw) == (tmp_path / "whole.csv").read_bytes()
     assert not list(tmp_path.glob(".*"))
 
 

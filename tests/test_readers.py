@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gzip
 import json
 import os
 import subprocess
@@ -136,6 +137,9 @@ _COLUMNS = {"id": [r[0] for r in ROWS], "text": [r[1] for r in ROWS], "label": [
         ("t.csv", _csv_bytes(end="\r\n")),
         ("t.tsv", _csv_bytes("\t", end="\r\n")),
         ("t.csv", _csv_bytes(end="\r")),
+        ("t.csv", _csv_bytes().replace(b"\n", b"\r", 1)),
+        ("t.csv", _csv_bytes().replace(b"\n", b"\r\n", 2).replace(b"x2", b"\rx2")),
+        ("t.jsonl", _json_bytes("\r")),
         ("t.csv", _csv_bytes(front=b"\xef\xbb\xbf")),
         ("t.csv", _csv_bytes().rstrip(b"\n")),
         ("t.csv", _csv_bytes() + b"\n,,\n\n"),
@@ -145,6 +149,11 @@ _COLUMNS = {"id": [r[0] for r in ROWS], "text": [r[1] for r in ROWS], "label": [
         ("t.data", _json_bytes()),
         ("t.parquet", _parquet_bytes(**_COLUMNS)),
         ("t.bin", _parquet_bytes(**_COLUMNS)),
+        ("t.csv.gz", gzip.compress(_csv_bytes(), mtime=0)),
+        ("t.TSV.GZ", gzip.compress(_csv_bytes("\t"), mtime=0)),
+        ("t.csv", gzip.compress(_csv_bytes(), mtime=0)),
+        ("t.jsonl.gz", gzip.compress(_json_bytes()[:9], mtime=0) + gzip.compress(_json_bytes()[9:], mtime=0)),
+        ("t.parquet.gz", gzip.compress(_parquet_bytes(**_COLUMNS), mtime=0)),
     ],
     ids=str,
 )
@@ -180,8 +189,8 @@ def test_one_column_file_keeps_its_commas(tmp_path: Path) -> None:
 
 
 def test_ids_are_row_numbers_without_an_id_column_and_count_what_is_skipped(tmp_path: Path) -> None:
-    split = read(tmp_path, "text,label\na,1\n,1\n\nc,0\n", dataclasses.replace(ONE, id=None))
-    assert split.ids.tolist() == ["0", "2"]
+    split = read(tmp_path, "text,label\na,1\n,1\n\nc,0\nd,0\ne,0\n", dataclasses.replace(ONE, id=None))
+    assert split.ids.tolist() == ["0", "2", "3", "4"]
     assert split.notices == ["t.csv: 1 row skipped: empty text (line 3)"]
 
 
@@ -207,8 +216,33 @@ def test_what_the_csv_module_writes_is_read_back(
 # Headers and quotes that do not fit.
 
 
-def test_header_without_a_name_for_the_index(tmp_path: Path) -> None:
-    assert read(tmp_path, "id\ttext\tlabel\n7\tx1\tgood\t1\n8\tx2\tbad\t0\n").ids.tolist() == ["x1", "x2"]
+@pytest.mark.parametrize("first", [0, 1])  # R counts from 1
+def test_header_without_a_name_for_an_index_that_counts(tmp_path: Path, first: int) -> None:
+    rows = f"id\ttext\tlabel\n{first}\tx1\tgood\t1\n\n{first + 1}\tx2\tbad\t0\n"
+    assert read(tmp_path, rows).ids.tolist() == ["x1", "x2"]
+    more = rows + "".join(f"{first + i}\tx{i + 1}\tbad\t0\n" for i in range(2, 9)) + "0\tx\tlost\t1\n"
+    assert read(tmp_path, more).notices == [
+        f"t.csv: 1 row skipped: starts with '0' instead of the row's number {first + 9} (line 12)"
+    ]
+    assert "t.csv:2: 4 fields instead of 3" in error(tmp_path, rows.replace(f"\n{first}", "\n7", 1))
+
+
+@pytest.mark.parametrize("need_labels", [True, False])
+@pytest.mark.parametrize(
+    ("d", "name", "rest"),
+    [(",", "a comma", ["warm{d} kind{d}1"]), (",", "a comma", ["fine{d}1"] * 40), ("\t", "a tab", ["fine{d}1"] * 40)],
+)
+def test_a_delimiter_in_a_text_without_quotes_is_no_index(
+    tmp_path: Path, need_labels: bool, d: str, name: str, rest: list[str]
+) -> None:
+    """In every row, or in the first alone."""
+    task = dataclasses.replace(ONE, id=None)
+    content = "\n".join(["text{d}label", "cold{d} rude{d}0", *rest]).replace("{d}", d)
+    message = error(tmp_path, content, task, need_labels=need_labels)
+    assert message == (
+        f"{tmp_path}/t.csv:2: 3 fields instead of 2: header {f'text{d}label'!r}, row {f'cold{d} rude{d}0'!r}; put a "
+        f"text that holds {name} in double quotes: " + repr(f'"one{d} two"')
+    )
 
 
 def test_second_index_column_as_in_the_courses_test_file(tmp_path: Path) -> None:
@@ -285,14 +319,56 @@ def test_error_after_a_field_over_several_lines_has_the_right_line(tmp_path: Pat
 
 
 def test_row_with_a_missing_field(tmp_path: Path) -> None:
-    content = "id\ttext\tlabel\n1\ta\t1\n2\tb\n3\tc\td\te\n4\td\t0\n"
+    good = "".join(f"{i}\td\t0\n" for i in range(4, 11))
+    content = f"id\ttext\tlabel\n1\ta\t1\n2\tb\n3\tc\td\te\n{good}"
     split = read(tmp_path, content)
-    assert split.ids.tolist() == ["1", "4"]
+    assert split.ids.tolist() == ["1", *map(str, range(4, 11))]
     assert split.notices == [
         "t.csv: 1 row skipped: 2 fields instead of 3 (line 3)",
         "t.csv: 1 row skipped: 4 fields instead of 3 (line 4)",
     ]
     assert "t.csv:3: 2 fields instead of 3; mend it" in error(tmp_path, content, need_labels=False)
+
+
+# Files without a header.
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", b'x1,1,"Well, well"\nx2,0,"a\nb"\n'),
+        ("t.tsv", b'\xef\xbb\xbfx1\t1\tWell, well\r\nx2\t0\t"a\r\nb"'),
+        ("t.csv.gz", gzip.compress(b'\nx1;1;Well, well\nx2;0;"a\nb"\n', mtime=0)),
+    ],
+)
+def test_columns_of_a_file_without_a_header(tmp_path: Path, name: str, content: bytes) -> None:
+    split = read(tmp_path, content, dataclasses.replace(ONE, columns=["id", "label", "text"]), name=name)
+    assert split.ids.tolist() == ["x1", "x2"]
+    assert split.texts[0][0] == "Well, well"
+    assert split.texts[0][1].split() == ["a", "b"]
+    assert split.labels is not None
+    assert split.labels.tolist() == [1, 0]
+
+
+def test_columns_where_there_is_a_header_or_none_could_be(tmp_path: Path) -> None:
+    task = dataclasses.replace(ONE, columns=["id", "text", "label"])
+    assert "t.csv: has a header line of its own; do not give" in error(tmp_path, "id,text,label\n1,a,1\n", task)
+    assert "columns: is for CSV and TSV files without" in error(tmp_path, _json_bytes(), task, name="t.jsonl")
+    assert "columns: is for CSV and TSV files" in error(tmp_path, _parquet_bytes(**_COLUMNS), task, name="t.parquet")
+    message = error(tmp_path, "0,good, or not,1\n1,b,1\n", task)
+    assert "t.csv:1: 4 fields instead of 3: header 'id, text, label', row '0,good, or not,1'" in message
+    with pytest.raises(UserError, match="a data set names its columns"):
+        dataclasses.replace(task, dataset="some/thing")
+
+
+@pytest.mark.parametrize(
+    "first", ["2 ||| a film", "__label__2 a film", "(3 (2 It) (4 works))", "a film, of sorts,2", "a film\t2"]
+)
+def test_a_header_seems_to_be_missing(tmp_path: Path, first: str) -> None:
+    message = error(tmp_path, f"{first}\n{first}\n")
+    assert "t.csv: no column 'text'; columns found: " in message
+    assert message.endswith("a header line seems to be missing: give the names as columns: of the task")
+    assert "header line" not in error(tmp_path, "id,sentence,label\n1,a,1\n")
 
 
 # Labels.
@@ -352,22 +428,23 @@ def test_true_and_one_are_different_labels_where_only_one_is_named(tmp_path: Pat
 
 
 def test_booleans_and_nothing_in_json_and_parquet(tmp_path: Path) -> None:
-    values = [True, False, None, True]
+    values = [True, False, None, True, True, False]
     rows = "".join(json.dumps({"id": i, "text": "a", "label": v}) + "\n" for i, v in enumerate(values))
-    parquet = _parquet_bytes(id=[0, 1, 2, 3], text=["a"] * 4, label=values)
+    parquet = _parquet_bytes(id=list(range(6)), text=["a"] * 6, label=values)
     for name, content in (("t.jsonl", rows), ("t.parquet", parquet)):
         split = read(tmp_path, content, name=name)
         assert split.labels is not None
-        assert split.labels.tolist() == [1, 0, 1]
-        assert split.ids.tolist() == ["0", "1", "3"]
+        assert split.labels.tolist() == [1, 0, 1, 1, 0]
+        assert split.ids.tolist() == ["0", "1", "3", "4", "5"]
         place = "line 3" if name == "t.jsonl" else "row 2"
         assert split.notices == [f"{name}: 1 row skipped: empty label ({place})"]
 
 
 def test_nan_and_null_in_parquet_are_empty(tmp_path: Path) -> None:
-    content = _parquet_bytes(id=["a", "b", "c"], text=["x", None, "z"], label=[float("nan"), 1.0, 2.5])
+    ids, values = list("abcdefghij"), [float("nan"), 1.0, *[2.5] * 8]
+    content = _parquet_bytes(id=ids, text=["x", None, *"zzzzzzzz"], label=values)
     split = read(tmp_path, content, VALUE, name="t.parquet")
-    assert split.ids.tolist() == ["c"]
+    assert split.ids.tolist() == ids[2:]
     assert split.notices == [
         "t.parquet: 1 row skipped: empty label (row 0)",
         "t.parquet: 1 row skipped: empty text (row 1)",
@@ -380,8 +457,9 @@ UNTIDY = "id\ta\tb\tlabel\n1\tx\ty\t1\n2\tx\t\t1\n3\t\t\t\n4\tx\ty\t\n5\tx\ty\t0
 
 
 def test_rows_that_cannot_be_trained_on_are_skipped_counted_and_said(tmp_path: Path) -> None:
-    split = read(tmp_path, UNTIDY, PAIR)
-    assert split.ids.tolist() == ["1", "5"]
+    more = [str(i) for i in range(7, 21)]
+    split = read(tmp_path, UNTIDY + "".join(f"{i}\tx\ty\t0\n" for i in more), PAIR)
+    assert split.ids.tolist() == ["1", "5", *more]
     assert split.notices == [
         "t.csv: 2 rows skipped: empty b (lines 3, 7)",
         "t.csv: 1 row skipped: empty a and b and label (line 4)",
@@ -410,8 +488,13 @@ def test_prediction_uses_whole_labels_and_does_without_any(tmp_path: Path) -> No
 
 
 def test_places_are_counted_beyond_three(tmp_path: Path) -> None:
-    split = read(tmp_path, "id,text,label\n1,a,1\n" + "".join(f"{i},a,\n" for i in range(2, 7)))
+    odd = "id,text,label\n1,a,1\n" + "".join(f"{i},a,\n" for i in range(2, 7))
+    split = read(tmp_path, odd + "".join(f"{i},a,0\n" for i in range(7, 26)))
     assert split.notices == ["t.csv: 5 rows skipped: empty label (lines 3, 4, 5, ...)"]
+    assert error(tmp_path, odd + "".join(f"{i},a,0\n" for i in range(7, 25))) == (
+        f"{tmp_path}/t.csv: only 19 of 24 rows are usable examples; t.csv: 5 rows skipped: empty label (lines 3, 4, 5, "
+        "...); mend the others, or take them out (up to 20% are skipped)"
+    )
 
 
 # Bad input.
@@ -452,6 +535,8 @@ def test_missing_columns(tmp_path: Path) -> None:
         (b"", "t.parquet", ": damaged, or not a Parquet file ("),
         (b"PAR1 and nothing else", "t.csv", ": damaged, or not a Parquet file ("),
         (_parquet_bytes(**_COLUMNS)[:-20], "t.parquet", ": damaged, or not a Parquet file ("),
+        (gzip.compress(b"id,text,label\n", mtime=0)[:-9], "t.csv.gz", ": damaged gzip file ("),
+        (gzip.compress(b"id\r1,\xff", mtime=0), "t.csv.gz", ":2: byte 0xff is not UTF-8 (byte offset 5); save it"),
         (_parquet_bytes(id=["1"], text=[b"\xff"], label=[1]), "t.parquet", ": row 0: column 'text' holds a bytes"),
         (b"id,text,label\n", "t.csv", ": no usable examples: no rows"),
         (b"id,text,label\n1,a,\n", "t.csv", ": no usable examples; t.csv: 1 row skipped: empty label (line 2)"),
@@ -580,7 +665,7 @@ def hub_lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     files, typed = tmp / "files", tmp / "typed"
     files.mkdir()
     typed.mkdir()
-    (files / "train.csv").write_text("text,label\none,1\ntwo,0\nthree,\n")
+    (files / "train.csv").write_text("text,label\none,1\ntwo,0\nthree,\nfour,0\nfive,0\nsix,0\n")
     (files / "validation.csv").write_text("text,label\nfour,1\n")
     (files / "test.csv").write_text("text,label\nfive,\n")
     env = os.environ | {"HF_HOME": str(tmp / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -593,12 +678,12 @@ def hub_lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_hub_split_names_and_values(hub_lines: list[str]) -> None:
-    notice = hub_lines[0].partition("[['one', 'two']] [1, 0] ")[2]
-    assert hub_lines[0].startswith("['0', '1'] ")
+    notice = hub_lines[0].partition("[['one', 'two', 'four', 'five', 'six']] [1, 0, 0, 0, 0] ")[2]
+    assert hub_lines[0].startswith("['0', '1', '3', '4', '5'] ")
     assert "files [train]: 1 row skipped: empty label (row 2)" in notice
     assert hub_lines[1] == "['0'] [['four']] [1] []"
     assert hub_lines[2] == "['0'] [['five']] None []"
-    assert hub_lines[3].startswith("['0'] [['two']] [0] ")
+    assert hub_lines[3].startswith("['0', '2', '3', '4'] [['two', 'four', 'five', 'six']] ")
 
 
 def test_hub_errors_are_one_line(hub_lines: list[str]) -> None:

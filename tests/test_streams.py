@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_ensemble import streams
+from lora_ensemble import delimited
 from lora_ensemble.errors import UserError
-from lora_ensemble.streams import Row, Rows, format_of
-from lora_ensemble.tables import read_table
+from lora_ensemble.streams import Row, Rows
+from lora_ensemble.tables import format_of, read_table
 
 COURSE = Path(os.environ.get("LORA_ENSEMBLE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_course = pytest.mark.skipif(
@@ -55,12 +56,16 @@ DIRTY = """\tid\tsentence\tlabel
 
 
 @pytest.mark.parametrize("step", [1, 7, 100, 10**6])
-@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
-def test_a_dirty_file_in_small_pieces(tmp_path: Path, step: int, end: str) -> None:
-    """As read_table reads it whole."""
-    (tmp_path / "in.csv").write_text(DIRTY + end, newline="")
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\r"])
+@pytest.mark.parametrize("ends", ["\n", "\r", "\r\n", "mixed"])
+def test_a_dirty_file_in_small_pieces(tmp_path: Path, step: int, end: str, ends: str) -> None:
+    """As read_table reads it whole, whatever ends its lines."""
+    kinds = itertools.cycle(["\n", "\r", "\r\n"] if ends == "mixed" else [ends])
+    dirty = "".join(line + next(kinds) for line in DIRTY.splitlines()).rstrip("\r\n") + end
+    (tmp_path / "in.csv").write_text(dirty, newline="")
     whole = read_table(tmp_path / "in.csv", None)
-    rows, found = rows_of(DIRTY + end, "csv", ["sentence"], step=step)
+    assert len(whole.lines or []) == 9
+    rows, found = rows_of(dirty, "csv", ["sentence"], step=step)
     assert rows.header == whole.found
     assert [row.line for row in found] == whole.lines
     assert {i: row.error for i, row in enumerate(found) if row.error} == whole.broken
@@ -84,6 +89,36 @@ def test_the_courses_files(name: str) -> None:
     assert sum(row.error is not None for row in found) == len(whole.broken)
 
 
+@pytest.mark.parametrize("step", [1, 10**6])
+@pytest.mark.parametrize("end", ["", "\n", "\r", "\n\n"])
+def test_a_header_alone(step: int, end: str) -> None:
+    rows, found = rows_of(f"id\ttext{end}", "csv", ["text"], step=step)
+    assert found == []
+    assert rows.head(["prediction"]) == "id\ttext\tprediction\n"
+
+
+@pytest.mark.parametrize("step", [1, 10**6])
+def test_lines_of_text_and_of_json_however_they_end(step: int) -> None:
+    _, found = rows_of("one\rtwo\r\nthree\n\rfive", "text", ["t"], step=step)
+    assert [(row.line, row.texts) for row in found] == [
+        (1, ["one"]), (2, ["two"]), (3, ["three"]), (4, None), (5, ["five"])
+    ]  # fmt: skip
+    _, found = rows_of('{"t": "one"}\r{"t": "two"}\r\n\n{"t": "four"}', "jsonl", ["t"], step=step)
+    assert [(row.line, row.texts) for row in found] == [(1, ["one"]), (2, ["two"]), (4, ["four"])]
+
+
+@pytest.mark.parametrize("step", [1, 10**6])
+def test_a_file_without_a_header(step: int) -> None:
+    content = 'x1,"so, so"\nx2\nx3,fine'
+    rows = Rows(Pipe(content.encode(), step), "in.csv", "csv", ["text"], ["id", "text"])  # type: ignore[arg-type]
+    found = [row for _, block in rows for row in block]
+    assert [row.texts for row in found] == [["so, so"], None, ["fine"]]
+    assert rows.head(["prediction"]) == ""
+    assert rows.back(found[0], {"prediction": 4}) == 'x1,"so, so",4\n'
+    with pytest.raises(UserError, match="has a column 'id' of its own"):
+        rows.head(["id"])
+
+
 CELL = st.text(st.sampled_from("ab ,\"'\n\r\t;é\u2028"), max_size=8)
 
 
@@ -101,17 +136,20 @@ def test_what_csv_wrote_is_read_whatever_the_blocks(rows: list[tuple[str, str]],
 def test_json_lines(step: int) -> None:
     content = (
         b'{"t": "one", "n": 1}\n\nnot json\n[1]\n{"n": 2}\n{"t": 3}\n{"t": "\xff"}\n{"t": "\\ud800"}\n{"t": "end"}'
+        b'\n{"t": [1]}'
     )
     rows, found = rows_of(content, "jsonl", ["t"], step=step)
     assert [(row.line, row.texts) for row in found] == [
-        (1, ["one"]), (3, None), (4, None), (5, None), (6, None), (7, None), (8, None), (9, ["end"]),
+        (1, ["one"]), (3, None), (4, None), (5, None), (6, ["3"]), (7, None), (8, None), (9, ["end"]), (10, None),
     ]  # fmt: skip
     errors = [row.error or "" for row in found]
-    for i, message in {1: "not JSON", 2: "a JSON list", 3: "no key 't'", 4: "'t' holds no text", 5: "0xff"}.items():
+    for i, message in {1: "not JSON", 2: "a JSON list", 3: "no key 't'", 8: "'t' holds no text", 5: "0xff"}.items():
         assert message in errors[i]
     assert "not JSON" in errors[6]  # half of a surrogate pair
     assert json.loads(rows.back(found[0], {"prediction": "4"})) == {"t": "one", "n": 1, "prediction": "4"}
     assert json.loads(rows.back(found[1], None))["error"].startswith("line 3: not JSON")
+    with pytest.raises(UserError, match=r"in\.csv:1: has a key 'n' of its own; choose another --column"):
+        rows.back(found[0], {"n": "4"})
 
 
 def test_plain_lines() -> None:
@@ -129,8 +167,8 @@ def test_plain_lines() -> None:
 @pytest.mark.parametrize(
     ("content", "columns", "message"),
     [
-        ("", ["t"], "empty; expected a header"),
-        ("\n \n", ["t"], "empty; expected a header"),
+        ("", ["t"], "empty file; expected a header"),
+        ("\n \n", ["t"], "empty file; expected a header"),
         ("a,b\n1,2\n", ["t"], "column 't' is not there; columns found: a, b"),
         ("t,t\n1,2\n", ["t"], "column 't' is there twice"),
         ("a,b\n1,2\n", [], "which columns hold the text"),
@@ -152,13 +190,19 @@ def test_one_column_with_commas() -> None:
         rows.head(["text"])
 
 
-def test_an_open_quote_does_not_swallow_the_file() -> None:
-    """After a thousand lines it is text."""
-    lines = ["id\ttext", '0\t"never closed', *(f"{i}\tline {i}" for i in range(1, 3000))]
+def test_an_open_quote_does_not_swallow_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many lines it is text, in a file that is read at once too."""
+    monkeypatch.setattr(delimited, "LOOK_AHEAD", 1000)
+    lines = ["id,text", '0,"closed too late', *(f"{i},line {i}" for i in range(1, 3000)), 'closed"']
     _, found = rows_of("\n".join(lines), "csv", ["text"], step=4000)
-    assert len(found) == 3000
-    assert found[0].texts == ['"never closed']
-    assert streams._LOOK_AHEAD == 1000
+    assert len(found) == 3001
+    assert found[0].texts == ['"closed too late']
+    (tmp_path / "in.csv").write_text("\n".join(lines))
+    assert read_table(tmp_path / "in.csv", None).columns["text"] == [(row.texts or [""])[0] for row in found]
+    # The first answer waits for no more than that.
+    pipe = Rows(Pipe("\n".join(lines).encode(), 4000), "in.csv", "csv", ["text"])  # type: ignore[arg-type]
+    assert next(row.line for _, block in pipe for row in block) == 2
+    assert len(pipe.stream.content) > 10_000  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

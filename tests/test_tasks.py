@@ -89,3 +89,12 @@ def test_the_presets() -> None:
 def test_mistakes(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Task(**({"name": "t", "kind": "binary", "text": ["x"]} | fields))
+
+
+def test_label_names_may_be_numbers_but_not_booleans() -> None:
+    task = Task(name="t", kind="multiclass", text=["x"], label_names=[1, 2.5, "c"])
+    assert task.labels == ["1", "2.5", "c"]
+    with pytest.raises(UserError, match="label_names holds a name twice"):
+        Task(name="t", kind="binary", text=["x"], label_names=[1, "1"])
+    with pytest.raises(UserError, match=r"""task 't': label_names holds False, .*write "no" in quotes"""):
+        Task(name="t", kind="binary", text=["x"], label_names=[False, True])

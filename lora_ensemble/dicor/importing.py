@@ -194,7 +194,7 @@ def _names(sources: Sequence[Source], request: Request) -> list[str]:
 
 def _name_of(source: Source, split: str) -> str:
     """What the file calls the model, or the file's name without its ending and the split's: xgb for xgb-dev.csv."""
-    name = source.name or re.sub(rf"(?<=.)[-_.]{split}$", "", source.path.stem)
+    name = source.name or re.sub(rf"(?<=.)[-_.]{split}$", "", Path(source.path.name.removesuffix(".gz")).stem)
     return re.sub(r"[^\w.+-]+", "-", name).lstrip("._-")
 
 

@@ -6,6 +6,9 @@ JSON lines, Parquet: see tables.py). What the columns mean is decided in outputs
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.tables import Table, read_table
+from lora_ensemble.tables import DAMAGED, GZIP, Table, one_line, read_table
+from lora_ensemble.tasks import number
 
 ARRAY = ""
 """Name of the one column that an array is: (N,) or (N, K)."""
@@ -132,8 +136,11 @@ def _start(path: Path) -> bytes:
         raise UserError(f"{path}: empty file; expected predictions or labels")
     if path.suffix.lower() in _PICKLES or (start[0] == 0x80 and start[1:2] in (b"\2", b"\3", b"\4", b"\5")):
         raise UserError(f"{path}: a pickle, which is never loaded; save the numbers with numpy.save, or as CSV")
-    if start.startswith(b"\x1f\x8b"):
-        raise UserError(f"{path}: compressed with gzip; unpack it first: gunzip {path.name}")
+    if start.startswith(GZIP):
+        with contextlib.suppress(*DAMAGED), gzip.open(path) as f:  # read_table says what is damaged
+            start = f.read(8)
+        if start.startswith((b"\x93NUMPY", b"PK", b"\x80")):
+            raise UserError(f"{path}: an array, compressed with gzip; unpack it first: gunzip {path.name}")
     return start
 
 
@@ -142,7 +149,7 @@ def _mapped(path: Path) -> np.ndarray:
         return np.lib.format.open_memmap(path, mode="r")  # never unpickles, unlike np.load
     except Exception as e:  # a damaged header raises several kinds of exception
         raise UserError(
-            f"{path}: cannot be read as an array ({_one_line(e)}); expected numbers, as numpy.save writes them; "
+            f"{path}: cannot be read as an array ({one_line(e)}); expected numbers, as numpy.save writes them; "
             "Python objects are never loaded"
         ) from e
 
@@ -154,17 +161,13 @@ def _archive(path: Path) -> dict[str, np.ndarray]:
             arrays = {name: data[name] for name in data.files}
     except Exception as e:  # a damaged zip raises many kinds of exception
         raise UserError(
-            f"{path}: cannot be read as an .npz archive ({type(e).__name__}: {_one_line(e)}); expected arrays of "
+            f"{path}: cannot be read as an .npz archive ({type(e).__name__}: {one_line(e)}); expected arrays of "
             "numbers, as numpy.savez writes them; Python objects are never loaded"
         ) from e
     other = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
     if other:
         raise UserError(f"{path}: a zip archive, but no .npz: it holds {other[0]!r}; save the predictions as CSV")
     return arrays
-
-
-def _one_line(e: Exception) -> str:
-    return " ".join(str(e).split())[:200]
 
 
 def _ids_of(path: Path, arrays: Mapping[str, np.ndarray], id_column: str | None) -> list[str] | None:
@@ -212,20 +215,12 @@ def _table(path: Path) -> Table:
         raise UserError(f"{table.at(row)}: {table.broken[row]}; mend it: every row counts")
     if not any(len(cells) for cells in table.columns.values()):
         raise UserError(f"{path}: no rows; expected a header line and a row for each example")
-    if all(_is_number(name) and not name.strip().isdigit() for name in table.found):
+    if not any(math.isnan(number(name)) or name.strip().isdigit() for name in table.found):
         raise UserError(
             f"{path}: its first line holds numbers ({', '.join(table.found[:3])}); expected a header line with the "
             "names of the columns"
         )
     return table
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _table_ids(table: Table, wanted: str | None) -> tuple[list[str] | None, dict[str, Sequence[Any] | np.ndarray]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from lora_ensemble.arguments import ANY_BASE, Parser
 from lora_ensemble.errors import UserError
-from lora_ensemble.streams import Format, Row, Rows, format_of
+from lora_ensemble.streams import Row, Rows
+from lora_ensemble.tables import DAMAGED, GZIP, Format, format_of
 
 if TYPE_CHECKING:
     from lora_ensemble.ensemble.restored import Ensemble
@@ -32,10 +34,13 @@ def _parser() -> argparse.ArgumentParser:
         "one, and is reported with its line. Interrupted, the same command goes on, where input and output are files.",
     )
     p.add_argument("--ensemble", type=Path, required=True, metavar="FILE", help="what dicor select or export wrote")
-    p.add_argument("--input", required=True, metavar="FILE", help="CSV, TSV, JSON lines or lines of text; -: stdin")
-    p.add_argument("--output", required=True, metavar="FILE", help="in the same format; -: stdout")
+    p.add_argument(
+        "--input", required=True, metavar="FILE", help="CSV, TSV, JSON lines, Parquet or plain lines, .gz too; -: stdin"
+    )
+    p.add_argument("--output", required=True, metavar="FILE", help="in the same format, packed if .gz; -: stdout")
     p.add_argument("--format", choices=get_args(Format), help="of the input (default: by its suffix; stdin: text)")
     p.add_argument("--text", nargs="+", default=[], metavar="COLUMN", help="default: the columns of the training data")
+    p.add_argument("--header", nargs="+", default=[], metavar="COLUMN", help="columns of CSV or TSV that names none")
     p.add_argument("--column", default="prediction", help="name of what is added (default: prediction)")
     p.add_argument("--probabilities", action="store_true", help="add each label's probability too")
     p.add_argument("--pool", type=Path, metavar="DIR", help="the pool, if it is no longer where the record says")
@@ -71,17 +76,26 @@ def run(args: Sequence[str]) -> int:
         if given.text and ensemble.text and len(given.text) != len(ensemble.text):
             reads = ", ".join(ensemble.text)
             raise UserError(f"--text: {len(given.text)} columns; the ensemble reads {len(ensemble.text)} ({reads})")
-        kind = given.format or ("text" if given.input == "-" else format_of(given.input))
         name = "stdin" if given.input == "-" else given.input
-        rows = Rows(source, name, kind, given.text or ensemble.text)
+        stream, start = _unpacked(source, name)
+        kind = given.format or format_of(name, start)
+        if given.output != "-" and (kind == "parquet") != (format_of(given.output) == "parquet"):
+            raise UserError(f"--output {given.output}: the output is {kind}, as the input is; let its name say so")
+        if given.header and kind != "csv":
+            raise UserError(f"--header: {name} is {kind}; it is for CSV and TSV without a header line")
+        rows = Rows(stream, name, kind, given.text or ensemble.text, given.header)
         done = _Infer(ensemble, rows, column=given.column, probabilities=given.probabilities)
         try:
-            done.run(sink, size=None if given.input == "-" else os.path.getsize(given.input))
+            known = given.input != "-" and stream is source
+            done.run(sink, size=os.path.getsize(given.input) if known else None)
+        except UserError:  # of the input: there is nothing to go on with
+            sink.begun = False
+            raise
         except BrokenPipeError:  # whoever read has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except KeyboardInterrupt:
-            if sink.partial is not None:
+            if sink.partial is not None and sink.begun:
                 print(f"\ninterrupted after {sink.rows} rows: the same command goes on", file=sys.stderr)
             raise
         sink.finish()
@@ -90,7 +104,7 @@ def run(args: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _source(name: str) -> Iterator[BinaryIO]:
+def _source(name: str) -> Iterator[Any]:
     if name == "-":
         yield sys.stdin.buffer
         return
@@ -100,6 +114,17 @@ def _source(name: str) -> Iterator[BinaryIO]:
         raise UserError(f"{name}: cannot be read ({e.strerror}); expected a file of texts, or - for stdin") from e
     with f:
         yield f
+
+
+def _unpacked(stream: Any, name: str) -> tuple[Any, bytes]:
+    """The stream, or what gzip packed into it, and its first bytes."""
+    try:
+        if not (start := stream.peek(len(GZIP))).startswith(GZIP):
+            return stream, start
+        unpacked = gzip.GzipFile(fileobj=stream)
+        return unpacked, unpacked.peek(1)
+    except DAMAGED as e:
+        raise UserError(f"{name}: damaged gzip file ({e}); write it again") from e
 
 
 @dataclass(kw_only=True)
@@ -122,9 +147,11 @@ class _Sink:
         assert self.partial is not None
         return self.partial.with_name(self.partial.name + ".json")
 
-    def write(self, lines: list[str]) -> None:
-        """Add the lines of some rows, and a note of it."""
-        self.stream.write("".join(lines).encode())
+    def write(self, what: bytes) -> None:
+        """Add some rows, and a note of it."""
+        if self.target is not None and self.target.suffix.lower() == ".gz":
+            what = gzip.compress(what)  # a file of several such parts is one that gzip reads, and may end at each
+        self.stream.write(what)
         self.stream.flush()
         self.begun = True
         if self.partial is None:
@@ -182,6 +209,7 @@ def _sink(given: argparse.Namespace) -> Iterator[_Sink]:
         finally:
             if not sink.begun:
                 partial.unlink(missing_ok=True)
+                sink._note.unlink(missing_ok=True)
 
 
 class _Infer:
@@ -195,10 +223,10 @@ class _Infer:
 
     def run(self, sink: _Sink, *, size: int | None) -> None:
         """All rows of the stream; ``size``: its bytes, where they are known."""
-        skip = sink.rows
+        skip = before = sink.rows
         with _bar(size) as bar:
             for read, block in self.rows:
-                head = [] if sink.begun else [self.rows.head(self.added)]
+                head = "" if sink.begun else self.rows.head(self.added)
                 self._report(block)
                 done, block = block[:skip], block[skip:]
                 skip -= len(done)
@@ -206,8 +234,12 @@ class _Infer:
                 if not block:
                     bar.update(read)
                 sink.rows += len(block)
-                if head or lines:
-                    sink.write([*head, *lines])
+                if out := "".join([head, *lines]):
+                    sink.write(out.encode())
+        if self.bad and not self.answered and not before and sink.partial is not None:
+            raise UserError(f"{self.rows.name}: none of its {self.count} rows could be read as {self.rows.kind}")
+        if tail := self.rows.tail(self.added):
+            sink.write(tail)
 
     def _report(self, block: list[Row]) -> None:
         for row in block:
@@ -235,7 +267,7 @@ class _Infer:
             if row.texts is not None:
                 lines.append(self.rows.back(row, dict(zip(self.added, next(answers), strict=True))))
             else:
-                lines.append(self.rows.back(row, None if self.rows.kind == "jsonl" else nothing))
+                lines.append(self.rows.back(row, None if self.rows.kind in ("jsonl", "parquet") else nothing))
         return lines
 
     def say(self) -> None:
