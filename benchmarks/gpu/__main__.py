@@ -132,7 +132,11 @@ class Run:
             _say(f"  {row.name}: stopped after {left:.0f} s")
             return False
         except MemoryError:
-            found = {"refused": "out of memory", "members": row.arguments[0]} if row.arguments else {"error": "memory"}
+            found = (
+                {"refused": "out of memory", "members": row.arguments[0]}
+                if row.arguments
+                else {"error": "out of memory"}
+            )
         except RuntimeError as e:
             print(e, file=sys.stderr, flush=True)
             found = {"error": _last_line(str(e))}
@@ -177,7 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         _say(carry(args.carry))
         return 0
-    args.device = in_fresh_process(choose_device, args.device)
+    found = in_fresh_process(choose_device, args.device)
+    if found == "cpu" and args.device == "auto" and not args.tiny:
+        _parser().error("there is no GPU; --tiny tries the script, --device cpu measures a CPU all the same")
+    if (found == "cpu" or args.tiny) and args.output == _OUTPUT and not args.list:
+        _parser().error("--output: the tables of a GPU are there; name another folder")
+    args.device = found
     if args.changed:
         args.output.mkdir(parents=True, exist_ok=True)
         for file in sorted(args.changed.glob("*.jsonl")):

@@ -61,8 +61,14 @@ def _largest(x: Tensor) -> float:
 
 
 def _work(setting: Setting, precision: str, **changes: Any) -> Workload:
-    """A workload with dropout off and rates high enough that a few steps move the logits."""
-    common: dict[str, Any] = {"precision": precision, "lr": 1e-3, "head_dropout": 0.0, "encoder_dropout": 0.0}
+    """A workload with dropout off, rates high enough that a few steps move the logits, and a scaling that is not 1."""
+    common: dict[str, Any] = {
+        "precision": precision,
+        "lr": 1e-3,
+        "scaling": 2.0,
+        "head_dropout": 0.0,
+        "encoder_dropout": 0.0,
+    }
     enough = _ASKED // 8
     work = setting.workload("random:minilm", steps=enough, **{**common, **changes})
     torch.set_num_threads(work.threads)

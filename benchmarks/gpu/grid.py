@@ -69,8 +69,8 @@ class _Clock(pl.Callback):
         self._since = time.perf_counter() if self._done >= self._warmup else 0.0
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The end."""
-        self._since = 0.0
+        """The end; where the last steps were followed by no validation, they count too."""
+        self._pause()
 
 
 def grid(setting: Setting) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def grid(setting: Setting) -> dict[str, Any]:
     )
     trainer.fit(module, datamodule=data)
     curves = [curve for curve in losses.curves.values() if curve]
-    steps, validation = len(data.train_dataloader()), sum(clock.validations) / len(clock.validations)
+    steps, validation = len(data.train_dataloader()), sum(clock.validations) / max(1, len(clock.validations))
     step = clock.seconds / clock.steps
     return {
         "members": len(module.members),
@@ -119,7 +119,7 @@ def grid(setting: Setting) -> dict[str, Any]:
         "peak_bytes": peak.bytes(),
         "first_loss": sum(c[0] for c in curves) / len(curves),
         "last_loss": sum(c[-1] for c in curves) / len(curves),
-        "best_dev": clock.best[-1],
+        "best_dev": clock.best[-1] if clock.best else math.nan,
         "epochs": trainer.max_epochs,
         "projected_s": (trainer.max_epochs or 1) * (steps * step + validation),
     }
