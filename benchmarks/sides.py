@@ -268,13 +268,13 @@ def run_bank(
         return Run(stopwatch.seconds, peak.bytes(), list(keep.curves.values()) if keep else [])
 
 
-def start_anywhere(bank: Bank, index: int, task: str) -> None:
+def start_anywhere(bank: Bank, index: int, task: str, std: float = 0.5) -> None:
     """Give the member a large B, zero until then, and a large head, so that its adapter decides the loss from the
-    first step."""
+    first step. ``std``: of both."""
     adapter, heads = bank.member_state(index)
     generator = torch.Generator().manual_seed(index)
     for tensor in [*adapter.B.values(), *heads[task].values()]:
-        tensor.normal_(0, 0.5, generator=generator)
+        tensor.normal_(0, std, generator=generator)
     bank.load_member(index, adapter, heads)
 
 
