@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         _say(carry(args.carry))
         return 0
-    found = in_fresh_process(choose_device, args.device)
+    found = args.device if args.device != "auto" else in_fresh_process(choose_device, args.device)
     if found == "cpu" and args.device == "auto" and not args.tiny:
         _parser().error("there is no GPU; --tiny tries the script, --device cpu measures a CPU all the same")
     if (found == "cpu" or args.tiny) and args.output == _OUTPUT and not args.list:
