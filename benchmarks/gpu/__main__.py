@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 class Run:
     """One start of the script."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.end = time.monotonic() + 60 * args.minutes
+    def __init__(self, args: argparse.Namespace, began: float) -> None:
+        self.end = began + 60 * args.minutes
         self.args = args
         chosen = args.parts or [p.name for p in parts(tiny=args.tiny)]
         self.all = parts(tiny=args.tiny)
@@ -96,7 +96,7 @@ class Run:
             return True
         description = _describe(self.args.device, threads)
         # Of what is left when the libraries are imported.
-        scale = (self.end - time.monotonic()) / 60 / sum(p.minutes for p in self.all)
+        scale = max(0.0, self.end - time.monotonic()) / 60 / sum(p.minutes for p in self.all)
         whole = True
         with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
             setting = Setting(
@@ -132,11 +132,10 @@ class Run:
             _say(f"  {row.name}: stopped after {left:.0f} s")
             return False
         except MemoryError:
-            found = (
-                {"refused": "out of memory", "members": row.arguments[0]}
-                if row.arguments
-                else {"error": "out of memory"}
-            )
+            # Too many members for this device is a result.
+            found = {"error": "out of memory"}
+            if row.arguments:
+                found = {"refused": "out of memory", "members": row.arguments[0]}
         except RuntimeError as e:
             print(e, file=sys.stderr, flush=True)
             found = {"error": _last_line(str(e))}
@@ -175,6 +174,7 @@ def _say(text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
+    began = time.monotonic()
     args = _parser().parse_args(arguments)
     if args.carry:
         from gpu.carry import carry
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for file in sorted(args.changed.glob("*.jsonl")):
             if not (args.output / file.name).exists():
                 shutil.copy(file, args.output)
-    run = Run(args)
+    run = Run(args, began)
     if args.list:
         for part in run.parts:
             _say(f"{part.name}: {run.why(part) or 'nothing to do'}")

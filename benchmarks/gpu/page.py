@@ -169,7 +169,6 @@ def _grid(rows: Mapping[str, Any]) -> list[str]:
             f"{_time(r['projected_s'])} for {r['epochs']} epochs",
         ]
         for r in rows.values()
-        if "refused" not in r
     ]
     header = [
         "bank",
@@ -188,6 +187,7 @@ def _profile(rows: Mapping[str, Any]) -> list[str]:
     out = []
     for name, r in rows.items():
         if "refused" in r:
+            out += [f"{name}: {r['refused']}.", ""]
             continue
         out += [f"A step of a {name} of BERT-base's shape in bf16, {1000 * r['wall_s']:.2f} ms by the clock:", ""]
         out += table(["what", "share of the time"], [[n, f"{share:.1%}"] for n, share in r["shares"].items()])
