@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -30,6 +30,9 @@ _PRELOAD = [
     "lora_ensemble.module",
     "lora_ensemble.data",
 ]
+start_method: Literal["forkserver", "spawn"] = "forkserver"
+"""How processes begin. ``spawn`` imports everything anew in each of them: for where a library that is imported looks at
+the GPU, which then cannot be used after a fork."""
 _LARGEST = {"cpu": 4096, "cuda": 16384}
 _LONG_ENOUGH_S = 0.3
 
@@ -119,22 +122,28 @@ def _status_bytes(key: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
+def in_fresh_process(function: Callable[..., T], *arguments: Any, seconds: float | None = None) -> T:
     """``function(*arguments)`` in a process that has imported the libraries and done nothing else.
 
     So that no side inherits another's memory, threads or caches. What it prints is kept from the terminal and shown
-    only with an error. Raises ``RuntimeError`` where it fails, ``MemoryError`` where the device's memory is too small.
+    only with an error. Raises ``RuntimeError`` where it fails, ``MemoryError`` where the device's memory is too small,
+    ``TimeoutError`` where it takes longer than ``seconds``: it is then killed.
     """
     # Else a look for a GPU while the libraries are imported would keep the processes from using it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context: Any = multiprocessing.get_context(start_method)
+    if start_method == "forkserver":
+        context.set_forkserver_preload(_PRELOAD)
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(prefix="benchmark-", suffix=".log") as log:
         process = context.Process(target=_child, args=(theirs, log.name, function, arguments))
         process.start()
         theirs.close()
         try:
+            if not ours.poll(seconds):
+                process.kill()
+                process.join()
+                raise TimeoutError(f"{function.__name__} took longer than {seconds:.0f} s")
             kind, value = ours.recv()
         except EOFError:  # killed
             process.join()

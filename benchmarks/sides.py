@@ -216,7 +216,7 @@ class BankClock(pl.Callback):
         self._stopwatch.step_done()
 
 
-class _KeepLosses(DummyLogger):
+class KeepLosses(DummyLogger):
     """A logger that keeps each member's loss of every step."""
 
     def __init__(self) -> None:
@@ -255,8 +255,9 @@ def run_bank(
     with _measured(work) as (data, stopwatch, peak), tempfile.TemporaryDirectory() as folder:
         module = work.module(members)
         for i, path in enumerate(starts or []):
-            _start_anywhere(module.bank, i, work.task.name, path)
-        keep = _KeepLosses() if keep_losses else None
+            start_anywhere(module.bank, i, work.task.name)
+            save_peft(module.bank, i, work.task.name, path)
+        keep = KeepLosses() if keep_losses else None
         trainer = pl.Trainer(
             **{**trainer_settings(work, folder), **({"log_every_n_steps": 1} if keep else {})},
             logger=keep or False,
@@ -267,14 +268,19 @@ def run_bank(
         return Run(stopwatch.seconds, peak.bytes(), list(keep.curves.values()) if keep else [])
 
 
-def _start_anywhere(bank: Bank, index: int, task: str, path: str) -> None:
+def start_anywhere(bank: Bank, index: int, task: str, std: float = 0.5) -> None:
     """Give the member a large B, zero until then, and a large head, so that its adapter decides the loss from the
-    first step; write its weights."""
+    first step. ``std``: of both."""
     adapter, heads = bank.member_state(index)
     generator = torch.Generator().manual_seed(index)
     for tensor in [*adapter.B.values(), *heads[task].values()]:
-        tensor.normal_(0, 0.5, generator=generator)
+        tensor.normal_(0, std, generator=generator)
     bank.load_member(index, adapter, heads)
+
+
+def save_peft(bank: Bank, index: int, task: str, path: str) -> None:
+    """Write a member's weights under PEFT's keys."""
+    adapter, heads = bank.member_state(index)
     tensors = peft_tensors(adapter, heads[task], prefix=bank.prefix)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 
 from lora_ensemble.base_model import load_tokenizer, location
 from lora_ensemble.data import BankData
+from lora_ensemble.errors import UserError
 from lora_ensemble.families import target_paths
 from lora_ensemble.lora import MemberConfig, linear_layers
 from lora_ensemble.module import BankModule
@@ -36,7 +38,10 @@ SHAPES = {
         "intermediate_size": 3072,
     },
 }
-"""BERT's shapes with random weights; the tokeniser is all-MiniLM-L6-v2's, whose vocabulary is BERT's."""
+"""BERT's shapes with random weights; the tokeniser is all-MiniLM-L6-v2's, whose vocabulary is BERT's, or, where that
+cannot be had, one of as many made-up words."""
+
+_VOCABULARY = 30_522  # BERT's
 
 # Tokens of SST's training sentences under BERT's tokeniser, [CLS] and [SEP] included: every tenth quantile.
 _SST_LENGTHS = [4, 11, 15, 18, 21, 24, 27, 30, 35, 41, 80]
@@ -171,7 +176,10 @@ def random_model(name: str, folder: Path) -> str:
 
     if not folder.exists():
         logging.disable_progress_bar()
-        tokenizer = load_tokenizer("all-MiniLM-L6-v2")
+        try:
+            tokenizer = load_tokenizer("all-MiniLM-L6-v2")
+        except UserError:  # neither installed nor fetched
+            tokenizer = made_up_tokenizer()
         torch.manual_seed(_SEED)
         shape = SHAPES[name]
         # With BERT's own 0.02 a narrow model says almost the same whatever it reads, and sameness could not be checked.
@@ -179,6 +187,24 @@ def random_model(name: str, folder: Path) -> str:
         BertModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def made_up_tokenizer() -> Any:
+    """A tokeniser of BERT's form whose every word is one token, as many as BERT's has, none of them real."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=4)
+    words = ["".join(word) for word in itertools.islice(letters, _VOCABULARY - len(specials))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(specials + words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", model_max_length=512, **names)
 
 
 def _sample(name: str, source: Path, folder: Path, count: int, dev: int, batch_size: int) -> Task:
@@ -209,7 +235,7 @@ def _write(path: Path, task: Task, split: Split, rows: np.ndarray) -> None:
 
 def made_up(folder: Path, base_model: str, count: int, dev: int = 8) -> Task:
     """Sentences of random words with SST's lengths, and random labels."""
-    return write_sentences(folder, base_model, sst_lengths(count), dev)
+    return write_sentences(folder, base_model, sst_lengths(count), dev=dev)
 
 
 def sst_lengths(count: int) -> np.ndarray:
@@ -218,8 +244,8 @@ def sst_lengths(count: int) -> np.ndarray:
     return np.interp(rng.random(count), np.linspace(0, 1, len(_SST_LENGTHS)), _SST_LENGTHS).round().astype(int)
 
 
-def write_sentences(folder: Path, base_model: str, lengths: Sequence[int] | np.ndarray, dev: int = 8) -> Task:
-    """Made-up five-class examples of the given numbers of tokens, [CLS] and [SEP] included."""
+def write_sentences(folder: Path, base_model: str, lengths: Sequence[int] | np.ndarray, *, dev: int = 8) -> Task:
+    """Made-up five-class examples of the given numbers of tokens, [CLS] and [SEP] included; the first are dev too."""
     rng = np.random.default_rng(_SEED)
     # Whole words of the vocabulary: each is one token.
     words = sorted(w for w in load_tokenizer(base_model).get_vocab() if w.isascii() and w.isalpha() and w.islower())

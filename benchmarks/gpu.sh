@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Everything that waits for a GPU, nine minutes at most: bash benchmarks/gpu.sh --help
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# Nothing is fetched: where a name is no folder and no installed package, that is said at once.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH="$here/..:$here${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-$(command -v python3 || command -v python)}" -m gpu "$@"
