@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lora_ensemble import pool
+from lora_ensemble import __version__, pool
 from lora_ensemble.bank_io import restore_members, weight_files
 from lora_ensemble.base_model import base_difference, hub_id, way_back
 from lora_ensemble.data import BankData
@@ -489,7 +489,8 @@ def overall(scores: dict[str, tuple[float, Any]]) -> float:
 
 @cache
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "lightning", "lora-ensemble")}
+    others = {name: version(name) for name in ("torch", "transformers", "lightning")}
+    return {**others, "lora-ensemble": __version__}
 
 
 def _limit(trainer: pl.Trainer) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,17 @@ from unittest.mock import patch
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gpu.exact import row
 from gpu.setting import Setting
-from lora_ensemble import __version__, pool, probe
+from lora_ensemble import pool, probe
 from lora_ensemble.banks import BankRun
 from lora_ensemble.data import BankData
 from lora_ensemble.memory import Need, peak_bytes, usable_memory
 from lora_ensemble.module import BankModule
 from lora_ensemble.plan import FILE as PLAN
 from lora_ensemble.pool_writer import PoolWriter
+from lora_ensemble.restart import BankTrainer, RunCheckpoint
 from sides import OUR_PRECISION
 from workload import Workload
 
@@ -178,19 +177,15 @@ class _Run:
         self.work, self.data, self.module = work, data, module
         self.folder = setting.folder / name
         self._fails = _RunsOut(fails)
-        _known_as_installed(setting.folder)
 
     def _trainer(self, folder: Path, resumed: bool) -> pl.Trainer:
         writer = PoolWriter(str(self.folder / "pool"))
         writer.run, writer.resumed, writer.summarise = self.folder.name, resumed, False
-        last = ModelCheckpoint(
-            dirpath=folder,
-            filename="last",
-            enable_version_counter=False,
-            every_n_epochs=1,
-            save_on_train_epoch_end=True,
+        trainer = BankTrainer(
+            **_settings(self.work, epochs=2), enable_checkpointing=False, callbacks=[writer, self._fails]
         )
-        return pl.Trainer(**_settings(self.work, epochs=2), callbacks=[writer, self._fails, last])
+        trainer.callbacks.append(RunCheckpoint(folder))
+        return trainer
 
     def fit(self, size: Any, *, free: int | None = None) -> dict[str, Any]:
         """Train; returns the plan as it is at the end. ``free``: what the plan is told that it may use."""
@@ -228,12 +223,3 @@ def _settings(work: Workload, epochs: int = 1) -> dict[str, Any]:
         "enable_model_summary": False,
         "enable_progress_bar": False,
     }
-
-
-def _known_as_installed(folder: Path) -> None:
-    """The pool's records name the version that is installed; a source tree that was only copied here has none."""
-    about = folder / f"lora_ensemble-{__version__}.dist-info"
-    about.mkdir(exist_ok=True)
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lora-ensemble\nVersion: {__version__}\n")
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # at the end: an installed one goes first
