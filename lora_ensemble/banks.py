@@ -22,9 +22,9 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.memory import measurable
 from lora_ensemble.model import row_width
 from lora_ensemble.module import BankModule
-from lora_ensemble.notices import say
+from lora_ensemble.notices import print_summary, say
 from lora_ensemble.plan import FILE, Finished, Plan, PlannedBank, arrange, read_plan, write_plan
-from lora_ensemble.pool_writer import PoolWriter, print_summary
+from lora_ensemble.pool_writer import PoolWriter
 from lora_ensemble.probe import members_that_fit
 from lora_ensemble.restart import RunCheckpoint, write_checkpoint
 from lora_ensemble.split import is_out_of_memory, split_checkpoint

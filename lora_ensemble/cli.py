@@ -39,6 +39,7 @@ from lora_ensemble.module import BankModule, check_precision
 from lora_ensemble.notices import say
 from lora_ensemble.plan import FILE as PLAN_FILE
 from lora_ensemble.pool import check_name
+from lora_ensemble.pool_user import PoolUser
 from lora_ensemble.pool_writer import PoolWriter
 from lora_ensemble.precision import advice
 from lora_ensemble.ray_sweep import RayOptions
@@ -224,10 +225,12 @@ class CLI(LightningCLI):
         """A Trainer whose checkpoints go to ``folder``; ``whole``: for all members, so that it prints the table."""
         config = self.config[self.subcommand]
         given = self._get(self.config_init, "pool")
-        writer = PoolWriter(str(given.dir), given.overwrite, given.any_base)
-        writer.run, writer.resumed, writer.summarise = self.run_dir.name, resumed, whole
+        writer: Any = PoolUser(Path(given.dir), any_base=given.any_base, from_checkpoint=resumed)
         saves = self._trains and self._writes_checkpoints(config)
-        writer.replaced = self.run_dir / "replaced" if saves else None
+        if self._trains:
+            writer = PoolWriter(str(given.dir), given.overwrite, given.any_base)
+            writer.run, writer.resumed, writer.summarise = self.run_dir.name, resumed, whole
+            writer.replaced = self.run_dir / "replaced" if saves else None
         self.config_init[self.subcommand]["pool"] = writer
         trainer = super().instantiate_trainer(**copy.deepcopy(self._settings), logger=self._logger)
         # Lightning's own default would write beside the logger's files, where --ckpt_path last never finds them.

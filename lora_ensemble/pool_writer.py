@@ -1,4 +1,4 @@
-"""The callback between a run and the pool: it writes members as they improve, and restores them to be used.
+"""The callback between training and the pool: it writes members as they improve, and says what became of them.
 
 Axes: M members, N examples of a split, C outputs of a head, E epochs.
 """
@@ -6,12 +6,11 @@ Axes: M members, N examples of a split, C outputs of a head, E epochs.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +20,31 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lora_ensemble import __version__, pool
-from lora_ensemble.bank_io import restore_members, weight_files
-from lora_ensemble.base_model import base_difference, hub_id, way_back
+from lora_ensemble import pool
+from lora_ensemble.bank_io import weight_files
+from lora_ensemble.base_model import hub_id
 from lora_ensemble.data import BankData
 from lora_ensemble.errors import Interrupted, UserError
 from lora_ensemble.module import BankModule
-from lora_ensemble.notices import say
+from lora_ensemble.notices import print_summary, say
+from lora_ensemble.records import described, difference
 from lora_ensemble.restart import (
     BankTrainer,
     RunCheckpoint,
     evaluation_is_due,
-    out_of_time,
+    limit_on_dev,
     planned_end,
-    position,
+    what_is_missing,
 )
-from lora_ensemble.tasks import Task, overall_score
+from lora_ensemble.tasks import Task, overall
 
-# None of these changes what a member is: a run may be resumed for longer.
-_MAY_DIFFER_ON_RESUME = ("max_epochs", "max_steps")
+_EACH_EPOCH = -1
+"""Steps before the last evaluation, as a checkpoint of an earlier version has it: it was at the end of the epoch."""
 _WAY_OUT = "choose another --pool.dir, give the member another name, or set --pool.overwrite true"
 
 
 class PoolWriter(pl.Callback):
-    """Puts a member that improved on dev into the pool; restores members for validate, test and predict."""
+    """Puts a member that improved on dev into the pool."""
 
     def __init__(self, dir: str = "checkpoints/pool", overwrite: bool = False, any_base: bool = False) -> None:
         """
@@ -74,7 +74,6 @@ class PoolWriter(pl.Callback):
         self._scores: dict[str, list[list[float]]] = {}  # task -> E lists of M scores
         self._evaluated = self._tried = 0  # optimiser steps before the last evaluation, and before the last in part
         self._dead: list[bool] = []
-        self._restored = False
         self._tasks: list[Task] = []
         self._described: dict[str, list[pool.MemberRecord]] = {}
         self._seen: dict[Path, dict[str, str]] = {}  # members that were there at the start: folder -> files
@@ -96,21 +95,16 @@ class PoolWriter(pl.Callback):
         self._best, self._best_epoch = list(state["best"]), list(state["best_epoch"])
         self._epochs = {t: [a.numpy() for a in arrays] for t, arrays in state["epochs"].items()}
         self._scores = {t: [list(s) for s in scores] for t, scores in state["scores"].items()}
-        self._evaluated = int(state.get("evaluated", 0))  # an older version did not say
+        self._evaluated = int(state.get("evaluated", _EACH_EPOCH))
 
     # Before
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the pool before an hour is spent; restore the members where nothing else was asked for."""
+        """Check the pool before an hour is spent."""
         assert isinstance(pl_module, BankModule)
         self._tasks, pl_module.any_base = pl_module.tasks, self.any_base
-        if stage == "fit":
-            if not trainer.fast_dev_run:
-                self._check_pool(trainer, trainer.datamodule, pl_module)
-        elif not self.resumed:
-            here = None if self.any_base else pl_module.base_fingerprint(trainer.datamodule)
-            restore_members(pl_module.bank, self.dir, base_model=hub_id(pl_module.base_model), fingerprint=here)
-            self._restored = True
+        if not trainer.fast_dev_run:
+            self._check_pool(trainer, trainer.datamodule, pl_module)
 
     def _check_pool(self, trainer: pl.Trainer, data: BankData, module: BankModule) -> None:
         for name, (record, _) in self.found(trainer, data, module, resumed=self.resumed).items():
@@ -132,70 +126,21 @@ class PoolWriter(pl.Callback):
         """
         self.dir.mkdir(parents=True, exist_ok=True)
         there: dict[str, tuple[pool.MemberRecord, bool]] = {}
+        self._described = described(trainer, data, module, run=self.run)
         if self.overwrite:
             return there
         number: Counter[str] = Counter()
-        for task, records in self._records(trainer, data, module).items():
+        for task, records in self._described.items():
             expected = {record.name: record for record in records}
             for found in pool.read_records(self.dir, task, list(expected)):
                 where, wanted = pool.member_folder(self.dir, task, found.name), expected[found.name]
-                difference = _difference(found, wanted, resumed=resumed and found.run == self.run)
-                if not self.any_base and (base := base_difference(found.base_fingerprint, wanted.base_fingerprint)):
-                    difference = difference or f"base_fingerprint: {base}; {way_back(found.revision)}"
-                if difference:
-                    raise UserError(
-                        f"{where}: holds a member of this name with other settings ({difference}); {_WAY_OUT}"
-                    )
+                longer = resumed and found.run == self.run
+                if differs := difference(found, wanted, resumed=longer, any_base=self.any_base):
+                    raise UserError(f"{where}: holds a member of this name with other settings ({differs}); {_WAY_OUT}")
                 self._seen[where] = found.files
                 number[found.name] += found.finished
                 there[found.name] = found, number[found.name] == len(module.tasks)
         return there
-
-    def _records(self, trainer: pl.Trainer, data: BankData, module: BankModule) -> dict[str, list[pool.MemberRecord]]:
-        """Task to what member.json will say of each member, but for its results; worked out once."""
-        if self._described:
-            return self._described
-        train, dev = data.splits["train"], data.splits["dev"]
-        clipping = trainer.gradient_clip_algorithm
-        settings = {
-            **module.training_settings,
-            "tasks": [t.name for t in module.tasks],
-            "train_fingerprints": {t.name: train[t.name].fingerprint for t in module.tasks},
-            "batch_size": data.batch_size,
-            "max_length": data.max_length,
-            "steps_per_epoch": data.steps_per_epoch,
-            "data_seed": data.seed,
-            "max_epochs": trainer.max_epochs,
-            "max_steps": trainer.max_steps,
-            "precision": str(trainer.precision),
-            "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "gradient_clip_val": trainer.gradient_clip_val,
-            "gradient_clip_algorithm": None if clipping is None else str(clipping.value),
-            "limit_train_batches": trainer.limit_train_batches,
-            **({"overfit_batches": trainer.overfit_batches} if trainer.overfit_batches else {}),
-            **data.taught,
-        }
-        for task in module.tasks:
-            common: dict[str, Any] = {
-                "task": task.name,
-                "kind": task.kind,
-                "labels": task.labels,
-                "examples": {"dev": pool.fingerprint(dev[task.name].ids, dev[task.name].labels)},
-                "text": task.text,
-                "train_fingerprint": train[task.name].fingerprint,
-                "base_model": hub_id(module.base_model),
-                "revision": module.revision,
-                "base_fingerprint": module.base_fingerprint(data),
-                "finetune": module.finetune,
-                "settings": settings,
-                "run": self.run,
-                "versions": _versions(),
-            }
-            own = ("name", "rank", "scaling", "targets", "lr", "seed")
-            self._described[task.name] = [
-                pool.MemberRecord(**{key: getattr(member, key) for key in own}, **common) for member in module.members
-            ]
-        return self._described
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the count, or go on with it."""
@@ -235,7 +180,8 @@ class PoolWriter(pl.Callback):
             if back:
                 pool.write_members(self.dir, back)
             if self.replaced is not None:
-                shutil.rmtree(self.replaced, ignore_errors=True)
+                for task, name in itertools.product(module.tasks, names):
+                    shutil.rmtree(pool.member_folder(self.replaced, task.name, name), ignore_errors=True)
 
     def _kept(self, tasks: Sequence[Task], name: str, best: int) -> list[pool.NewMember]:
         """A member as it was before the evaluation at a cut replaced it, if that is of the epoch ``best``."""
@@ -256,6 +202,7 @@ class PoolWriter(pl.Callback):
         """At the end of training: whether there were steps since the last evaluation."""
         return (
             trainer.global_step not in (self._evaluated, self._tried)
+            and self._evaluated != _EACH_EPOCH
             and not (trainer.fast_dev_run or self.paused or self.all_diverged)
             and trainer.enable_validation
         )
@@ -263,13 +210,11 @@ class PoolWriter(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep this epoch's dev logits, and write the members that improved."""
         assert isinstance(pl_module, BankModule)
-        if trainer.state.fn == "validate":
-            self._print_scores(pl_module, "dev")
-        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
+        if trainer.sanity_checking or trainer.fast_dev_run:
             return
         evaluations, self._tried = pl_module.evaluations, trainer.global_step
         if not all(e.complete for e in evaluations.values()):
-            say(f"dev was evaluated in part only ({_limit(trainer)}), so nothing goes into the pool")
+            say(f"dev was evaluated in part only ({limit_on_dev(trainer)}), so nothing goes into the pool")
             return
         self._evaluated = trainer.global_step
         for name, e in evaluations.items():
@@ -308,7 +253,7 @@ class PoolWriter(pl.Callback):
             if members:
                 pool.write_examples(self.dir, task.name, "dev", data.ids, data.labels)
             for index in members:
-                record = self._records(trainer, trainer.datamodule, module)[task.name][index]
+                record = self._described[task.name][index]
                 files: dict[str, Any] = {
                     pool.logits_file("dev"): module.evaluations[task.name].logits[index],
                     pool.EPOCHS: np.stack([e[index] for e in self._epochs[task.name]]),
@@ -351,12 +296,19 @@ class PoolWriter(pl.Callback):
         assert isinstance(pl_module, BankModule)
         if trainer.fast_dev_run or self.paused:
             return
-        whole = bool(self._epochs) and self._evaluated == trainer.global_step
-        self.finished = whole and planned_end(trainer)
+        up_to_date = bool(self._epochs) and self._evaluated in (_EACH_EPOCH, trainer.global_step)
+        self.finished = up_to_date and planned_end(trainer)
         if trainer.is_global_zero:
             self._write_results(trainer, pl_module)
-            if not self.all_diverged:
-                self._say_what_is_missing(trainer, whole)
+            missing = what_is_missing(
+                trainer,
+                evaluated=bool(self._epochs),
+                up_to_date=up_to_date,
+                finished=self.finished,
+                goes_on=self.goes_on,
+            )
+            if missing and not self.all_diverged:
+                say(missing)
         if self.summarise and self._epochs and not self.all_diverged:
             print_summary(*self.summary(pl_module), folder=self.dir, tasks=[t.name for t in pl_module.tasks])
 
@@ -365,7 +317,7 @@ class PoolWriter(pl.Callback):
         names, new = [m.name for m in module.members], []
         for task in module.tasks if self._epochs else []:
             there = {r.name: r for r in pool.read_records(self.dir, task.name, names)}
-            for index, record in enumerate(self._records(trainer, trainer.datamodule, module)[task.name]):
+            for index, record in enumerate(self._described[task.name]):
                 found = there.get(record.name)
                 if not self._best_epoch[index] or (found is None and not self._dead[index]):
                     continue  # its score is undefined, or it diverged at once
@@ -380,23 +332,6 @@ class PoolWriter(pl.Callback):
                 epochs = {pool.EPOCHS: np.stack([e[index] for e in self._epochs[task.name]])}
                 new.append(pool.NewMember(record=record, files={} if self._dead[index] else epochs, keep=found))
         pool.write_members(self.dir, new)
-
-    def _say_what_is_missing(self, trainer: pl.Trainer, whole: bool) -> None:
-        """In a line, what is not in the pool or not finished, and how to go on."""
-        saved = any(isinstance(c, RunCheckpoint) for c in trainer.callbacks)
-        again = f"the same command{self.goes_on} and " if saved else "nothing was saved to go on from; once more "
-        if trainer.global_step == 0:
-            why = "max_time" if out_of_time(trainer) else "max_epochs, max_steps or limit_train_batches"
-            say(f"no step was trained (trainer.{why}), so no member was written")
-        elif not whole:
-            what = "what was trained since the last dev evaluation is not" if self._epochs else "nothing of this run is"
-            say(f"{what} in the pool: dev was not evaluated as a whole; {again}without {_limit(trainer)} evaluates it")
-        elif not self.finished:
-            why = "by trainer.max_time " if out_of_time(trainer) else ""
-            say(
-                f"stopped {why}at {position(trainer)} of {_end(trainer)}: members are in the pool, but not finished, "
-                f"so dicor leaves them out; {again}more time goes on"
-            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say how an interrupted run goes on."""
@@ -439,93 +374,3 @@ class PoolWriter(pl.Callback):
             for i in range(len(self._best))
         ]
         return scores, {name: each[evaluation - 1] for name, each in self._epochs.items()}
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the scores."""
-        assert isinstance(pl_module, BankModule)
-        self._print_scores(pl_module, "test")
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add the split's logits to the pool, where they are the pool's own members'."""
-        assert isinstance(pl_module, BankModule)
-        data = trainer.datamodule
-        split = data.predict_split
-        if not self._restored:
-            say("predictions of --ckpt_path are not the pool's best weights, so they were not added to the pool")
-            return
-        if not all(e.complete for e in pl_module.evaluations.values()):
-            say(f"{split} was predicted in part only (trainer.limit_predict_batches): nothing was added to the pool")
-            return
-        self._add_logits(pl_module, data, split)
-
-    @rank_zero_only
-    def _add_logits(self, module: BankModule, data: BankData, split: str) -> None:
-        for task in module.tasks:
-            examples, logits = data.splits[split][task.name], module.evaluations[task.name].logits
-            print_ = pool.write_examples(self.dir, task.name, split, examples.ids, examples.labels)
-            new = []
-            records = pool.read_records(self.dir, task.name, [m.name for m in module.members])
-            for index, record in enumerate(records):
-                added = dataclasses.replace(record, examples={**record.examples, split: print_})
-                new.append(pool.NewMember(record=added, files={pool.logits_file(split): logits[index]}, keep=record))
-            pool.write_members(self.dir, new)
-            say(f"{task.name}: {split} logits of {len(module.members)} members added to {self.dir / task.name}")
-
-    def _print_scores(self, module: BankModule, split: str) -> None:
-        rows = [
-            [
-                m.name,
-                *((module.evaluations[t.name].scores or [math.nan] * len(module.members))[i] for t in module.tasks),
-            ]
-            for i, m in enumerate(module.members)
-        ]
-        say(table(["member", *(f"{t.name} {split} ({t.score_name})" for t in module.tasks)], rows))
-
-
-def overall(scores: dict[str, tuple[float, Any]]) -> float:
-    """What a run's best epoch is chosen by: the score of its one task, or the overall score (task: score, kind)."""
-    return next(iter(scores.values()))[0] if len(scores) == 1 else overall_score(scores)
-
-
-@cache
-def _versions() -> dict[str, str]:
-    others = {name: version(name) for name in ("torch", "transformers", "lightning")}
-    return {**others, "lora-ensemble": __version__}
-
-
-def _limit(trainer: pl.Trainer) -> str:
-    """The flag for which dev was not evaluated as a whole."""
-    return "trainer.overfit_batches" if trainer.overfit_batches else "trainer.limit_val_batches"
-
-
-def _end(trainer: pl.Trainer) -> str:
-    """Where training was to end: ``1000 epochs``, ``300 steps``."""
-    return f"{trainer.max_steps} steps" if trainer.max_steps != -1 else f"{trainer.max_epochs} epochs"
-
-
-def _difference(found: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: bool) -> str:
-    """The first setting in which two records differ, in words; empty where they agree."""
-    for key in ("base_model", "finetune", "rank", "scaling", "targets", "lr", "seed", "labels", "train_fingerprint"):
-        a, b = getattr(found, key), getattr(wanted, key)
-        if a != b:
-            return f"{key} was {a!r}, is now {b!r}"
-    if found.examples.get("dev") != wanted.examples.get("dev"):
-        return "the dev examples were others"
-    for key in {**found.settings, **wanted.settings}:
-        a, b = found.settings.get(key), wanted.settings.get(key)
-        if a != b and not (resumed and key in _MAY_DIFFER_ON_RESUME):
-            return f"{key} was {a!r}, is now {b!r}"
-    return ""
-
-
-def print_summary(header: list[str], rows: list[list[Any]], *, folder: Path, tasks: list[str]) -> None:
-    """The table of :meth:`PoolWriter.summary`, best members first, and what to do next."""
-    say(table(header, sorted(rows, key=lambda r: [-s if s == s else math.inf for s in r[2:]])))
-    say(f"pool: {folder}\nnext:" + "".join(f"\n  dicor compare --pool {folder} --task {t}" for t in tasks))
-
-
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    """Rows as lines of text in columns; floats with four decimals."""
-    text = [header] + [[f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in text) for i in range(len(header))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in text)

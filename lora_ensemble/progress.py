@@ -10,9 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
+from lora_ensemble.notices import table
 from lora_ensemble.plan import Plan, PlannedBank
-from lora_ensemble.pool_writer import PoolWriter, overall, table
-from lora_ensemble.tasks import Task
+from lora_ensemble.pool_writer import PoolWriter
+from lora_ensemble.tasks import Task, overall
 
 MOST_ROWS = 8
 """Banks that the table shows: the ones around the one that trains."""

@@ -175,6 +175,41 @@ def _begun(validation: dict[str, Any]) -> dict[str, Any]:
     return progress
 
 
+def what_is_missing(trainer: pl.Trainer, *, evaluated: bool, up_to_date: bool, finished: bool, goes_on: str) -> str:
+    """After training, in a line: what is not in the pool or not finished, and how to go on; empty where all is.
+
+    ``evaluated``: whether dev was, ever; ``up_to_date``: after the last step; ``goes_on``: what has to be added to the
+    command.
+    """
+    saved = any(isinstance(c, RunCheckpoint) for c in trainer.callbacks)
+    again = f"the same command{goes_on} and " if saved else "nothing was saved to go on from; once more "
+    if trainer.global_step == 0:
+        why = "max_time" if out_of_time(trainer) else "max_epochs, max_steps or limit_train_batches"
+        return f"no step was trained (trainer.{why}), so no member was written"
+    if not up_to_date:
+        what = "what was trained since the last dev evaluation is not" if evaluated else "nothing of this run is"
+        return (
+            f"{what} in the pool: dev was not evaluated as a whole; {again}without {limit_on_dev(trainer)} evaluates it"
+        )
+    if not finished:
+        why = "by trainer.max_time " if out_of_time(trainer) else ""
+        return (
+            f"stopped {why}at {position(trainer)} of {_end(trainer)}: members are in the pool, but not finished, "
+            f"so dicor leaves them out; {again}more time goes on"
+        )
+    return ""
+
+
+def limit_on_dev(trainer: pl.Trainer) -> str:
+    """The flag for which dev was not evaluated as a whole."""
+    return "trainer.overfit_batches" if trainer.overfit_batches else "trainer.limit_val_batches"
+
+
+def _end(trainer: pl.Trainer) -> str:
+    """Where training was to end: ``1000 epochs``, ``300 steps``."""
+    return f"{trainer.max_steps} steps" if trainer.max_steps != -1 else f"{trainer.max_epochs} epochs"
+
+
 def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
     """``last.ckpt`` in ``folder``, in one move."""
     folder.mkdir(parents=True, exist_ok=True)

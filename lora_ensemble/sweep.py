@@ -20,8 +20,8 @@ from lora_ensemble.halving import EarlyExit, Gate
 from lora_ensemble.module import BankModule
 from lora_ensemble.notices import say
 from lora_ensemble.plan import Plan, PlannedBank, read_plan, write_plan
-from lora_ensemble.pool_writer import overall
 from lora_ensemble.progress import SweepProgress, duration
+from lora_ensemble.tasks import overall
 
 Train = Callable[[Plan, list[int], Callable[[PlannedBank], Path]], None]
 """From a plan, the numbers of the banks to train and a bank's folder to nothing: has others train them, or only says

@@ -232,3 +232,8 @@ def overall_score(scores: dict[str, tuple[float, Kind]]) -> float:
     (score, kind). NaN if one is NaN.
     """
     return float(np.mean([(s + 1) / 2 if kind == "regression" else s for s, kind in scores.values()]))
+
+
+def overall(scores: dict[str, tuple[float, Kind]]) -> float:
+    """What a run's best epoch is chosen by: the score of its one task, or the overall score (task: score, kind)."""
+    return next(iter(scores.values()))[0] if len(scores) == 1 else overall_score(scores)

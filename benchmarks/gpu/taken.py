@@ -181,11 +181,7 @@ class _Run:
     def _trainer(self, folder: Path, resumed: bool) -> pl.Trainer:
         writer = PoolWriter(str(self.folder / "pool"))
         writer.run, writer.resumed, writer.summarise = self.folder.name, resumed, False
-        trainer = BankTrainer(
-            **_settings(self.work, epochs=2), enable_checkpointing=False, callbacks=[writer, self._fails]
-        )
-        trainer.callbacks.append(RunCheckpoint(folder))
-        return trainer
+        return BankTrainer(**_settings(self.work, epochs=2), callbacks=[writer, self._fails, RunCheckpoint(folder)])
 
     def fit(self, size: Any, *, free: int | None = None) -> dict[str, Any]:
         """Train; returns the plan as it is at the end. ``free``: what the plan is told that it may use."""
