@@ -17,9 +17,9 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loops.utilities import _parse_loop_limits
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble.errors import Interrupted
-from lora_ensemble.notices import say
 
 SAVE_EVERY_S = 600.0
 """An epoch may take hours."""
@@ -117,7 +117,8 @@ class RunCheckpoint(Checkpoint):
         if self._told:
             raise Interrupted(number)
         self._told = number
-        say("\nending after this step, which may take a moment; Ctrl-C again ends at once, and loses it")
+        if rank_zero_only.rank == 0:  # written past Python's buffers, which may be in use just now
+            os.write(2, b"\nending after this step, which may take a moment; Ctrl-C again ends at once, and loses it\n")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
