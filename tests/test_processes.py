@@ -94,6 +94,30 @@ def test_control_c_says_how_to_go_on(tmp_path: Path, tiny: Callable[[str], Path]
     assert not pool.MemberRecord.read(next((program.pool / "sst").glob("head*/member.json"))).finished
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_devices_end_at_the_same_step(
+    tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path, number: signal.Signals
+) -> None:
+    """One of them is told; both save the step that they are at, and go on from it bit for bit."""
+    undisturbed, told = (Program(tmp_path / name, tiny("bert"), demo_root) for name in ("one", "two"))
+    ddp = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=12")
+    subprocess.run(command(undisturbed.arguments("fit", *ddp)), env=environment(), check=True)
+    with subprocess.Popen(
+        command(told.arguments("fit", *ddp)), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            wait_for(lambda: len(checkpoint_times(told)) > 0, process)
+            process.send_signal(number)
+            said, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number
+    assert said.count(b"--ckpt_path last goes on") == 1
+    assert b"Traceback" not in err
+    subprocess.run(command(told.arguments("fit", *ddp, "--ckpt_path=last")), env=environment(), check=True)
+    assert different_files(undisturbed.pool, told.pool) == []
+
+
 def test_two_devices_train_the_same_members_as_one(
     tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path
 ) -> None:
