@@ -319,7 +319,7 @@ class PoolWriter(pl.Callback):
             there = {r.name: r for r in pool.read_records(self.dir, task.name, names)}
             for index, record in enumerate(self._described[task.name]):
                 found = there.get(record.name)
-                if not self._best_epoch[index] or (found is None and not self._dead[index]):
+                if not self._best_epoch[index]:
                     continue  # its score is undefined, or it diverged at once
                 if found is None or found.run != self.run or found.best_epoch != self._best_epoch[index]:
                     say(f"{task.name}: {record.name} is not in the pool: deleted, or written by another run meanwhile")
@@ -343,7 +343,7 @@ class PoolWriter(pl.Callback):
         if not saved:
             say("\ninterrupted: nothing was saved, so the same command begins anew; what the pool holds is whole")
             return
-        rest = trainer.global_step - self._evaluated
+        rest = 0 if self._evaluated == _EACH_EPOCH else trainer.global_step - self._evaluated
         since = f", but for {rest} step{'s' * (rest != 1)} since the last dev evaluation" if rest else ""
         say(f"\ninterrupted: the same command{self.goes_on} goes on from {saved}; what the pool holds is whole{since}")
 

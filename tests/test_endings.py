@@ -334,6 +334,16 @@ def test_a_run_that_goes_on_into_another_pool_offers_its_members_anew(
     assert [(r.score, r.best_epoch, r.finished) for r in records(program)] == [(0.5, 2, True)] * 2
 
 
+def test_a_member_that_was_deleted_meanwhile_is_said(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored(monkeypatch, {8: 0.9})
+    with at_step(12, lambda: shutil.rmtree(program.pool / "sst" / "head-lr1e-2-s11711")):
+        assert fit(program) == 0
+    assert "head-lr1e-2-s11711 is not in the pool: deleted, or written by another run" in capsys.readouterr().out
+    assert [r.finished for r in records(program)] == [True]
+
+
 # A sweep
 
 
