@@ -216,6 +216,8 @@ CUTS = [
 
 
 def _name(value: Any) -> str:
+    if isinstance(value, signal.Signals):
+        return value.name
     return " ".join(value).replace("--", "") or "plain" if isinstance(value, list) else str(value)
 
 
@@ -250,10 +252,11 @@ def test_cut_by_the_clock_and_gone_on_with(
     assert different_files(undisturbed, program.pool) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("how", "cut"), CUTS, ids=_name)
+@pytest.mark.parametrize(
+    ("how", "cut", "number"), [([], 3, signal.SIGINT), *((*cut, signal.SIGTERM) for cut in CUTS)], ids=_name
+)
 def test_told_to_end_and_gone_on_with(
-    program: Program, capsys: pytest.CaptureFixture[str], number: int, how: list[str], cut: int
+    program: Program, capsys: pytest.CaptureFixture[str], how: list[str], cut: int, number: signal.Signals
 ) -> None:
     assert fit(program, *how) == 0
     undisturbed, program.pool = program.pool, program.folder / "cut"

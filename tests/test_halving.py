@@ -137,7 +137,7 @@ def test_members_are_compared_at_the_same_rung(tmp_path: Path) -> None:
         ids, truth = {"dev": ["a", "b"]}, {"dev": np.array([0.5, 1.5])}
         logits = {"dev": np.ones((2, 1))}
         add_member(tmp_path, "sts", "regression", name, logits, ids, truth, epoch_scores=each, finished=False)
-    bank, other = PlannedBank(members=["here"]), PlannedBank(members=["on", "early", "nan", "not there yet"])
+    bank, other = PlannedBank(members=["here"]), PlannedBank(members=["on", "early", "nan", "not-there-yet"])
     sweep: Any = SimpleNamespace(_pool=tmp_path, module=SimpleNamespace(tasks=[PRESETS["sts"]]), _everyone=None)
     assert Sweep._scores_at(sweep, Plan(banks=[bank, other]), bank, 2) == [0.6]
     assert Sweep._scores_at(sweep, Plan(banks=[bank, other]), bank, 1) == [0.3, 0.4, 0.1]
