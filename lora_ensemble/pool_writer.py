@@ -329,8 +329,12 @@ class PoolWriter(pl.Callback):
                     finished=self.finished and not self._dead[index],
                     examples=found.examples,
                 )
-                epochs = {pool.EPOCHS: np.stack([e[index] for e in self._epochs[task.name]])}
-                new.append(pool.NewMember(record=record, files={} if self._dead[index] else epochs, keep=found))
+                files = {}
+                # One that improved in the last evaluation has them all.
+                has_all = record.best_epoch == record.epochs_done == found.epochs_done
+                if not (self._dead[index] or has_all):
+                    files[pool.EPOCHS] = np.stack([e[index] for e in self._epochs[task.name]])
+                new.append(pool.NewMember(record=record, files=files, keep=found))
         pool.write_members(self.dir, new)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -6,7 +6,6 @@ Every file name of the pool lives here, and a file that is there is judged here;
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -89,7 +88,7 @@ class MemberRecord:
 
     def to_json(self) -> str:
         """JSON text, keys in the order of the fields."""
-        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
+        return json.dumps({"schema": SCHEMA, **vars(self)}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> MemberRecord:
