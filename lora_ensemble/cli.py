@@ -70,7 +70,7 @@ class _Parser(LightningArgumentParser):
         said = re.sub(r"^the following arguments are required: \w+\.(\S+)$", r"--\1 is required", said)
         if "Expected a <class 'str'>. Got value" in said:  # which YAML made of a word without quotes
             said += '; write words like no, yes, on and off, and numbers, in quotes: "no"'
-        if "ray.shared" in said:
+        if "Option 'shared' is not accepted" in said:
             said = "--ray.shared is gone: a cluster needs storage that all its nodes share; leave it out"
         print(f"lora-ensemble: error: {said}", file=sys.stderr)
         sys.exit(2)
