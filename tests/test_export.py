@@ -510,7 +510,7 @@ def test_a_fully_fine_tuned_member(tiny: Callable[[str], Path], tmp_path: Path) 
     np.testing.assert_allclose(answers(tmp_path / "out", texts), expected, rtol=0, atol=2e-5)
 
 
-# Several members as one
+# Folders
 
 
 def test_an_existing_folder_stays(tiny: Callable[[str], Path], tmp_path: Path) -> None:

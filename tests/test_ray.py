@@ -33,6 +33,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_a_node_dies(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
     """Three banks on two nodes; the sweep ends complete, with the pool of one that ran without Ray."""
     pytest.importorskip("ray", reason="the extra [ray] is not installed")

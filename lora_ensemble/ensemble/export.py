@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     pass
 
 DESCRIPTION = """\
-A whole ensemble as a folder that Ensemble.load reads anywhere (--ensemble FILE), or one member (--member NAME --pool DIR
---task T). Each has a model card, README.md."""
+A whole ensemble as a folder that Ensemble.load reads anywhere (--ensemble FILE), or one member (--member NAME --pool
+DIR --task T). Each has a model card, README.md."""
 
 
 def run(argv: Sequence[str]) -> int:
