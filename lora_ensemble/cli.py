@@ -343,6 +343,12 @@ class CLI(LightningCLI):
 
     def _evaluate(self, verb: str, model: BankModule, datamodule: BankData, options: dict[str, Any]) -> None:
         size = self.config[self.subcommand].bank_size
+        if options.get("ckpt_path") in ("last", "best"):  # Lightning would go on without one
+            last = self.run_dir / "checkpoint" / "last.ckpt"
+            if options["ckpt_path"] == "best" or not last.is_file():
+                why = f"there is no {last}; leave it out for the pool's best weights, or give a file"
+                raise UserError(f"--ckpt_path {options['ckpt_path']}: {why}")
+            options["ckpt_path"] = str(last)
         # A checkpoint is of one bank.
         banks = [] if options.get("ckpt_path") else evaluation_banks(model, size, self.run_dir)
         gone = self._not_in_the_pool(model) if banks else []
