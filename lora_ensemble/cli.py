@@ -27,7 +27,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lora_ensemble import __version__, ray_sweep
-from lora_ensemble.away import Home
 from lora_ensemble.banks import BankRun, check_bank_size, evaluation_banks, let_go
 from lora_ensemble.curves import MemberTable, default_loggers, unfailing
 from lora_ensemble.data import BankData
@@ -71,6 +70,8 @@ class _Parser(LightningArgumentParser):
         said = re.sub(r"^the following arguments are required: \w+\.(\S+)$", r"--\1 is required", said)
         if "Expected a <class 'str'>. Got value" in said:  # which YAML made of a word without quotes
             said += '; write words like no, yes, on and off, and numbers, in quotes: "no"'
+        if "Option 'shared' is not accepted" in said:
+            said = "--ray.shared is gone: a cluster needs storage that all its nodes share; leave it out"
         print(f"lora-ensemble: error: {said}", file=sys.stderr)
         sys.exit(2)
 
@@ -307,16 +308,7 @@ class CLI(LightningCLI):
                     f"--ray: each bank is a task on one device, but the Trainer has {self.trainer.world_size}; leave "
                     "--trainer.devices at 1, or --ray out"
                 )
-            if not ray.shared:  # elsewhere, the workers write them
-                _save_settings(self.run_dir, self._parser("sweep"), self.config["sweep"])
-            home = Home(
-                run_dir=self.run_dir,
-                pool=Path(self.config[self.subcommand].pool.dir),
-                tasks=[t.name for t in datamodule.tasks],
-                named=datamodule.named_files(),
-                compares=early_exit is not None,
-            )
-            train = partial(ray_sweep.train, ray, self._settings_of_a_bank(), home)
+            train = partial(ray_sweep.train, ray, self._settings_of_a_bank())
         self._run(Sweep, model, datamodule).sweep(early_exit, bank=bank, train=train)
 
     def _settings_of_a_bank(self) -> str:
@@ -351,6 +343,12 @@ class CLI(LightningCLI):
 
     def _evaluate(self, verb: str, model: BankModule, datamodule: BankData, options: dict[str, Any]) -> None:
         size = self.config[self.subcommand].bank_size
+        if options.get("ckpt_path") in ("last", "best"):  # Lightning would go on without one
+            last = self.run_dir / "checkpoint" / "last.ckpt"
+            if options["ckpt_path"] == "best" or not last.is_file():
+                why = f"there is no {last}; leave it out for the pool's best weights, or give a file"
+                raise UserError(f"--ckpt_path {options['ckpt_path']}: {why}")
+            options["ckpt_path"] = str(last)
         # A checkpoint is of one bank.
         banks = [] if options.get("ckpt_path") else evaluation_banks(model, size, self.run_dir)
         gone = self._not_in_the_pool(model) if banks else []

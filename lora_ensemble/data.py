@@ -22,7 +22,7 @@ from lora_ensemble.base_model import load_tokenizer, longest_input, tokenizer_fi
 from lora_ensemble.errors import UserError
 from lora_ensemble.lora import derived_seed
 from lora_ensemble.notices import say
-from lora_ensemble.readers import Split, fingerprint, read_split, shared_texts, split_file, split_source
+from lora_ensemble.readers import Split, fingerprint, read_split, shared_texts, split_file
 from lora_ensemble.tasks import PRESETS, Task, one_label
 from lora_ensemble.tokens import Tokens
 
@@ -204,19 +204,9 @@ class BankData(pl.LightningDataModule):
 
     def check_files(self) -> None:
         """``UserError`` where a file that training reads is missing."""
-        for task, split in self._from_files():
-            split_file(task, split, self.root)
-
-    def named_files(self) -> list[str]:
-        """Files and folders of this machine that training reads, as the settings name them. The hub's are not here."""
-        files = [split_source(task, split, self.root) for task, split in self._from_files()]
-        # What names a folder is a folder, as transformers and datasets have it.
-        folders = [self.base_model, *(t.dataset for t in self.tasks if t.dataset is not None)]
-        return files + [name for name in folders if Path(name).is_dir()]
-
-    def _from_files(self) -> list[tuple[Task, str]]:
-        """The splits that training reads from files."""
-        return [(task, split) for task in self.tasks if task.dataset is None for split in ("train", "dev")]
+        for task in self.tasks:
+            for split in ("train", "dev") if task.dataset is None else ():
+                split_file(task, split, self.root)
 
     def _read(self, task: Task, split: str, *, need_labels: bool) -> TokenisedSplit:
         raw = read_split(task, split, self.root, need_labels=need_labels)

@@ -1,8 +1,7 @@
 """A sweep's banks as tasks of a Ray cluster: one bank a task, tried again when its worker dies.
 
 A task runs ``lora-ensemble sweep --bank N`` on the worker, with the driver's settings. The driver holds the pool's lock
-and alone writes the plan. The pool and the runs lie on storage that all nodes share; or what a bank needs is sent to
-its worker, and what it made is brought home.
+and alone writes the plan. Data, pool and runs lie on storage that all nodes share, as a cluster has it.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ensemble import places
-from lora_ensemble.away import POOL, Files, Home, pack_named, pack_trained, scratch, unpack, unpack_named
 from lora_ensemble.errors import UserError
 from lora_ensemble.plan import Plan, PlannedBank
 from lora_ensemble.progress import duration
@@ -37,10 +34,7 @@ class RayOptions:
     gpus: float = 0
     """GPUs that a bank takes of its node."""
     tries: int = 3
-    """How often a bank whose worker dies is begun; each time it goes on from its last checkpoint, if shared."""
-    shared: bool = True
-    """Whether data, pool and checkpoints lie on storage that all nodes have. If not, they are sent to the workers, and
-    the members brought home; a bank whose worker dies is then trained from its start."""
+    """How often a bank whose worker dies is begun; each time it goes on from its last checkpoint."""
 
     def check(self) -> None:
         """``UserError`` for values out of range."""
@@ -56,7 +50,6 @@ def planned(plan: Plan, numbers: list[int], folder: Callable[[PlannedBank], Path
 def train(
     options: RayOptions,
     settings: str,
-    home: Home,
     plan: Plan,
     numbers: list[int],
     folder: Callable[[PlannedBank], Path],
@@ -71,22 +64,14 @@ def train(
     ray = _connected(options)
     # A worker process for each task: what a bank leaves in memory goes with it.
     remote = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=0, max_calls=1)
-    shared, away = remote(train_on_shared_storage), remote(train_away)
+    trained = remote(train_bank)
     passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-    if not options.shared:
-        passed = {name: value for name, value in passed.items() if not os.path.isabs(value)}  # the driver's folders
-        named = ray.put(pack_named(home.named))
     tried = dict.fromkeys(numbers, 0)
     lost = 0.0
 
     def submit(number: int) -> Any:
         tried[number] += 1
-        what = [f"--config={settings}", f"--bank={number}"]
-        if options.shared:
-            return shared.remote(what, passed, os.getcwd())
-        bank = plan.banks[number - 1]
-        at = folder(bank).relative_to(home.run_dir).as_posix()
-        return away.remote(what, passed, named, home.pack(plan, bank, folder), bank, at)
+        return trained.remote([f"--config={settings}", f"--bank={number}"], passed, os.getcwd())
 
     begun = {submit(number): (number, time.time()) for number in numbers}
     print(f"{len(numbers)} banks on a Ray cluster of {len(ray.nodes())} nodes", flush=True)
@@ -95,21 +80,18 @@ def train(
         number, since = begun.pop(done)
         bank = plan.banks[number - 1]
         try:
-            code, files = ray.get(done)
+            code = ray.get(done)
         except ray.exceptions.RayError as e:
-            since = max(since, _last_checkpoint(folder(bank))) if options.shared else since
+            since = max(since, _last_checkpoint(folder(bank)))
             lost += time.time() - since
             what = f"bank {number}: its worker died ({type(e).__name__}); {duration(time.time() - since)} lost"
             if tried[number] == options.tries:
                 raise UserError(f"{what}, for the {options.tries}th time; the same command goes on") from e
-            how = "goes on from its last checkpoint" if options.shared else "starts again"
-            print(f"{what}; it {how} elsewhere", flush=True)
+            print(f"{what}; it goes on from its last checkpoint elsewhere", flush=True)
             begun[submit(number)] = (number, time.time())
             continue
         if code:
             raise UserError(f"bank {number} failed (exit code {code}; its words are above); the same command goes on")
-        if files:
-            home.bring(folder(bank), files)
         print(f"bank {number} of {len(plan.banks)} is trained", flush=True)
     died = sum(tried.values()) - len(numbers)
     print(f"{died} workers died; {duration(lost)} of training lost", flush=True)
@@ -146,36 +128,13 @@ def _last_checkpoint(folder: Path) -> float:
     return max((p.stat().st_mtime for p in folder.rglob("last.ckpt")), default=0.0)
 
 
-# On a worker: the exit code of ``lora-ensemble sweep`` with these arguments, and the files to be brought home
+def train_bank(arguments: list[str], environment: dict[str, str], folder: str) -> int:
+    """On a worker: the exit code of ``lora-ensemble sweep`` with these arguments.
 
-
-def train_on_shared_storage(arguments: list[str], environment: dict[str, str], folder: str) -> tuple[int, Files]:
-    """Train a bank where the driver's files are. ``folder``: the driver's; paths may be relative to it."""
-    from lora_ensemble.main import main
-
-    os.environ.update(environment)
-    with contextlib.chdir(folder):
-        return main(["sweep", *arguments]), {}
-
-
-def train_away(
-    arguments: list[str],
-    environment: dict[str, str],
-    named: dict[str, Files],
-    files: Files,
-    bank: PlannedBank,
-    at: str,
-) -> tuple[int, Files]:
-    """Train a bank where they are not, from ``named`` (``pack_named``) and ``files`` (``Home.pack``).
-
-    ``at``: the bank's folder below the run's.
+    ``folder``: the driver's, to which paths may be relative.
     """
     from lora_ensemble.main import main
 
     os.environ.update(environment)
-    with scratch() as folder, contextlib.chdir(folder):
-        unpack(folder, files)
-        with places.sent(unpack_named(folder / "named", named)):
-            # Neither is part of the run's name.
-            code = main(["sweep", *arguments, f"--pool.dir={POOL}", "--trainer.default_root_dir=."])
-        return code, {} if code else pack_trained(folder, bank, at)
+    with contextlib.chdir(folder):
+        return main(["sweep", *arguments])

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.places import place
 from lora_ensemble.tables import Table, as_text, read_hub, read_table
 from lora_ensemble.tasks import SPLITS, Task, class_reader, number
 
@@ -110,14 +109,14 @@ def split_source(task: Task, split: str, root: Path | None) -> str:
 def _open(task: Task, split: str, root: Path | None) -> Table:
     wanted = list(dict.fromkeys([*task.text, task.label, *([task.id] if task.id is not None else [])]))
     if task.dataset is not None:
-        source, name = place(split_source(task, split, root)), getattr(task, split) or _HUB_SPLITS[split]
+        source, name = split_source(task, split, root), getattr(task, split) or _HUB_SPLITS[split]
         return read_hub(source, task.dataset_config, name, wanted, task.label, task.labels)
     return read_table(split_file(task, split, root), wanted, task.columns)
 
 
 def split_file(task: Task, split: str, root: Path | None) -> Path:
     """The file of a split, on this machine. ``UserError`` where it is missing, or as :func:`split_source`."""
-    path = Path(place(split_source(task, split, root))).expanduser()
+    path = Path(split_source(task, split, root)).expanduser()
     if not path.exists():
         what = "no such file" if path.parent.is_dir() else "no such file, nor its folder"
         raise UserError(f"{path}: {what}; set --data.root to the folder that holds {getattr(task, split)}")

@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import pool
-from lora_ensemble.away import BROUGHT, take_in
 from lora_ensemble.banks import BankRun, banks_of, writer_of
 from lora_ensemble.errors import UserError
 from lora_ensemble.halving import EarlyExit, Gate
@@ -60,9 +59,6 @@ class Sweep(BankRun):
             return
         tasks = [t.name for t in self.module.tasks]
         with pool.sole_sweep(self._pool, tasks) if rank_zero_only.rank == 0 else contextlib.nullcontext():
-            if rank_zero_only.rank == 0:
-                for brought in sorted((self.run_dir / "checkpoint").rglob(BROUGHT)):  # the driver was killed
-                    take_in(brought, self.run_dir, self._pool)
             plan = self._plan(resumed=True)
             if train is not None:
                 train(plan, [n for n, b in enumerate(plan.banks, 1) if not self._is_done(plan, b)], self._folder)

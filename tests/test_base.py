@@ -140,7 +140,6 @@ GOING_ON = {
     "infer": ("infer",),
     "export": ("export",),
     "export --member": ("member", "--format", "merged"),
-    "export --merge": ("export", "--merge"),
     "validate": ("validate",),
     "test": ("test",),
     "predict": ("predict",),

@@ -143,8 +143,6 @@ def broken_rules(module: str, source: str) -> list[str]:
         "tokens",
         "packing",
         "encode",
-        "places",
-        "away",
     )
     without_lightning = tuple(own + name for name in plain)
     above = (f"{own}reproduce", f"{own}distill", f"{own}main", f"{own}__main__", f"{own}dicor.__main__")  # both stages

@@ -413,6 +413,20 @@ def test_what_another_run_has_finished_meanwhile_is_not_replaced(
     assert fit(program, "--ckpt_path=last") in (0, 2)  # before its first checkpoint there is nothing to go on from
 
 
+def test_the_last_checkpoint_is_what_is_evaluated(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    """As if its file had been named; where there is none, it is an error, and no untrained member is scored."""
+    assert fit(program) == 0
+    for word in ("last", str(program.run_dir() / "checkpoint" / "last.ckpt")):
+        capsys.readouterr()
+        assert fit(program, f"--ckpt_path={word}", command="validate") == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert all([r.name, f"{r.epoch_scores[-1]:.4f}"] in rows for r in records(program))
+    shutil.rmtree(program.folder / "runs")
+    for word in ("last", "best"):
+        assert fit(program, f"--ckpt_path={word}", command="validate") == 2
+        assert f"--ckpt_path {word}: there is no " in capsys.readouterr().err
+
+
 def test_a_name_that_becomes_a_folder_is_checked(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("../../x", "a/b", "", ".x", "a\\b", "x" * 200):
         assert fit(program, f"--experiment={name}") == 2

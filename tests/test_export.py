@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES
 from pool_factory import make_pool
-from safetensors.numpy import load_file
 from scipy.special import expit, softmax
 from test_ensemble import select
 from trained_pool import ENTRIES, peft_logits, texts_of, write_pool
@@ -511,168 +510,7 @@ def test_a_fully_fine_tuned_member(tiny: Callable[[str], Path], tmp_path: Path) 
     np.testing.assert_allclose(answers(tmp_path / "out", texts), expected, rtol=0, atol=2e-5)
 
 
-# Several members as one
-
-
-def by_hand(pool: Path, base: Path, names: list[str], weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Each adapted weight of BERT as W0 + sum_i w_i alpha_i / r_i B_i A_i, from the members' own files, float64."""
-    plain = {f"bert.{k}": v.astype(np.float64) for k, v in load_file(base / "model.safetensors").items()}
-    heads: dict[str, np.ndarray] = {}
-    for name, weight in zip(names, weights, strict=True):
-        tensors = load_file(pool / "mine" / name / "adapter_model.safetensors")
-        config = json.loads((pool / "mine" / name / "adapter_config.json").read_text())
-        for key, value in tensors.items():
-            path = key.removeprefix("base_model.model.")
-            if "lora_A" in path:
-                change = tensors[key.replace("lora_A", "lora_B")].astype(np.float64) @ value
-                plain[path.replace("lora_A.", "")] += weight * config["lora_alpha"] / config["r"] * change
-            elif "lora_B" not in path:
-                heads[path] = heads.get(path, 0.0) + weight * value.astype(np.float64)
-    return plain | heads
-
-
-def forward(weights: dict[str, np.ndarray], base: Path, texts: list[str], outputs: int) -> np.ndarray:
-    """(N, C) logits of BERT with these weights."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs).eval().double()
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=True)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    with torch.no_grad():
-        return np.stack([model(**tokenizer(t, return_tensors="pt")).logits[0].numpy() for t in texts])
-
-
-def test_the_merge_is_the_weighted_sum(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    """Other ranks, targets and scalings, a head alone, temperatures, scale and offsets; both formats, and full rank."""
-    base, pool = tiny("bert"), tmp_path / "pool"
-    write_pool(pool, base, "multiclass", n=60)
-    file = select(pool, "--method", "weighted-offset", "--temperature")
-    raw = json.loads(file.read_text())
-    raw["scale"], raw["offsets"] = 1.7, [0.3, -0.1, 0.0, -0.4, 0.2]
-    weights, size = np.array([0.5, 0.2, 0.2, 0.1]), len(raw["members"])
-    weights = weights[:size] / weights[:size].sum()
-    degrees = np.array([2.0, 1.0, 0.5, 1.5])[:size]
-    for m, w, t in zip(raw["members"], weights, degrees, strict=True):
-        m["weight"], m["temperature"] = w, t
-    file.write_text(json.dumps(raw))
-    names = [m["name"] for m in raw["members"]]
-    assert size > 2
-    expected = by_hand(pool, base, names, weights)
-    scaled = by_hand(pool, base, names, weights / degrees)
-    expected["classifier.weight"] = 1.7 * scaled["classifier.weight"]
-    expected["classifier.bias"] = 1.7 * scaled["classifier.bias"] + raw["offsets"]
-    texts = texts_of(8, 1, seed=3)
-    logits = forward(expected, base, texts, 5)
-
-    ran("--ensemble", file, "--merge", "--output", tmp_path / "peft")
-    np.testing.assert_allclose(peft_logits(tmp_path / "peft", base, texts, 5), logits, rtol=0, atol=5e-5)
-    ran("--ensemble", file, "--merge", "--format", "merged", "--output", tmp_path / "merged")
-    np.testing.assert_allclose(answers(tmp_path / "merged", texts), logits, rtol=0, atol=5e-5)
-    ran("--ensemble", file, "--merge", "--rank", 32, "--output", tmp_path / "full")  # no layer has more than 32
-    np.testing.assert_allclose(peft_logits(tmp_path / "full", base, texts, 5), logits, rtol=0, atol=5e-5)
-
-
-def test_the_offsets_of_a_binary_merge(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    """softmax(a log p + b) of two classes is a logit a z + b1 - b0."""
-    base, pool = tiny("bert"), tmp_path / "pool"
-    write_pool(pool, base, "binary", n=60, entries=ENTRIES[:2])
-    file = select(pool, "--method", "weighted-offset")
-    raw = json.loads(file.read_text())
-    raw["scale"], raw["offsets"] = 0.6, [0.25, -0.5]
-    file.write_text(json.dumps(raw))
-    expected = by_hand(pool, base, [m["name"] for m in raw["members"]], np.array([m["weight"] for m in raw["members"]]))
-    expected["classifier.weight"] = 0.6 * expected["classifier.weight"]
-    expected["classifier.bias"] = 0.6 * expected["classifier.bias"] - 0.75
-    texts = texts_of(8, 1, seed=3)
-    ran("--ensemble", file, "--merge", "--output", tmp_path / "out")
-    found = peft_logits(tmp_path / "out", base, texts, 1)
-    np.testing.assert_allclose(found, forward(expected, base, texts, 1), rtol=0, atol=5e-5)
-
-
-@pytest.mark.parametrize("rank", [1, 3])
-def test_a_cut_is_the_best_of_its_rank(tiny: Callable[[str], Path], tmp_path: Path, rank: int) -> None:
-    """Against numpy's SVD of the whole change."""
-    base, pool = tiny("bert"), tmp_path / "pool"
-    write_pool(pool, base, "binary", entries=ENTRIES[:3])
-    file = select(pool, "--method", "omni")
-    names = [m["name"] for m in json.loads(file.read_text())["members"]]
-    weights = by_hand(pool, base, names, np.full(3, 1 / 3))
-    plain = {f"bert.{k}": v.astype(np.float64) for k, v in load_file(base / "model.safetensors").items()}
-    kept = whole = 0.0
-    for key, before in plain.items():
-        change = weights[key] - before
-        if change.any():
-            u, s, v = np.linalg.svd(change, full_matrices=False)
-            weights[key] = before + (u[:, :rank] * s[:rank]) @ v[:rank]
-            kept, whole = kept + (s[:rank] ** 2).sum(), whole + (s**2).sum()
-    texts = texts_of(8, 1, seed=3)
-    logits = forward(weights, base, texts, 1)
-    assert np.abs(logits - forward(by_hand(pool, base, names, np.full(3, 1 / 3)), base, texts, 1)).max() > 1e-3
-    ran("--ensemble", file, "--merge", "--rank", rank, "--output", tmp_path / "out")
-    np.testing.assert_allclose(peft_logits(tmp_path / "out", base, texts, 1), logits, rtol=0, atol=5e-5)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == rank
-    assert f"keeps {kept / whole:.2%}" in (tmp_path / "out" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_is_measured(
-    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: Kind
-) -> None:
-    """On a file with labels and without; against what both models' folders say, one text at a time."""
-    base, pool, out = tiny("bert"), tmp_path / "pool", tmp_path / "out"
-    write_pool(pool, base, kind, columns=2, entries=ENTRIES[:2])
-    file = select(pool, "--method", "omni")
-    texts = texts_of(40, 2, seed=8)
-    rng = np.random.default_rng(1)
-    truth = rng.uniform(0, 5, 40) if kind == "regression" else rng.integers(0, 5 if kind == "multiclass" else 2, 40)
-    ensemble = Ensemble.load(file).decision(texts)
-    given = ("--ensemble", file, "--merge", "--output", out, "--overwrite")
-    ran(*given)
-    assert "not measured" in capsys.readouterr().out
-    assert "not measured" in (out / "README.md").read_text()
-    one = peft_logits(out, base, texts, C[kind])
-    ours = one.argmax(1) if kind == "multiclass" else (one[:, 0] > 0).astype(int) if kind == "binary" else one[:, 0]
-    if kind == "regression":
-        same = f"{np.corrcoef(ours, ensemble)[0, 1]:.4f}"
-        scores = [f"{np.corrcoef(x, truth)[0, 1]:.4f}" for x in (ours, ensemble)]
-    else:
-        same = f"{np.mean(ours == ensemble):.2%}"
-        scores = [f"{np.mean(x == truth):.4f}" for x in (ours, ensemble)]
-
-    labelled, bare = tmp_path / "labelled.csv", tmp_path / "bare.csv"
-    rows = [f"{a},{b}" for a, b in texts]
-    labelled.write_text("\n".join(["one,two,label", *(f"{r},{y}" for r, y in zip(rows, truth, strict=True))]) + "\n")
-    bare.write_text("\n".join(["one,two", *rows]) + "\n")
-    ran(*given, "--measure-on", labelled)
-    said, card = capsys.readouterr().out, (out / "README.md").read_text()
-    for text in (said, card):
-        assert same in text
-        assert f"there: {scores[0]}, the ensemble's {scores[1]}" in text
-        assert "40 examples of labelled.csv" in text
-        assert str(tmp_path / "labelled") not in text
-    ran(*given, "--format", "merged", "--measure-on", bare)
-    said = capsys.readouterr().out
-    assert same in said
-    assert "no labels in that file" in said
-
-
-def test_what_cannot_be_merged(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    full: dict[str, Any] = {"entries": (MemberConfig(lr=1e-5),), "finetune": "full"}
-    others: list[tuple[str, dict[str, Any], str]] = [
-        ("bert", full, r"full-lr1e-5-s11711: fully fine-tuned, so it has no adapter to merge"),
-        ("electra", {"entries": ENTRIES[2:3]}, r"one base model: that of r\d"),
-        ("bert", {"entries": ENTRIES[2:3], "max_length": 10}, r"one longest text: that of r\d"),
-    ]
-    for i, (family, how, message) in enumerate(others):
-        pool = tmp_path / str(i) / "pool"
-        write_pool(pool, tiny("bert"), "multiclass", entries=ENTRIES[:1])
-        write_pool(pool, tiny(family), "multiclass", **how)
-        with pytest.raises(UserError, match=message):
-            ran("--ensemble", select(pool, "--method", "omni"), "--merge", "--output", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-# The folder itself
+# Folders
 
 
 def test_an_existing_folder_stays(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -742,12 +580,8 @@ def test_a_kill_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.Monkey
         ("--output o --member m", "--member m: also needs --pool DIR and --task T"),
         ("--ensemble d.json", "required: --output"),
         ("--output o --ensemble gone.json", "gone.json: No such file"),
-        ("--output o --ensemble d.json --format peft", "--format: is for --member and --merge"),
-        ("--output o --ensemble d.json --rank 4", "--rank: is for --merge"),
-        ("--output o --ensemble d.json --merge --rank 0", "--rank 0: expected a rank of at least 1"),
-        ("--output o --ensemble d.json --merge --without-base", "--without-base: is for a whole ensemble"),
-        ("--output o --ensemble d.json --merge --text a", "--text: is for --measure-on"),
-        ("--output o --member m --pool p --task t --merge", "--merge: is for --ensemble"),
+        ("--output o --ensemble d.json --format peft", "--format: is for --member"),
+        ("--output o --ensemble d.json --merge --rank 4", "--merge is gone: "),
         ("--output o --member m --pool gone --task t", "no such member; members of this task: none"),
         ("--output o --ensemble d.json --private", "--private: is for --push"),
         ("--output o --ensemble d.json --push a/b/c", "--push 'a/b/c': not the name of a repository"),

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,71 +15,50 @@ from test_cli import Program
 from test_sweep import THREE, TWELVE, contents
 
 from lora_ensemble import ray_sweep
-from lora_ensemble.away import Home
 from lora_ensemble.main import main
 from lora_ensemble.plan import Plan
 
 CLUSTER = """
-import os, sys
+import sys
 from ray.cluster_utils import Cluster
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 other = cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
-print(cluster.address, os.path.exists(sys.argv[1]), flush=True)
+print(cluster.address, flush=True)
 sys.stdin.readline()
 cluster.remove_node(other, allow_graceful=False)
 sys.stdin.readline()
 cluster.shutdown()
 """
-# In a name space of its own, an empty file system lies over the folder.
-HIDDEN = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"']
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "away"])
-def test_a_node_dies(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny: Callable[[str], Path],
-    demo_root: Path,
-    shared: bool,
-) -> None:
-    """Three banks on two nodes; the sweep ends complete, with the pool of one that ran without Ray.
-
-    Away, the nodes see neither data, nor base model, nor pool, nor runs: of all that, their folders are empty.
-    """
+@pytest.mark.slow
+def test_a_node_dies(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> None:
+    """Three banks on two nodes; the sweep ends complete, with the pool of one that ran without Ray."""
     pytest.importorskip("ray", reason="the extra [ray] is not installed")
     program = Program(tmp_path, tiny("bert"), demo_root)
     how = ("--bank_size=4", "--trainer.logger=false", "--trainer.max_epochs=40")
     assert program("sweep", *how, members=TWELVE) == 0
     undisturbed, program.pool = contents(program.pool), tmp_path / "ray"
     shutil.rmtree(tmp_path / "runs")
-    everything = tmp_path_factory.getbasetemp()
-    hidden = not shared
-    if hidden and subprocess.run([*HIDDEN, everything, "true"], capture_output=True).returncode:
-        hidden = False
-        print("a folder cannot be hidden here (unshare, mount): the nodes see it, though they do not need it")
-    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # not hidden
     # Workers as urgent as all else here: niced, as they usually are, they would starve beside other tests.
     env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp", "RAY_worker_niceness": "0"}
-    begun = (tmp_path, "runs") if shared else (scratch, "lora-ensemble-away-*/runs")
     cluster = subprocess.Popen(
-        [*(map(str, [*HIDDEN, everything]) if hidden else ()), sys.executable, "-c", CLUSTER, str(demo_root)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**env, "TMPDIR": str(scratch)},
-    )  # fmt: skip
+        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
     with cluster:
         assert cluster.stdin
         assert cluster.stdout
-        *_, address, seen = next(line for line in cluster.stdout if ":" in line.split(" ")[0]).split()
-        assert (seen == "True") == (not hidden)
-        ray = (f"--ray.address={address}", f"--ray.shared={str(shared).lower()}")
+        address = next(line for line in cluster.stdout if ":" in line).split()[-1]
+        arguments = program.arguments("sweep", *how, f"--ray.address={address}", members=TWELVE)
         driver = subprocess.Popen(
-            [sys.executable, "-m", "lora_ensemble", *program.arguments("sweep", *how, *ray, members=TWELVE)],
+            [sys.executable, "-m", "lora_ensemble", *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
         )  # fmt: skip
         try:
             until = time.monotonic() + 900
-            while driver.poll() is None and len(list(begun[0].glob(f"{begun[1]}/*/checkpoint/*/last.ckpt"))) < 2:
+            while driver.poll() is None and len(list(tmp_path.glob("runs/*/checkpoint/*/last.ckpt"))) < 2:
                 assert time.monotonic() < until
                 time.sleep(0.02)
             cluster.stdin.write("\n")
@@ -92,17 +70,15 @@ def test_a_node_dies(
     print(said)
     assert driver.returncode == 0
     assert "its worker died" in said
-    assert ("it goes on from its last checkpoint elsewhere" if shared else "it starts again elsewhere") in said
+    assert "it goes on from its last checkpoint elsewhere" in said
     assert "1 workers died; " in said
     assert contents(program.pool) == undisturbed
-    assert list(scratch.glob("*lora-ensemble*")) == []
-    shutil.rmtree(scratch)
 
 
 def test_what_a_worker_is_told(
     tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Settings of a file and of arguments, relative paths: the worker's run is the driver's. Shared storage."""
+    """Settings of a file and of arguments, relative paths: the worker's run is the driver's."""
     monkeypatch.chdir(tmp_path)
     program = Program(Path("."), tiny("bert"), demo_root)
     Path("some.yaml").write_text("bank_size: 2\ntrainer:\n  logger: false\n")
@@ -112,19 +88,17 @@ def test_what_a_worker_is_told(
     shutil.rmtree("pool")
     trained = []
 
-    def train(
-        options: ray_sweep.RayOptions, settings: str, home: Home, plan: Plan, numbers: list[int], _: object
-    ) -> None:
+    def train(options: ray_sweep.RayOptions, settings: str, plan: Plan, numbers: list[int], _: object) -> None:
         Path("some.yaml").unlink()
         monkeypatch.chdir("/")
         for number in numbers:
             what = [f"--config={settings}", f"--bank={number}"]
-            trained.append(ray_sweep.train_on_shared_storage(what, {}, str(tmp_path)))
+            trained.append(ray_sweep.train_bank(what, {}, str(tmp_path)))
         monkeypatch.chdir(tmp_path)
 
     monkeypatch.setattr(ray_sweep, "train", train)
     assert program("sweep", "--config=some.yaml", "--ray.address=auto", members=THREE) == 0
-    assert trained == [(0, {}), (0, {})]
+    assert trained == [0, 0]
     assert contents(program.pool) == undisturbed
     assert len(list(Path("runs").iterdir())) == 1
 
@@ -143,6 +117,17 @@ def test_no_cluster(
     assert "--ray.address 127.0.0.1:1: no cluster" in done.stderr
     assert main(program.arguments("sweep", "--ray.address=auto", "--ray.tries=0")) == 2
     assert "--ray.tries: 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--ray.shared=false", "--ray={shared: false}"])
+def test_what_was_asked_for_of_old_is_told_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    program = Program(tmp_path, tmp_path, tmp_path)
+    with pytest.raises(SystemExit) as e:
+        main(program.arguments("sweep", "--ray.address=auto", option))
+    assert e.value.code == 2
+    assert "a cluster needs storage that all its nodes share" in capsys.readouterr().err
 
 
 def test_a_bank_on_ray_has_one_device(

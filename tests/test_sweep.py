@@ -450,8 +450,9 @@ def test_sigterm(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert contents(program.pool) == undisturbed
 
 
-def test_twenty_kills(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve members in three banks, killed at any moment and begun again: always the pool of an undisturbed sweep."""
+@pytest.mark.parametrize("most", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_any_moment(program: Program, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Twelve members in three banks, killed and begun again: always the pool of an undisturbed sweep."""
     log = program.folder / "log"
     monkeypatch.setenv("SWEEP_LOG", str(log))
     how = ("--bank_size=4", "--model.schedule=linear", "--trainer.logger=false")
@@ -464,13 +465,13 @@ def test_twenty_kills(program: Program, monkeypatch: pytest.MonkeyPatch) -> None
     assert len([name for name in expected if name.endswith("member.json")]) == 12
     random_ = random.Random(0)
     kills = rounds = 0
-    while kills < 20:
+    while kills < most:
         rounds += 1
         shutil.rmtree(program.folder / "runs")
         program.pool = program.folder / f"pool-{rounds}"
         while True:
             process = start(program.arguments("sweep", *how, members=TWELVE))
-            process.join(random_.uniform(0, takes) if kills < 20 else None)
+            process.join(random_.uniform(0, takes) if kills < most else None)
             if process.exitcode is not None:
                 break
             process.kill()

@@ -94,20 +94,6 @@ def about_member(r: MemberRecord) -> list[str]:
     ]
 
 
-def about_merge(chosen: record.Ensemble, made: Sequence[str], loss: Sequence[str] | None) -> list[str]:
-    """How good a merge of an ensemble's members is. ``made``: how it was made; ``loss``: what was measured."""
-    paragraphs = [
-        f"Made of {chosen.size} members of an ensemble: " + "; ".join(made) + ". It is not that ensemble: layers "
-        "between are not linear.",
-        "**Loss against the ensemble: not measured.**"
-        if loss is None
-        else "**Loss against the ensemble, measured**: " + "; ".join(loss) + ".",
-        "The figures below are the ensemble's, not this model's.",
-        _estimates(chosen, title=False),
-    ]
-    return paragraphs
-
-
 def _front(library: str, tags: Sequence[str], bases: Any) -> str:
     lines = ["---", f"library_name: {library}", "pipeline_tag: text-classification", "tags:"]
     lines += [f"- {tag}" for tag in tags]

@@ -1,10 +1,10 @@
-"""``lora-ensemble export``: a member, an ensemble, or one model made of an ensemble, as a folder to take away."""
+"""``lora-ensemble export``: an ensemble, or one of its members, as a folder to take away."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +12,20 @@ from lora_ensemble.arguments import ANY_BASE, Parser
 from lora_ensemble.errors import UserError
 
 if TYPE_CHECKING:
-    from lora_ensemble.dicor import record
-    from lora_ensemble.ensemble.folder import Base
-    from lora_ensemble.pool import MemberRecord
+    pass
 
 DESCRIPTION = """\
-A whole ensemble as a folder that Ensemble.load reads anywhere (--ensemble FILE), one model made of its LoRA members
-(--ensemble FILE --merge), or one member (--member NAME --pool DIR --task T). Each has a model card, README.md."""
+A whole ensemble as a folder that Ensemble.load reads anywhere (--ensemble FILE), or one member (--member NAME --pool
+DIR --task T). Each has a model card, README.md."""
 
 
 def run(argv: Sequence[str]) -> int:
     """Write the folder, and say what is in it; returns the exit code. ``UserError`` for a mistake of the user's."""
+    if "--merge" in argv:
+        raise UserError(
+            "--merge is gone: one model of an ensemble's averaged adapters is not that ensemble; train one on what the "
+            "ensemble says (lora-ensemble distill --ensemble FILE), or export the whole ensemble (without --merge)"
+        )
     args = _parser().parse_args(list(argv))
     _check(args)
     api = None
@@ -51,14 +54,9 @@ def _parser() -> Parser:
     add("--pool", type=Path, metavar="DIR", help="the pool, if not where the record says")
     add("--without-base", action="store_true", help="leave the base model out; it is then taken from the hub")
     add("--with-examples", action="store_true", help="also ids and labels of dev, for dicor apply")
-    add("--merge", action="store_true", help="one model of all LoRA members: adapters side by side, heads averaged")
-    add("--rank", type=int, metavar="R", help="with --merge: cut to the best R ranks (SVD)")
-    add("--measure-on", type=Path, metavar="FILE", help="with --merge: measure on it what is lost against the ensemble")
-    add("--text", nargs="+", default=[], metavar="COLUMN", help="text columns of that file (default: the members')")
-    add("--label", metavar="COLUMN", help="its label column (default: the preset's, or label)")
     add("--member", metavar="NAME", help="one member of --pool and --task")
     add("--task", help="the member's task")
-    add("--format", choices=("peft", "merged"), help="of one model: PEFT's (default), or a plain transformers model")
+    add("--format", choices=("peft", "merged"), help="of a member: PEFT's (default), or a plain transformers model")
     add("--any-base", action="store_true", help=ANY_BASE)
     add("--overwrite", action="store_true", help="replace a folder that this command wrote")
     add("--push", metavar="USER/NAME", help="send the folder to the Hugging Face hub, too")
@@ -72,22 +70,14 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("export: expected either --ensemble FILE, or --member NAME with --pool DIR and --task T")
     if args.member and not (args.pool and args.task):
         raise UserError(f"--member {args.member}: also needs --pool DIR and --task T")
-    of_ensemble = ("without_base", "with_examples", "merge")
-    of_merge = ("rank", "measure_on", "text", "label")
     for names, wanted, why in (
-        (of_ensemble, args.ensemble, "is for --ensemble"),
-        (of_merge, args.merge, "is for --merge"),
-        (("task",), args.member, "is for --member"),
+        (("without_base", "with_examples"), args.ensemble, "is for --ensemble"),
+        (("task", "format"), args.member, "is for --member"),
         (("private",), args.push, "is for --push"),
-        (("format",), args.member or args.merge, "is for --member and --merge"),
-        (("without_base", "with_examples"), not args.merge, "is for a whole ensemble, not for --merge"),
-        (("text", "label"), args.measure_on, "is for --measure-on"),
     ):
         for name in names:
             if getattr(args, name) and not wanted:
                 raise UserError(f"--{name.replace('_', '-')}: {why}")
-    if args.rank is not None and args.rank < 1:
-        raise UserError(f"--rank {args.rank}: expected a rank of at least 1")
 
 
 def _member(args: argparse.Namespace, folder: Path) -> list[str]:
@@ -145,8 +135,6 @@ def _ensemble(args: argparse.Namespace, folder: Path) -> list[str]:
     check_weights(records, members)
     bases = find_bases(records, read_bases(found, records), any_base=args.any_base)
     text = known_columns(chosen.task, chosen.kind, text_columns(records, members))
-    if args.merge:
-        return _merge(args, folder, chosen, members, records, text, bases)
     bundle.write_ensemble(
         folder,
         chosen,
@@ -170,55 +158,3 @@ def _ensemble(args: argparse.Namespace, folder: Path) -> list[str]:
     )
     (folder / CARD).write_text(page, encoding="utf-8")
     return [f"{chosen.size} members of {chosen.task}, chosen by {chosen.method}"]
-
-
-def _merge(
-    args: argparse.Namespace,
-    folder: Path,
-    chosen: record.Ensemble,
-    members: Path,
-    records: list[MemberRecord],
-    text: list[str],
-    bases: Mapping[str, Base],
-) -> list[str]:
-    from lora_ensemble.ensemble import card
-    from lora_ensemble.ensemble.folder import CARD
-    from lora_ensemble.ensemble.merge import check_mergeable, merge_members
-    from lora_ensemble.ensemble.single import plain_model, write_merged, write_peft
-    from lora_ensemble.tasks import Task
-
-    check_mergeable(records, members)
-    (base,) = bases.values()
-    task = Task(name=chosen.task, kind=chosen.kind, text=text or ["text"], label_names=chosen.labels)
-    made = merge_members(chosen, members, records, task, base, rank=args.rank, any_base=args.any_base)
-    merged = args.format == "merged"
-    if not merged:
-        write_peft(folder, made.single)
-    model, loss = None, None
-    if merged or args.measure_on:
-        model = plain_model(made.single)
-    if args.measure_on:
-        from lora_ensemble.ensemble.measure import measure
-        from lora_ensemble.ensemble.restored import Ensemble
-
-        ensemble = Ensemble.load(args.ensemble, pool=args.pool, any_base=args.any_base)
-        loss = measure(model, made.single, ensemble, args.measure_on, text=args.text, label=args.label).sentences()
-    if merged:
-        write_merged(folder, made.single, model)
-    how = [f"adapters side by side, rank {made.full_rank}, weighted as in the ensemble", "heads averaged"]
-    if made.rank < made.full_rank:
-        how.append(f"cut to rank {made.rank} by SVD, which keeps {made.kept:.2%} of the change's squared norm")
-    page = card.single_card(
-        args.output.name,
-        task,
-        base,
-        records,
-        text=text,
-        merged_format=merged,
-        max_length=made.single.max_length,
-        examples=chosen.examples,
-        about=card.about_merge(chosen, how, loss),
-    )
-    (folder / CARD).write_text(page, encoding="utf-8")
-    said = [f"{chosen.size} members of {chosen.task} as one model: " + "; ".join(how)]
-    return [*said, *(loss or ["loss against the ensemble: not measured (--measure-on FILE measures it)"])]
