@@ -31,6 +31,8 @@ from lora_ensemble.split import is_out_of_memory, split_checkpoint
 
 BankSize = int | Literal["auto"] | None
 
+_ALL_DIVERGED = "every member has diverged (NaN or infinity); try lower learning rates or scalings"
+
 MakeTrainer = Callable[[Path, bool], pl.Trainer]
 """From a checkpoint's folder, and whether its bank goes on from one, to a new Trainer with a PoolWriter."""
 
@@ -91,7 +93,7 @@ class BankRun:
             )
         plan = self._through(plan, ckpt_path, weights_only)
         if len(plan.banks) > 1 and all(row[1] == "diverged" for row in self._summary(plan)):
-            raise UserError("every member has diverged (NaN or infinity); try lower learning rates or scalings")
+            raise UserError(_ALL_DIVERGED)
 
     def _through(self, plan: Plan, ckpt_path: str | None, weights_only: bool | None) -> Plan:
         """Train all banks of the plan that are not finished; returns the plan as it then is."""
@@ -240,7 +242,7 @@ class BankRun:
         if writer.all_diverged and not self._is_all(plan):
             say("every member of this bank has diverged (NaN or infinity)")
         elif writer.all_diverged:
-            raise UserError("every member has diverged (NaN or infinity); try lower learning rates or scalings")
+            raise UserError(_ALL_DIVERGED)
         if (stopped := self._stopped(plan, bank, module)) is not None:
             return stopped
         if not (writer.finished or writer.all_diverged):
@@ -289,8 +291,8 @@ class BankRun:
         for name in ("last.ckpt", FILE):  # the checkpoint, and the plan of a bank that was trained by itself
             (self._folder(bank) / name).unlink(missing_ok=True)
 
-    def _table(self, plan: Plan, of: Sequence[str] | None = None) -> tuple[list[str], list[list[Any]]]:
-        """Header and a row for each member, or for some: what became of it, and its dev scores, from the pool."""
+    def _summary(self, plan: Plan, of: Sequence[str] | None = None) -> list[list[Any]]:
+        """A row for each member, or for some: what became of it, and its dev scores, from the pool; printed, logged."""
         members = [m.name for m in self.module.members if of is None or m.name in of]
         there = [{r.name: r for r in pool.read_records(self._pool, t.name, members)} for t in self.module.tasks]
         said = {row[0]: row[1] for bank in plan.banks if bank.finished for row in bank.finished.rows}
@@ -301,11 +303,7 @@ class BankRun:
             if name in plan.left:
                 state = f"left after {plan.left[name]}"
             rows.append([name, state, *(math.nan if r is None or r.score is None else r.score for r in records)])
-        return ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in self.module.tasks)], rows
-
-    def _summary(self, plan: Plan, of: Sequence[str] | None = None) -> list[list[Any]]:
-        """Print that table, log it, and return its rows."""
-        header, rows = self._table(plan, of)
+        header = ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in self.module.tasks)]
         if self.keep and rank_zero_only.rank == 0:
             log_member_table(self._loggers, header, rows)
             print_summary(header, rows, folder=self._pool, tasks=[t.name for t in self.module.tasks])
