@@ -19,7 +19,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	PATH="$(abspath $(BIN)):$$PATH" bash demo.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash demo/run.sh
 
 # A process of tests for each core, but for the memory at most four; the long ones are handed on at the end.
 test: setup lint
@@ -35,4 +35,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo/output

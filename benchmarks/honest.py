@@ -25,13 +25,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.choice import Choice, decide
-from lora_ensemble.dicor.estimate import estimate
-from lora_ensemble.dicor.greedy import Greedy
+from lora_ensemble.dicor.choose.choice import Choice, decide
+from lora_ensemble.dicor.choose.greedy import Greedy
+from lora_ensemble.dicor.choose.methods import Best, Dicor, Method, Weighted
+from lora_ensemble.dicor.estimate.honest import estimate
+from lora_ensemble.dicor.estimate.splits import FOLDS
 from lora_ensemble.dicor.members import Dev
-from lora_ensemble.dicor.methods import Best, Dicor, Method, Weighted
-from lora_ensemble.dicor.splits import FOLDS
-from lora_ensemble.tasks import Kind, decisions, score, score_decisions
+from lora_ensemble.scores import decisions, score, score_decisions
+from lora_ensemble.tasks import Kind
 
 
 @dataclass(frozen=True)

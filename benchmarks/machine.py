@@ -27,8 +27,8 @@ _PRELOAD = [
     "transformers.models.bert.modeling_bert",
     "lightning.pytorch",
     "peft",
-    "lora_ensemble.module",
-    "lora_ensemble.data",
+    "lora_ensemble.train.module",
+    "lora_ensemble.train.data",
 ]
 start_method: Literal["forkserver", "spawn"] = "forkserver"
 """How processes begin. ``spawn`` imports everything anew in each of them: for where a library that is imported looks at

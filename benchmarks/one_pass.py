@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_ensemble.bank_io import weight_files
-from lora_ensemble.base_model import load_classifier, load_tokenizer
+from lora_ensemble.bank.base_model import load_classifier, load_tokenizer
+from lora_ensemble.bank.lora import MemberConfig, expand_members
+from lora_ensemble.bank.member_files import weight_files
+from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor.cli import main as dicor
-from lora_ensemble.lora import MemberConfig, expand_members
-from lora_ensemble.model import Bank
 from lora_ensemble.pool import MemberRecord, write_examples, write_member
-from lora_ensemble.readers import read_split
 from lora_ensemble.tasks import PRESETS
+from lora_ensemble.text.readers import read_split
 from machine import PeakMemory, choose_device, describe, in_fresh_process, synchronize
 from workload import SHAPES, random_model
 

@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_ensemble.base_model import load_classifier, load_tokenizer
+from lora_ensemble.bank.base_model import load_classifier, load_tokenizer
+from lora_ensemble.bank.lora import MemberConfig, expand_members
+from lora_ensemble.bank.model import Bank
 from lora_ensemble.ensemble.restored import TOKENS
 from lora_ensemble.ensemble.single import Single, plain_model
-from lora_ensemble.lora import MemberConfig, expand_members
-from lora_ensemble.model import Bank
-from lora_ensemble.packing import fill, layout
 from lora_ensemble.tasks import Task
+from lora_ensemble.text.packing import fill, layout
 from machine import describe
 from workload import SHAPES, random_model, sst_lengths
 

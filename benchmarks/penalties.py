@@ -24,13 +24,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from honest import WORLDS, Truth, World
-from lora_ensemble.dicor.choice import Choice
-from lora_ensemble.dicor.combine import vector_scaled, voices
-from lora_ensemble.dicor.estimate import estimate
-from lora_ensemble.dicor.methods import Weighted
-from lora_ensemble.dicor.view import View
-from lora_ensemble.dicor.weights import PULL, SHRINK, convex_weights, scale_and_offsets
-from lora_ensemble.tasks import decisions, score_decisions
+from lora_ensemble.dicor.choose.choice import Choice
+from lora_ensemble.dicor.choose.combine import vector_scaled, voices
+from lora_ensemble.dicor.choose.methods import Weighted
+from lora_ensemble.dicor.choose.view import View
+from lora_ensemble.dicor.choose.weights import PULL, SHRINK, convex_weights, scale_and_offsets
+from lora_ensemble.dicor.estimate.honest import estimate
+from lora_ensemble.scores import decisions, score_decisions
 
 LEAN = 0.6
 SHRINKS = (0.1, SHRINK, 3.0, 10.0)

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 
 import workload
-from lora_ensemble.attention import _padded, attend
-from lora_ensemble.dropout import dropped
-from lora_ensemble.packing import layout
+from lora_ensemble.bank.attention import _padded, attend
+from lora_ensemble.bank.dropout import dropped
+from lora_ensemble.text.packing import layout
 from machine import describe
 
 _HEADS = 12

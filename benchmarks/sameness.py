@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_ensemble.lora import MemberConfig
+from lora_ensemble.bank.lora import MemberConfig
 from machine import in_fresh_process
 from sides import PEERS, run_bank, run_peft_loop
 from workload import Workload

@@ -28,19 +28,20 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_ensemble.dicor.choice import decide
-from lora_ensemble.dicor.estimate import estimate
-from lora_ensemble.dicor.fold_scores import fold_scores
+from lora_ensemble.dicor.choose.choice import decide
+from lora_ensemble.dicor.choose.greedy import Greedy
+from lora_ensemble.dicor.choose.methods import Method, Omni
+from lora_ensemble.dicor.choose.view import Sums
+from lora_ensemble.dicor.estimate.fold_scores import fold_scores
+from lora_ensemble.dicor.estimate.honest import estimate
+from lora_ensemble.dicor.estimate.interval import influence
+from lora_ensemble.dicor.estimate.splits import stratified_folds
 from lora_ensemble.dicor.from_pool import dev_of
-from lora_ensemble.dicor.greedy import Greedy
-from lora_ensemble.dicor.interval import influence
 from lora_ensemble.dicor.members import Dev, view_of
-from lora_ensemble.dicor.methods import Method, Omni
 from lora_ensemble.dicor.options import METHODS, Options, method_of
-from lora_ensemble.dicor.splits import stratified_folds
-from lora_ensemble.dicor.view import Sums
 from lora_ensemble.pool import TaskPool, task_names
-from lora_ensemble.tasks import Kind, score_decisions
+from lora_ensemble.scores import score_decisions
+from lora_ensemble.tasks import Kind
 from peers import autogluon, peers
 
 

@@ -35,8 +35,8 @@ import torch
 
 import workload
 from lora_ensemble.errors import UserError
-from lora_ensemble.readers import read_split
 from lora_ensemble.tasks import PRESETS
+from lora_ensemble.text.readers import read_split
 from machine import describe
 
 _SEED = 11711

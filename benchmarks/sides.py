@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
 
-from lora_ensemble.base_model import load_tokenizer, location
-from lora_ensemble.data import BankData
-from lora_ensemble.families import set_dropout, target_paths
-from lora_ensemble.lora import MemberConfig, peft_tensors
-from lora_ensemble.model import Bank
-from lora_ensemble.module import member_losses
-from lora_ensemble.optim import BankAdamW
-from lora_ensemble.readers import read_split
+from lora_ensemble.bank.base_model import load_tokenizer, location
+from lora_ensemble.bank.families import set_dropout, target_paths
+from lora_ensemble.bank.lora import MemberConfig, peft_tensors
+from lora_ensemble.bank.model import Bank
+from lora_ensemble.bank.optim import BankAdamW
+from lora_ensemble.text.readers import read_split
+from lora_ensemble.train.data import BankData
+from lora_ensemble.train.module import member_losses
 from machine import PeakMemory, synchronize
 from workload import Workload
 

@@ -36,7 +36,7 @@ def run_fit(work: workload.Workload, members: int) -> tuple[Seconds, Seconds]:
     import wandb
 
     from clocks import ComputeClock, now
-    from lora_ensemble.cli import run
+    from lora_ensemble.train.cli import run
 
     torch.set_num_threads(work.threads)
     with tempfile.TemporaryDirectory() as folder:

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_ensemble.base_model import load_tokenizer, location
-from lora_ensemble.data import BankData
+from lora_ensemble.bank.base_model import load_tokenizer, location
+from lora_ensemble.bank.families import target_paths
+from lora_ensemble.bank.lora import MemberConfig, linear_layers
 from lora_ensemble.errors import UserError
-from lora_ensemble.families import target_paths
-from lora_ensemble.lora import MemberConfig, linear_layers
-from lora_ensemble.module import BankModule
-from lora_ensemble.readers import Split, read_split
 from lora_ensemble.tasks import PRESETS, Task
+from lora_ensemble.text.readers import Split, read_split
+from lora_ensemble.train.data import BankData
+from lora_ensemble.train.module import BankModule
 
 MADE_UP = "random"
 SHAPES = {

@@ -1,4 +1,12 @@
-"""The exception for what a user can put right, and the one for a user who has seen enough."""
+"""The exception for what a user can put right, the one for a user who has seen enough, and a parser that raises it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+ANY_BASE = "take the base model of this name that is here, though it be another than in training"
+"""The help of --any-base, which several commands have."""
 
 
 class UserError(Exception):
@@ -17,3 +25,10 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
         self.number = number
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a ``UserError``, where argparse prints its usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")

@@ -14,8 +14,8 @@ from lora_ensemble.errors import Interrupted, UserError
 _NOT_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 _OWN = {
-    "reproduce": "lora_ensemble.reproduce.command",
-    "data": "lora_ensemble.download",
+    "reproduce": "lora_ensemble.studies.reproduce.command",
+    "data": "lora_ensemble.text.download",
     "infer": "lora_ensemble.ensemble.infer",
     "serve": "lora_ensemble.ensemble.serve.command",
     "export": "lora_ensemble.ensemble.export",
@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if argv[0] not in _LIGHTNINGS and not argv[0].startswith("-"):
             commands = ", ".join([*_LIGHTNINGS, *_OWN])
             raise UserError(f"{argv[0]}: no such command; expected one of {commands}; what selects is dicor (--help)")
-        from lora_ensemble.cli import run
+        from lora_ensemble.train.cli import run
 
         return run(None if args is None else argv)
     except UserError as e:

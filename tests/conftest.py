@@ -86,7 +86,7 @@ def save_tiny(folder: Path, family: str, words: list[str]) -> Path:
 
 def packed(padded: dict[str, Any]) -> dict[str, Any]:
     """A padded batch as a packed row: the tokens where the mask is 1, one example after another."""
-    from lora_ensemble.packing import fill, layout
+    from lora_ensemble.text.packing import fill, layout
 
     mask = padded["attention_mask"].bool()
     names = [n for n in ("input_ids", "token_type_ids") if n in padded]
@@ -97,7 +97,7 @@ def packed(padded: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's data, small, in the course's format."""
-    from lora_ensemble.demo import write_demo_data
+    from make_data import write_demo_data
 
     folder = tmp_path_factory.mktemp("demo")
     write_demo_data(folder, sizes={"train": 60, "dev": 30, "test": 20})

@@ -1,6 +1,8 @@
 """What may import what. A boundary has a test, and that test has a test."""
 
 import ast
+import graphlib
+import importlib
 import os
 import subprocess
 import sys
@@ -116,51 +118,66 @@ def imports(source: str, module: str) -> set[str]:
     return found
 
 
+ROOMS = {
+    "text": (),
+    "pool": (),
+    "bank": ("text", "pool"),
+    "dicor": ("text", "pool"),
+    "train": ("text", "pool", "bank"),
+    "ensemble": ("text", "pool", "bank", "dicor"),
+    "studies": ("text", "pool", "bank", "dicor", "train", "ensemble"),
+}
+"""Each room, and the rooms that it may import from. All may import from the root."""
+ROOT = ("errors", "files", "online", "scores", "tasks", "__version__")
+DOORS = ("lora_ensemble.__init__", "lora_ensemble.__main__", "lora_ensemble.main", "lora_ensemble.dicor.__main__")
+TORCH_IN_TEXT = ("lora_ensemble.text.packing", "lora_ensemble.text.tokens")
+WANDB_IN_DICOR = "lora_ensemble.dicor.report.to_wandb"
+
+
+def room_of(name: str) -> str:
+    """The room that a full name of ours lies in; empty for the root."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else ""
+
+
 def is_below(name: str, *packages: str) -> bool:
     return any(name == p or name.startswith(p + ".") for p in packages)
 
 
+def is_a_door(name: str) -> bool:
+    """Whether a room shows this to the others: it is in the ``__all__`` of the room."""
+    room = room_of(name)
+    shown = importlib.import_module(f"lora_ensemble.{room}").__all__
+    return name == f"lora_ensemble.{room}" or name.split(".")[2] in shown
+
+
+def is_forbidden_library(module: str, name: str) -> bool:
+    room = room_of(module)
+    if room in ("", "pool"):
+        return is_below(name, *HEAVY, "scipy", "matplotlib")
+    if room == "text":
+        return is_below(name, *HEAVY, "scipy") and not (module in TORCH_IN_TEXT and is_below(name, "torch"))
+    if room == "dicor":
+        return is_below(name, *HEAVY) and (module, name) != (WANDB_IN_DICOR, "wandb")
+    return room in ("bank", "ensemble") and is_below(name, "lightning", "wandb")
+
+
 def broken_rules(module: str, source: str) -> list[str]:
     """What a module imports and must not."""
-    own = "lora_ensemble."
-    names = ("errors", "arguments", "tasks", "tables", "delimited", "pool", "online", "dicor", "__version__")
-    allowed_in_dicor = tuple(own + name for name in names)
-    foundations = tuple(own + name for name in ("errors", "arguments", "tasks", "tables", "delimited", "pool"))
-    plain = (
-        "model",
-        "ensemble",
-        "bank_io",
-        "lora",
-        "families",
-        "base_model",
-        "optim",
-        "readers",
-        "tables",
-        "delimited",
-        "memory",
-        "split",
-        "plan",
-        "tokens",
-        "packing",
-        "encode",
-    )
-    without_lightning = tuple(own + name for name in plain)
-    above = (f"{own}reproduce", f"{own}distill", f"{own}main", f"{own}__main__", f"{own}dicor.__main__")  # both stages
-    starts = (f"{own}main", f"{own}__main__", f"{own}dicor.__main__")  # what starts a command line
     broken = []
+    here = room_of(module)
     for name in sorted(imports(source, module)):
-        inside = is_below(name, "lora_ensemble")
-        in_dicor = is_below(module, f"{own}dicor")
-        wrong = (
-            (in_dicor and inside and not is_below(name, *allowed_in_dicor))
-            or (in_dicor and is_below(name, *HEAVY) and (module, name) != (f"{own}dicor.report.to_wandb", "wandb"))
-            # A restored ensemble combines with dicor's functions; training knows nothing of them.
-            or (not in_dicor and is_below(name, f"{own}dicor") and not is_below(module, f"{own}ensemble", *above))
-            or (is_below(module, *foundations) and inside and not is_below(name, *foundations))
-            or (is_below(module, *foundations) and is_below(name, *HEAVY, "scipy", "matplotlib"))
-            or (is_below(module, *without_lightning) and is_below(name, "lightning", "wandb"))
-            or (is_below(name, f"{own}cli", f"{own}dicor.cli") and module not in starts)
-        )
+        there = room_of(name)
+        if is_forbidden_library(module, name):
+            broken.append(f"{module} imports {name}")
+        if not is_below(name, "lora_ensemble") or module in DOORS:
+            continue
+        if not there:
+            wrong = not is_below(name, *(f"lora_ensemble.{part}" for part in ROOT))
+        elif there == here:
+            wrong = name.split(".")[-2] in ("cli", "command")  # nothing imports a command line
+        else:
+            wrong = not here or there not in ROOMS[here] or not is_a_door(name)
         if wrong:
             broken.append(f"{module} imports {name}")
     return broken
@@ -177,28 +194,60 @@ def test_dependencies_point_one_way(module):
     assert broken_rules(module, SOURCES[module].read_text(encoding="utf-8")) == []
 
 
+def graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Each module of ours and those that it imports, anywhere in it; the doors are left out."""
+    nodes = {module.removesuffix(".__init__") for module in sources} - {"lora_ensemble"}
+    edges: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        node = module.removesuffix(".__init__")
+        if node in nodes:
+            names = {part for name in imports(source, module) for part in (name, name.rpartition(".")[0])}
+            edges[node] = (names & nodes) - {node}
+    return edges
+
+
+def test_there_is_no_circle():
+    sources = {module: path.read_text(encoding="utf-8") for module, path in SOURCES.items()}
+    assert len(list(graphlib.TopologicalSorter(graph(sources)).static_order())) == len(SOURCES) - 1
+
+
+def test_a_circle_is_seen():
+    sources = {
+        "lora_ensemble.a": "def f():\n    from lora_ensemble.b import x",
+        "lora_ensemble.b": "import lora_ensemble.a",
+    }
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph({"lora_ensemble.a": a, "lora_ensemble.b": b})).prepare()
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dicor.select", "from lora_ensemble.module import Bank"),
-        ("dicor.select", "from lora_ensemble import lora"),
-        ("dicor.select", "from .. import model"),
-        ("dicor.select", "def f():\n    import torch.nn"),
-        ("dicor.compare", "from lora_ensemble.dicor.cli import main"),
-        ("dicor.report.page", "import wandb"),
-        ("dicor.report.to_wandb", "import torch"),
-        ("module", "from lora_ensemble.dicor.select import dicor"),
-        ("sweep", "from lora_ensemble import dicor"),
-        ("data", "import lora_ensemble.dicor"),
+        ("dicor.choose.select", "from lora_ensemble.train.module import Bank"),
+        ("dicor.choose.select", "from lora_ensemble.bank import lora"),
+        ("dicor.choose.select", "from ... import train"),
+        ("dicor.choose.select", "def f():\n    import torch"),
+        ("dicor.choose.select", "import lora_ensemble.bank.model"),
+        ("dicor.choose.select", "import wandb"),
+        ("dicor.record", "from lora_ensemble.text.delimited import read"),
+        ("dicor.record", "from lora_ensemble.dicor.cli import main"),
+        ("train.module", "from lora_ensemble.dicor import record"),
+        ("train.module", "def f():\n    from lora_ensemble.studies.distill import x"),
+        ("train.runs.sweep", "from lora_ensemble.main import main"),
+        ("bank.lora", "from lora_ensemble.dicor.choose.combine import combine"),
+        ("bank.model", "import lightning.pytorch as pl"),
+        ("pool.reading", "from lora_ensemble.text.tables import read"),
         ("pool", "import torch"),
-        ("pool.reading", "from lora_ensemble.module import Bank"),
-        ("tasks", "from lora_ensemble.pool import TaskPool\nfrom lora_ensemble import lora"),
-        ("model", "import lightning.pytorch as pl"),
+        ("pool.swap", "def f():\n    import scipy.stats"),
+        ("text.tables", "from lora_ensemble.pool import TaskPool"),
+        ("text.readers", "import torch"),
+        ("tasks", "from lora_ensemble.pool import TaskPool"),
+        ("scores", "import scipy"),
         ("ensemble", "from wandb import init"),
         ("ensemble.infer", "import lightning.pytorch as pl"),
+        ("ensemble.infer", "from lora_ensemble.bank.attention import x"),
         ("ensemble.serve.app", "import wandb"),
-        ("bank_io", "from lightning.pytorch import Trainer"),
-        ("sweep", "from lora_ensemble.cli import main"),
+        ("studies.distill", "from lora_ensemble.dicor.cli import main"),
     ],
 )
 def test_the_rules_see_what_is_imported(module, source):
@@ -209,15 +258,16 @@ def test_the_rules_see_what_is_imported(module, source):
     ("module", "source"),
     [
         (
-            "dicor.select",
+            "dicor.choose.select",
             "from lora_ensemble.pool import TaskPool\nfrom lora_ensemble import __version__\nimport numpy",
         ),
-        ("dicor.select", "from .similarity import features"),
+        ("dicor.choose.select", "from .similarity import features"),
         ("dicor.report.to_wandb", "def f():\n    import wandb"),
-        ("ensemble", "from lora_ensemble.dicor.combine import combine\nimport torch"),
+        ("ensemble", "from lora_ensemble.dicor.choose.combine import combine\nimport torch"),
         ("ensemble.infer", "from lora_ensemble.dicor import record"),
-        ("sweep", "from lora_ensemble.client import x\nimport torchmetrics"),
-        ("__main__", "from lora_ensemble.cli import main"),
+        ("train.runs.sweep", "from lora_ensemble.errors import UserError\nimport torchmetrics"),
+        ("text.tokens", "import torch"),
+        ("__main__", "from lora_ensemble.main import main"),
     ],
 )
 def test_the_rules_let_pass_what_is_right(module, source):

@@ -1,4 +1,4 @@
-"""demo.py: the generated data has the course's layout, is deterministic, and can be learned but not perfectly."""
+"""make_data.py: the generated data has the course's layout, is deterministic, and can be learned but not perfectly."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_ensemble import demo
-from lora_ensemble.demo import SIZES, main, write_demo_data
-from lora_ensemble.demo_text import questions, sentiment, similarity
+import make_data
+import questions
+import sentiment
+import similarity
 from lora_ensemble.errors import UserError
-from lora_ensemble.readers import Split, read_split, shared_texts
 from lora_ensemble.tasks import PRESETS
+from lora_ensemble.text.readers import Split, read_split, shared_texts
+from make_data import SIZES, main, write_demo_data
 
 SMALL = {"train": 60, "dev": 30, "test": 20}
 
@@ -176,6 +178,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_impossible_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="at least 1 example"):
         write_demo_data(tmp_path, sizes={"train": 5, "dev": 0, "test": 5})
-    monkeypatch.setitem(demo._MAKERS, "sst", lambda rng: ((f"text {rng.randrange(40)}",), "1"))
+    monkeypatch.setitem(make_data._MAKERS, "sst", lambda rng: ((f"text {rng.randrange(40)}",), "1"))
     with pytest.raises(UserError, match="the templates of sst give only about 40 examples; 110 were asked for"):
         write_demo_data(tmp_path, sizes=SMALL)

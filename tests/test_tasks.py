@@ -13,7 +13,8 @@ from sklearn.metrics import accuracy_score
 from torchmetrics.functional.regression import pearson_corrcoef
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import PRESETS, Task, decisions, overall_score, pearson, score
+from lora_ensemble.scores import decisions, overall_score, pearson, score
+from lora_ensemble.tasks import PRESETS, Task
 
 RANDOM = np.random.default_rng(0)
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from pool_factory import LABELS, random_labels
 
-from lora_ensemble.bank_io import weight_files
-from lora_ensemble.base_model import encoder_fingerprint, load_classifier, load_tokenizer, tokenizer_fingerprint
-from lora_ensemble.families import accepts_token_types
-from lora_ensemble.lora import MemberConfig, expand_members
-from lora_ensemble.model import Bank
+from lora_ensemble.bank.base_model import encoder_fingerprint, load_classifier, load_tokenizer, tokenizer_fingerprint
+from lora_ensemble.bank.families import accepts_token_types
+from lora_ensemble.bank.lora import MemberConfig, expand_members
+from lora_ensemble.bank.member_files import weight_files
+from lora_ensemble.bank.model import Bank
 from lora_ensemble.pool import MemberRecord, member_folder, write_examples, write_member
 from lora_ensemble.tasks import Kind, Task
 

@@ -11,7 +11,7 @@ def carry(folder: Path) -> str:
     from transformers import AutoModel
     from transformers.utils import logging
 
-    from lora_ensemble.base_model import load_tokenizer, location
+    from lora_ensemble.bank.base_model import load_tokenizer, location
 
     logging.disable_progress_bar()
     name = "all-MiniLM-L6-v2"

@@ -14,10 +14,10 @@ import yaml
 import workload
 from gpu.record import REPOSITORY
 from gpu.setting import Setting
-from lora_ensemble.data import BankData
-from lora_ensemble.lora import MemberConfig
-from lora_ensemble.module import BankModule
+from lora_ensemble.bank.lora import MemberConfig
 from lora_ensemble.tasks import PRESETS, Task
+from lora_ensemble.train.data import BankData
+from lora_ensemble.train.module import BankModule
 from machine import PeakMemory, synchronize
 from sides import KeepLosses
 

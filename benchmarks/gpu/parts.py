@@ -31,9 +31,9 @@ class Part:
 
 _OWN = "benchmarks/gpu/"
 _SIDES = [_OWN + "setting.py", *(f"benchmarks/{name}.py" for name in ("machine", "sides", "workload"))]
-_BANK = [f"lora_ensemble/{n}.py" for n in ("attention", "dropout", "encode", "families", "lora", "model", "packing")]
-_STEP = [*_BANK, "lora_ensemble/module.py", "lora_ensemble/optim.py"]
-_BATCHES = ["lora_ensemble/data.py", "lora_ensemble/tokens.py"]
+_BANK = [f"lora_ensemble/bank/{n}.py" for n in ("attention", "dropout", "encode", "families", "lora", "model", "optim")]
+_STEP = [*_BANK, "lora_ensemble/text/packing.py", "lora_ensemble/train/module.py"]
+_BATCHES = ["lora_ensemble/train/data.py", "lora_ensemble/text/tokens.py"]
 
 
 def parts(*, tiny: bool) -> list[Part]:
@@ -53,7 +53,7 @@ def parts(*, tiny: bool) -> list[Part]:
                 "benchmarks/one_pass.py",
                 *_STEP,
                 *_BATCHES,
-                "lora_ensemble/frozen.py",
+                "lora_ensemble/train/frozen.py",
                 "lora_ensemble/ensemble/restored.py",
             ],
         ),
@@ -78,7 +78,8 @@ def parts(*, tiny: bool) -> list[Part]:
                 *_SIDES,
                 *_STEP,
                 *_BATCHES,
-                *(f"lora_ensemble/{n}.py" for n in ("banks", "memory", "plan", "probe", "restart", "split")),
+                *(f"lora_ensemble/train/runs/{n}.py" for n in ("banks", "halves", "memory", "plan", "probe")),
+                "lora_ensemble/train/restart.py",
             ],
         ),
         Part(

@@ -20,14 +20,15 @@ import torch
 
 from gpu.exact import row
 from gpu.setting import Setting
-from lora_ensemble import pool, probe
-from lora_ensemble.banks import BankRun
-from lora_ensemble.data import BankData
-from lora_ensemble.memory import Need, peak_bytes, usable_memory
-from lora_ensemble.module import BankModule
-from lora_ensemble.plan import FILE as PLAN
-from lora_ensemble.pool_writer import PoolWriter
-from lora_ensemble.restart import BankTrainer, RunCheckpoint
+from lora_ensemble import pool
+from lora_ensemble.train.data import BankData
+from lora_ensemble.train.module import BankModule
+from lora_ensemble.train.pool_writer import PoolWriter
+from lora_ensemble.train.restart import BankTrainer, RunCheckpoint
+from lora_ensemble.train.runs import probe
+from lora_ensemble.train.runs.banks import BankRun
+from lora_ensemble.train.runs.memory import Need, peak_bytes, usable_memory
+from lora_ensemble.train.runs.plan import FILE as PLAN
 from sides import OUR_PRECISION
 from workload import Workload
 

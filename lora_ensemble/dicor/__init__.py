@@ -4,3 +4,17 @@ Only numpy and scipy are needed here (matplotlib for plots as PNG, wandb for a r
 take arrays and settings and return records; ``cli.py`` alone reads options and prints. Axes: M members, N examples of a
 split, C outputs of a head.
 """
+
+__all__ = [
+    "apply",
+    "choose",
+    "compare",
+    "estimate",
+    "from_pool",
+    "located",
+    "members",
+    "options",
+    "record",
+    "report",
+    "table",
+]

@@ -16,7 +16,8 @@ from lora_ensemble.dicor.located import chosen_records
 from lora_ensemble.dicor.record import Ensemble
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import Examples, logits_file, member_folder, read_array, read_examples
-from lora_ensemble.tasks import PRESETS, score_decisions
+from lora_ensemble.scores import score_decisions
+from lora_ensemble.tasks import PRESETS
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from lora_ensemble import __version__
-from lora_ensemble.arguments import Parser
-from lora_ensemble.dicor import import_command, report_command
-from lora_ensemble.dicor.settings import MethodName, Similarity, Strategy
-from lora_ensemble.errors import UserError
+from lora_ensemble.dicor.choose.settings import MethodName, Similarity, Strategy
+from lora_ensemble.dicor.imports import command as import_command
+from lora_ensemble.dicor.report import command as report_command
+from lora_ensemble.errors import Parser, UserError
 
 if TYPE_CHECKING:
     from lora_ensemble.dicor.options import Options
@@ -139,10 +139,10 @@ def _score_name(task_pool: TaskPool) -> str:
 
 def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
+    from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
     from lora_ensemble.dicor.compare import compare
     from lora_ensemble.dicor.options import refuse_unheard
     from lora_ensemble.dicor.report import words
-    from lora_ensemble.dicor.settings import DEFAULT_METHOD
     from lora_ensemble.dicor.table import about, number, table, verdict
     from lora_ensemble.pool import TaskPool
 
@@ -168,14 +168,14 @@ def _select(given: argparse.Namespace) -> None:
 
 
 def _compare(given: argparse.Namespace) -> None:
+    from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
     from lora_ensemble.dicor.compare import compare, overall, test_scores
     from lora_ensemble.dicor.options import METHODS, refuse_unheard
-    from lora_ensemble.dicor.settings import DEFAULT_METHOD
     from lora_ensemble.dicor.table import about, number, table, verdict
     from lora_ensemble.pool import TaskPool, task_names
 
     if given.plots:
-        from lora_ensemble.dicor import plots
+        from lora_ensemble.dicor.report import plots
         from lora_ensemble.dicor.report.charts import drawings
         from lora_ensemble.dicor.report.facts import gather
 
@@ -216,7 +216,7 @@ def _apply(options: argparse.Namespace) -> None:
     from lora_ensemble.dicor.apply import predict, write_predictions
     from lora_ensemble.dicor.located import locate
     from lora_ensemble.dicor.table import IN_SAMPLE, number
-    from lora_ensemble.tasks import one_label
+    from lora_ensemble.scores import one_label
 
     with record.whole(options.output) as f:
         found = locate(options.ensemble, options.pool)

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.choice import decide
-from lora_ensemble.dicor.estimate import Estimate, Estimates, estimate
+from lora_ensemble.dicor.choose.choice import decide
+from lora_ensemble.dicor.choose.methods import Method, Omni
+from lora_ensemble.dicor.choose.settings import MethodName
+from lora_ensemble.dicor.estimate.honest import Estimate, Estimates, estimate
 from lora_ensemble.dicor.from_pool import dev_of
 from lora_ensemble.dicor.members import Dev
-from lora_ensemble.dicor.methods import Method, Omni
 from lora_ensemble.dicor.options import Options, check, method_of
-from lora_ensemble.dicor.settings import MethodName
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import TaskPool
-from lora_ensemble.tasks import PRESETS, Kind, one_label, overall_score, score_decisions
+from lora_ensemble.scores import one_label, overall_score, score_decisions
+from lora_ensemble.tasks import PRESETS, Kind
 
 
 @dataclass(frozen=True, kw_only=True)

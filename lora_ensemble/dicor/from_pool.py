@@ -14,7 +14,7 @@ import numpy as np
 from lora_ensemble.dicor.members import Dev
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import DISTILLED, EPOCHS, TaskPool, logits_file, map_array, member_folder, read_array
-from lora_ensemble.tasks import one_label
+from lora_ensemble.scores import one_label
 
 SMALL = 32_000_000
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_ensemble.dicor.combine import DECIMALS
-from lora_ensemble.dicor.splits import canonical
-from lora_ensemble.dicor.view import View, losses
+from lora_ensemble.dicor.choose.combine import DECIMALS
+from lora_ensemble.dicor.choose.view import View, losses
+from lora_ensemble.dicor.estimate.splits import canonical
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import Kind, decisions, score
+from lora_ensemble.scores import decisions, score
+from lora_ensemble.tasks import Kind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lora_ensemble.dicor import settings as s
-from lora_ensemble.dicor.greedy import Greedy
-from lora_ensemble.dicor.methods import Best, Dicor, Exhaustive, Method, Omni, Weighted
-from lora_ensemble.dicor.settings import MethodName, Similarity, Strategy
+from lora_ensemble.dicor.choose import settings as s
+from lora_ensemble.dicor.choose.greedy import Greedy
+from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Method, Omni, Weighted
+from lora_ensemble.dicor.choose.settings import MethodName, Similarity, Strategy
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Kind
 

@@ -15,11 +15,11 @@ from typing import Any, TextIO, get_args
 import numpy as np
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.choice import Choice, decide
+from lora_ensemble.dicor.choose.choice import Choice, decide
+from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.dicor.compare import Comparison
-from lora_ensemble.dicor.estimate import Estimate
-from lora_ensemble.dicor.interval import LEVEL, Interval
-from lora_ensemble.dicor.settings import Strategy
+from lora_ensemble.dicor.estimate.honest import Estimate
+from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import check_name, logits_file
 from lora_ensemble.tasks import Kind, check_task_name

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_ensemble.dicor.estimate import Estimate, Estimates
-from lora_ensemble.dicor.interval import LEVEL, Interval
+from lora_ensemble.dicor.estimate.honest import Estimate, Estimates
+from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
 
 IN_SAMPLE = "In-sample: the score on the very dev set that was chosen on, which flatters what was chosen."
 

@@ -2,3 +2,5 @@
 
 Its class is ``lora_ensemble.Ensemble``. Nothing heavy is imported here, so that a command's help is quick.
 """
+
+__all__ = ["restored"]

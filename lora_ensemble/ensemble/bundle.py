@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_ensemble import __version__, pool
-from lora_ensemble.bank_io import load_base
-from lora_ensemble.base_model import load_tokenizer, longest_input
+from lora_ensemble.bank.base_model import load_tokenizer, longest_input
+from lora_ensemble.bank.member_files import load_base
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.located import CONFIG, FORMAT, RECORD
 from lora_ensemble.ensemble.folder import BASE, MEMBERS, VERSION, Base

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_ensemble.arguments import ANY_BASE, Parser
-from lora_ensemble.errors import UserError
+from lora_ensemble.errors import ANY_BASE, Parser, UserError
 
 if TYPE_CHECKING:
     pass

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_ensemble.base_model import hub_id
+from lora_ensemble.bank.base_model import hub_id
 from lora_ensemble.dicor.located import CONFIG, Located, leads_out
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import RECORD as MEMBER

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
-from lora_ensemble.arguments import ANY_BASE, Parser
-from lora_ensemble.errors import UserError
-from lora_ensemble.streams import Row, Rows
-from lora_ensemble.tables import DAMAGED, GZIP, Format, format_of
+from lora_ensemble.errors import ANY_BASE, Parser, UserError
+from lora_ensemble.text.streams import Row, Rows
+from lora_ensemble.text.tables import DAMAGED, GZIP, Format, format_of
 
 if TYPE_CHECKING:
     from lora_ensemble.ensemble.restored import Ensemble
@@ -59,8 +58,8 @@ def run(args: Sequence[str]) -> int:
     if len(given.text) > 2:
         raise UserError(f"--text: {len(given.text)} columns; expected one, or two for a pair")
     with _source(given.input) as source, _sink(given) as sink:
+        from lora_ensemble.bank.precision import advice
         from lora_ensemble.ensemble.restored import Ensemble
-        from lora_ensemble.precision import advice
 
         ensemble = Ensemble.load(
             given.ensemble,

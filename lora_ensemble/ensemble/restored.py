@@ -26,17 +26,17 @@ import numpy as np
 import torch
 
 from lora_ensemble import pool
-from lora_ensemble.bank_io import load_base, member_of, restore_members
-from lora_ensemble.base_model import longest_input
+from lora_ensemble.bank.base_model import longest_input
+from lora_ensemble.bank.member_files import load_base, member_of, restore_members
+from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
-from lora_ensemble.dicor.choice import probabilities
+from lora_ensemble.dicor.choose.choice import probabilities
 from lora_ensemble.dicor.located import chosen_records, locate
 from lora_ensemble.ensemble.folder import Base, read_bases
 from lora_ensemble.errors import UserError
-from lora_ensemble.model import Bank
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
-from lora_ensemble.tokens import Tokens
+from lora_ensemble.text.tokens import Tokens
 
 Precision = Literal["32", "bf16"]
 Text = str | Sequence[str]

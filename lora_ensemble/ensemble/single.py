@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_ensemble import pool
-from lora_ensemble.bank_io import load_base
-from lora_ensemble.base_model import longest_input
+from lora_ensemble.bank.base_model import longest_input
+from lora_ensemble.bank.families import accepts_token_types
+from lora_ensemble.bank.lora import Adapter, Member, from_peft, linear_layers, peft_config, peft_tensors
+from lora_ensemble.bank.member_files import load_base
 from lora_ensemble.ensemble.folder import Base
 from lora_ensemble.errors import UserError
-from lora_ensemble.families import accepts_token_types
-from lora_ensemble.lora import Adapter, Member, from_peft, linear_layers, peft_config, peft_tensors
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import PRESETS, Kind, Task
 

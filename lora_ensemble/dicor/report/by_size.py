@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lora_ensemble.dicor.choose.greedy import Greedy
+from lora_ensemble.dicor.choose.methods import Dicor, Exhaustive, Method, Omni, Weighted
+from lora_ensemble.dicor.choose.settings import DEFAULT_TOP_K, MOST_AUTO
 from lora_ensemble.dicor.compare import Comparison
-from lora_ensemble.dicor.estimate import Estimate, estimate
-from lora_ensemble.dicor.greedy import Greedy
-from lora_ensemble.dicor.methods import Dicor, Exhaustive, Method, Omni, Weighted
-from lora_ensemble.dicor.settings import DEFAULT_TOP_K, MOST_AUTO
+from lora_ensemble.dicor.estimate.honest import Estimate, estimate
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30)
 """As many as a curve needs; sizes between the later ones hardly differ."""

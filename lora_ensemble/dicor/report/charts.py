@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_ensemble.dicor.interval import LEVEL
+from lora_ensemble.dicor.estimate.interval import LEVEL
 from lora_ensemble.dicor.report.drawing import (
     DASHES,
     SHAPES,

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD, DEFAULT_SIMILARITY, MethodName, Similarity
+from lora_ensemble.dicor.choose.similarity import features, pairwise
 from lora_ensemble.dicor.compare import Comparison
-from lora_ensemble.dicor.estimate import Estimate
+from lora_ensemble.dicor.estimate.honest import Estimate
 from lora_ensemble.dicor.members import Dev, ranked
 from lora_ensemble.dicor.report.by_size import Curve, curves
 from lora_ensemble.dicor.report.calibration import Calibration, calibration
 from lora_ensemble.dicor.report.theory import Theory, theory
-from lora_ensemble.dicor.settings import DEFAULT_METHOD, DEFAULT_SIMILARITY, MethodName, Similarity
-from lora_ensemble.dicor.similarity import features, pairwise
 from lora_ensemble.pool import MemberRecord
 
 MOST_SHOWN = 200

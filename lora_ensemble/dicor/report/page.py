@@ -9,7 +9,7 @@ from html import escape
 from importlib.resources import files
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.interval import LEVEL, Interval
+from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
 from lora_ensemble.dicor.options import Options
 from lora_ensemble.dicor.report import sections, words
 from lora_ensemble.dicor.report.charts import drawings, missing

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from lora_ensemble.dicor.interval import LEVEL, Interval
+from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
 from lora_ensemble.dicor.options import LISTENS, Options
 from lora_ensemble.dicor.report import words
 from lora_ensemble.dicor.report.drawing import Drawing

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.combine import majority
-from lora_ensemble.dicor.similarity import features
-from lora_ensemble.tasks import Kind, decisions
+from lora_ensemble.dicor.choose.combine import majority
+from lora_ensemble.dicor.choose.similarity import features
+from lora_ensemble.scores import decisions
+from lora_ensemble.tasks import Kind
 
 
 @dataclass(frozen=True, kw_only=True)

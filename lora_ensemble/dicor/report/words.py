@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_ensemble.dicor.settings import Strategy
+from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.tasks import Kind
 
 

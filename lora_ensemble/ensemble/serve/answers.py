@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_ensemble.dicor.combine import of_voices, voices
+from lora_ensemble.dicor.choose.combine import of_voices, voices
 from lora_ensemble.ensemble.restored import Ensemble
 from lora_ensemble.ensemble.serve.messages import Class, Classes, MemberClass, MemberValue, Value, Values
-from lora_ensemble.tasks import decisions
+from lora_ensemble.scores import decisions
 
 
 def answers(ensemble: Ensemble, logits: np.ndarray, *, members: bool) -> Classes | Values:

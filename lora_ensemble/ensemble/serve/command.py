@@ -9,9 +9,8 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from lora_ensemble.arguments import ANY_BASE, Parser
 from lora_ensemble.ensemble.serve.limits import Limits
-from lora_ensemble.errors import UserError
+from lora_ensemble.errors import ANY_BASE, Parser, UserError
 
 _GRACE_S = 60  # what is asked when it is stopped is answered for so long
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -26,9 +25,9 @@ def run(argv: Sequence[str]) -> int:
     with _listen(args.host, args.port) as listening:  # before the members are read: a port in use shows at once
         import uvicorn
 
+        from lora_ensemble.bank.precision import advice
         from lora_ensemble.ensemble.restored import Ensemble
         from lora_ensemble.ensemble.serve.app import make_app
-        from lora_ensemble.precision import advice
 
         limits = Limits(
             texts=args.max_texts,

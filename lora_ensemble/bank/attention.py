@@ -1,0 +1,159 @@
+"""Attention inside each example of a packed row, exact: no token sees another example.
+
+Axes: M members (or 1 where they share), T tokens of a packed row, B examples in it, L tokens of the longest, H hidden
+width, h heads of width d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_ensemble.bank.dropout import keep_mask
+from lora_ensemble.text.packing import PackRow, PadRow
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: Mapping[str, Any],
+    *,
+    heads: int,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> Tensor:
+    """softmax(q kᵀ / √d) v within each example (Vaswani et al. 2017, section 3.2).
+
+    k, v: (M or 1, T, H). q: (M or 1, T, H), or (M or 1, B, H) for the first token of each example alone.
+    ``batch``: a packed row's layout (:func:`packing.layout`). ``window``: tokens farther apart do not see each other.
+    Returns as q, for M members.
+    """
+    m = max(len(q), len(k), len(v))
+    q, k, v = (x.expand(m, -1, -1) for x in (q, k, v))
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        return _InRows.apply(q, k, v, batch["lengths"], heads, dropout, window)
+    return _padded(q, k, v, batch, heads, dropout, window)
+
+
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, batch: Mapping[str, Any], heads: int, dropout: float, window: int | None
+) -> Tensor:
+    """Through torch's fused attention on the padded batch; everything around it stays packed."""
+    m, width = len(q), q.shape[-1]
+    place, slots = batch["place"], batch["slots"]
+    b, length = place.shape
+    one = q.shape[1] != k.shape[1]
+
+    def split(x: Tensor, tokens: int) -> Tensor:  # (M, B·tokens, H) -> (M·B, h, tokens, d)
+        return x.reshape(m * b, tokens, heads, -1).transpose(1, 2)
+
+    rows = split(q, 1) if one else split(PadRow.apply(q, place, slots), length)
+    keys, values = (split(PadRow.apply(x, place, slots), length) for x in (k, v))
+    mask = batch["attention_mask"].bool()[:, None]  # (B, 1 or L, L): what a token may see
+    if window is not None:
+        near = _near(1 if one else length, length, window, q.device)
+        # A row of padding sees everything: a row without anything to see would be NaN.
+        mask = (mask & near) | ~mask.transpose(1, 2)[:, : 1 if one else length]
+    mask = mask.expand(m, *mask.shape).flatten(0, 1)[:, None]
+    out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, dropout_p=dropout)
+    out = out.transpose(1, 2).reshape(m, -1, width)
+    return out if one else PackRow.apply(out, slots)
+
+
+def _near(rows: int, length: int, window: int, device: torch.device) -> Tensor:
+    """(rows, length) bool: whether two places are at most ``window`` apart."""
+    return (torch.arange(rows, device=device)[:, None] - torch.arange(length, device=device)).abs() <= window
+
+
+class _InRows(torch.autograd.Function):
+    """Example by example as plain matrix products: nothing is padded, nothing masked.
+
+    On a CPU, at BERT's short lengths, torch's fused attention spends more on its backward pass and, with dropout, on
+    random numbers, than all of this. Never below float32: bf16 products of this size are no faster there, and its
+    softmax is slower.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: tuple[int, ...],
+        heads: int,
+        dropout: float,
+        window: int | None,
+    ) -> Tensor:
+        out = q.new_empty(q.shape)
+        q, k, v = (_by_head(x, heads) for x in (q, k, v))
+        ctx.scale, ctx.heads, ctx.lengths, ctx.dropped = q.shape[-1] ** -0.5, heads, lengths, dropout > 0
+        saved: list[Tensor] = []
+        for rows, keys in _spans(lengths, first_only=q.shape[1] != k.shape[1]):
+            scores = _scaled(q[:, rows], k[:, keys].transpose(1, 2), ctx.scale)
+            if window is not None:
+                scores.masked_fill_(~_near(scores.shape[1], scores.shape[2], window, q.device), -torch.inf)
+            p = torch.softmax(scores, -1)
+            saved.append(p)
+            if dropout:
+                p = p * keep_mask(p.shape, dropout, dtype=p.dtype, device=p.device)
+                saved.append(p)
+            _put(out[:, rows], torch.bmm(p, v[:, keys]))
+        ctx.save_for_backward(q, k, v, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        q, k, v, *saved = ctx.saved_tensors
+        shapes = [(len(grad), x.shape[1], grad.shape[2]) for x in (q, k, v)]
+        dq, dk, dv = (grad.new_empty(s) if n else None for s, n in zip(shapes, ctx.needs_input_grad, strict=False))
+        grad, parts = _by_head(grad, ctx.heads), iter(saved)
+        for rows, keys in _spans(ctx.lengths, first_only=q.shape[1] != k.shape[1]):
+            p = next(parts)
+            kept = next(parts) if ctx.dropped else p
+            if dv is not None:
+                _put(dv[:, keys], torch.bmm(kept.transpose(1, 2), grad[:, rows]))
+            if dq is None and dk is None:
+                continue
+            # The derivative of softmax, p (dp - sum(p dp)), with dp = mask · dkept and kept = mask · p.
+            ds = torch.bmm(grad[:, rows], v[:, keys].transpose(1, 2)).mul_(kept)
+            ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
+            if dq is not None:
+                _put(dq[:, rows], _scaled(ds, k[:, keys], ctx.scale))
+            if dk is not None:
+                _put(dk[:, keys], _scaled(ds.transpose(1, 2), q[:, rows], ctx.scale))
+        return dq, dk, dv, None, None, None, None
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale`` times the batched product of a and b."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def _spans(lengths: tuple[int, ...], *, first_only: bool) -> list[tuple[slice, slice]]:
+    """For each example, where its queries and where its keys lie."""
+    spans, start = [], 0
+    for i, length in enumerate(lengths):
+        keys = slice(start, start + length)
+        spans.append((slice(i, i + 1) if first_only else keys, keys))
+        start += length
+    return spans
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """(M, T, h·d) to (M·h, T, d), at least float32."""
+    m, t, width = x.shape
+    by_head = x.view(m, t, heads, width // heads).transpose(1, 2)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return by_head.to(dtype, memory_format=torch.contiguous_format).reshape(m * heads, t, width // heads)
+
+
+def _put(place: Tensor, x: Tensor) -> None:
+    """Write x (M·h, t, d) to ``place`` (M, t, h·d)."""
+    # Not as the product's `out`: torch multiplies into what is not contiguous one matrix at a time.
+    m, t, _ = place.shape
+    place.view(m, t, -1, x.shape[-1]).copy_(x.view(m, -1, t, x.shape[-1]).transpose(1, 2))

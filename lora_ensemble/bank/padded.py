@@ -1,0 +1,149 @@
+"""M members on padded batches, for the encoders that cannot put several examples in one row: DeBERTa.
+
+The encoder keeps its own forward and sees M·B examples; adapters are put into it, and what it shares between rows, the
+relative positions, is given a member axis.
+
+Axes: M members, B examples in a batch, L tokens, S relative positions, H hidden width, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_ensemble.bank.encode import Adapters
+from lora_ensemble.bank.families import accepts_token_types
+from lora_ensemble.bank.lora import linear_layers
+from lora_ensemble.text.packing import unpack
+
+
+class BankLinear(nn.Module):
+    """A frozen ``nn.Linear`` with the adapters of M members on it.
+
+    ``A`` (M, R, in) and ``B`` (M, out, R), its scaling in it, are handed over before the encoder runs; None for none. A
+    member with a lower rank, or without an adapter here, has zeros.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.A: Tensor | None = None
+        self.B: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (M·B, ..., in), members outermost. Returns (M·B, ..., out)."""
+        y = self.base(x)
+        if self.A is None or self.B is None:
+            return y
+        m = self.A.shape[0]
+        h = torch.bmm(x.reshape(m, -1, x.shape[-1]), self.A.transpose(1, 2))  # (M, B·L, R)
+        return torch.baddbmm(y.reshape(m, -1, y.shape[-1]), h, self.B.transpose(1, 2)).view(*x.shape[:-1], -1)
+
+
+class PaddedEncoder:
+    """Runs the encoder on padded batches, for up to ``members`` members; called as :class:`encode.PackedEncoder` is.
+
+    ``adapted``: paths of the linear layers that have adapters; the encoder is changed in place.
+    """
+
+    def __init__(self, encoder: nn.Module, adapted: Sequence[str], *, members: int) -> None:
+        self.encoder: Any = encoder
+        self._token_types = accepts_token_types(encoder)
+        layers = linear_layers(encoder)
+        self._adapters = {path: BankLinear(layers[path]) for path in adapted}
+        for path, layer in self._adapters.items():
+            parent, _, name = path.rpartition(".")
+            setattr(encoder.get_submodule(parent), name, layer)
+        self._positions = _give_positions_members(encoder) if members > 1 else []
+
+    def __call__(self, batch: Mapping[str, Any], adapters: Adapters, *, members: int, dropout: bool) -> Tensor:
+        """What the head reads of each example: the first token's vector, (M, B, H)."""
+        for path, layer in self._adapters.items():
+            layer.A, layer.B = adapters.get(path, (None, None))
+        for shared in self._positions:
+            shared.members = members
+        inputs = {
+            "input_ids": unpack(batch, "input_ids", self.encoder.config.pad_token_id),
+            "attention_mask": batch["attention_mask"][: batch["examples"]],
+        }
+        if self._token_types:
+            inputs["token_type_ids"] = unpack(batch, "token_type_ids", 0)
+        self.encoder.train(dropout)
+        out = self.encoder(**{name: x.repeat(members, 1) for name, x in inputs.items()}).last_hidden_state
+        return out[:, 0].view(members, batch["examples"], -1)
+
+
+class _PositionDropout(nn.Module):
+    """DeBERTa's dropout on relative positions, a mask of its own for every member."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.members = base, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (S, H) shared positions. Returns (S, M·H), which only :class:`_PositionLinear` understands."""
+        return self.base(x.unsqueeze(1).expand(-1, self.members, -1)).flatten(1)
+
+
+class _PositionLinear(nn.Module):
+    """A projection that DeBERTa applies to tokens and to relative positions alike.
+
+    Tokens (M·B, L, H) go straight through. Positions come as (1, S, M·H), because all rows share them and only the
+    members differ; they leave as (1, S, M·out).
+    """
+
+    def __init__(self, base: nn.Module, width: int) -> None:
+        super().__init__()
+        self.base, self.width = base, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] == self.width:
+            return self.base(x)
+        s, members = x.shape[1], x.shape[-1] // self.width
+        y = self.base(x.view(s, members, self.width).transpose(0, 1).contiguous())  # (M, S, out)
+        return y.transpose(0, 1).reshape(1, s, -1)
+
+
+class _Positions:
+    """Projected positions (M, heads, S, d) that answer the ``repeat`` with which DeBERTa spreads them over the rows."""
+
+    def __init__(self, per_member: Tensor) -> None:
+        self.per_member = per_member
+
+    def repeat(self, rows: int, *ones: int) -> Tensor:
+        """Each member's positions for each of its own rows: (M·B·heads, S, d)."""
+        m, heads, s, d = self.per_member.shape
+        return self.per_member.unsqueeze(1).expand(m, rows // m, heads, s, d).reshape(-1, s, d)
+
+
+def _give_positions_members(encoder: nn.Module) -> list[_PositionDropout]:
+    """Make room for the member axis where relative positions are shared between rows; returns where it is set."""
+    dropouts = []
+    attention: Any
+    for attention in [m for m in encoder.modules() if type(m).__name__ == "DisentangledSelfAttention"]:
+        if not attention.relative_attention:
+            continue
+        attention.pos_dropout = _PositionDropout(attention.pos_dropout)
+        dropouts.append(attention.pos_dropout)
+        for name in ("query_proj", "key_proj", "pos_query_proj", "pos_key_proj"):
+            layer = getattr(attention, name, None)
+            if layer is not None:
+                width = (layer.base if isinstance(layer, BankLinear) else layer).in_features
+                setattr(attention, name, _PositionLinear(layer, width))
+        attention.transpose_for_scores = _transpose_for_scores(attention)
+    return dropouts
+
+
+def _transpose_for_scores(attention: Any) -> Any:
+    original, out, heads = attention.transpose_for_scores, attention.all_head_size, attention.num_attention_heads
+
+    def transpose(x: Tensor, attention_heads: int) -> Tensor | _Positions:
+        if x.shape[-1] == out:
+            return original(x, attention_heads)
+        s = x.shape[1]
+        return _Positions(x.view(s, -1, heads, out // heads).permute(1, 2, 0, 3))
+
+    return transpose

@@ -1,0 +1,242 @@
+"""The methods: each chooses an ensemble, and is used like any scikit-learn estimator.
+
+    greedy = Greedy(steps=50).fit(logits, labels, kind="multiclass", names=names)
+    greedy.names_, greedy.weights_, greedy.predict(test_logits)
+
+Axes: M members, N examples of a split, C outputs of a head, k candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from lora_ensemble.dicor.choose.choice import Choice, combined, decide, probabilities
+from lora_ensemble.dicor.choose.select import pick
+from lora_ensemble.dicor.choose.settings import (
+    DEFAULT_TOP_K,
+    EXHAUSTIVE_TOP_K,
+    MOST_AUTO,
+    SMOOTH,
+    Criterion,
+    Similarity,
+    Strategy,
+)
+from lora_ensemble.dicor.choose.similarity import features
+from lora_ensemble.dicor.choose.view import View
+from lora_ensemble.dicor.members import Dev, defined, view_of
+from lora_ensemble.errors import UserError
+from lora_ensemble.scores import score
+from lora_ensemble.tasks import Kind
+
+
+class Method:
+    """What all methods share. Its parameters are its fields; what ``fit`` finds has a name that ends with ``_``."""
+
+    def choose(self, view: View) -> Choice:
+        """Choose from a view; the view's members are the best ``candidates``, best first."""
+        raise NotImplementedError
+
+    def candidates(self, members: int) -> int:
+        """How many of M members, the best, this method looks at."""
+        raise NotImplementedError
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The parameters by name, as in scikit-learn; ``deep`` has no meaning here."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def set_params(self, **params: Any) -> Self:
+        """Change parameters by name; ``UserError`` for one that there is not."""
+        for name, value in params.items():
+            if name not in self.get_params():
+                raise UserError(
+                    f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(self.get_params())}"
+                )
+            setattr(self, name, value)
+        return self
+
+    def fit(
+        self,
+        logits: np.ndarray,
+        labels: np.ndarray,
+        *,
+        kind: Kind,
+        names: Sequence[str] | None = None,
+        ranks: Sequence[int | None] | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> Self:
+        """Choose from dev logits (M, N, C) and labels (N,).
+
+        ``names`` (M,), ``ranks`` (M,) and ``ids`` (N,) default to numbers, None and numbers. Sets
+
+        ``members_``: the chosen members' indices into ``logits``, in the order of choice; ``names_``; ``scores_``:
+        their scores on these labels; ``weights_``: (k,) of sum 1; ``choice_``; ``notices_``: what was left out.
+        Raises ``UserError`` where shapes do not fit, a value is not finite, or no member has a score.
+        """
+        dev = Dev.of(logits, labels, kind=kind, names=names, ranks=ranks, ids=ids)
+        scores = np.array([score(dev.of_member(m), dev.labels, kind) for m in range(len(dev))])
+        dev, good = defined(dev, scores)
+        view, kept = view_of(dev, scores[good], limit=self.candidates(len(dev)))
+        self.choice_ = self.choose(view)
+        chosen = self.choice_.members
+        self.kind_, self.notices_ = dev.kind, dev.notices
+        self.members_ = [dev.columns[kept[m]] for m in chosen]
+        self.names_, self._ranks = [view.names[m] for m in chosen], [view.ranks[m] for m in chosen]
+        self.scores_ = view.scores[chosen]
+        weights = self.choice_.weights
+        self.weights_ = np.full(len(chosen), 1 / len(chosen)) if weights is None else weights
+        return self
+
+    def predict(self, logits: np.ndarray) -> np.ndarray:
+        """What the ensemble decides (N,), from logits (M, N, C) of all members in the order of ``fit``."""
+        return decide(
+            self._chosen(logits),
+            self.choice_,
+            kind=self.kind_,
+            ranks=self._ranks,
+            scores=self.scores_,
+            names=self.names_,
+        )
+
+    def predict_proba(self, logits: np.ndarray) -> np.ndarray:
+        """Probabilities (N, classes), from logits (M, N, C); ``UserError`` for a regression."""
+        return probabilities(self._chosen(logits), self.choice_, kind=self.kind_)
+
+    def _chosen(self, logits: np.ndarray) -> np.ndarray:
+        if not hasattr(self, "choice_"):
+            raise UserError(f"{type(self).__name__}: not fitted yet; call fit first")
+        return np.stack([np.asarray(logits[m]) for m in self.members_])
+
+
+@dataclass(kw_only=True)
+class Best(Method):
+    """The single best member."""
+
+    def candidates(self, members: int) -> int:
+        return 1
+
+    def choose(self, view: View) -> Choice:
+        return Choice(members=[0], strategy="mean")
+
+
+@dataclass(kw_only=True)
+class Omni(Method):
+    """All members (Tolkunov's Omni)."""
+
+    strategy: Strategy = "mean"
+
+    def candidates(self, members: int) -> int:
+        return members
+
+    def choose(self, view: View) -> Choice:
+        return combined(view, list(range(len(view))), self.strategy)
+
+
+@dataclass(kw_only=True)
+class Dicor(Method):
+    """Members that are good and unlike each other (Tolkunov, section 4.3; ``select.pick`` says the rule).
+
+    With ``trade_off`` 1 and a number for ``size`` it is the paper's. ``size="auto"`` goes on to ``MOST_AUTO`` members
+    and then keeps the first so many of them whose mean is best, by the measure that ``SMOOTH``
+    names.
+    """
+
+    size: int | Literal["auto"] = "auto"
+    top_k: int = DEFAULT_TOP_K
+    similarity: Similarity = "pearson"
+    strategy: Strategy = "mean"
+    trade_off: float = 1.0
+    temperature: bool = False
+
+    def candidates(self, members: int) -> int:
+        return min(self.top_k, members)
+
+    def choose(self, view: View) -> Choice:
+        if self.size != "auto" and self.size < 1:
+            raise UserError(f"size {self.size}: an ensemble needs at least one member")
+        if not 0 <= self.trade_off <= 1:
+            raise UserError(f"trade_off {self.trade_off}: expected 0 (score alone) to 1 (similarity alone)")
+        k = self.candidates(len(view))
+        size = min(MOST_AUTO if self.size == "auto" else self.size, k)
+        compared = features(view.logits[:k], kind=view.kind, similarity=self.similarity, labels=view.labels)
+        picked, similarities = pick(
+            compared, size=size, similarity=self.similarity, scores=view.scores[:k], trade_off=self.trade_off
+        )
+        trace: list[float] = []
+        if self.size == "auto":
+            sums = view.sums(SMOOTH[view.kind])
+            total = np.zeros_like(sums.each[0])
+            for i, m in enumerate(picked):
+                total = total + sums.each[m]
+                trace.append(sums.value(total, i + 1))
+            size = int(np.argmax(trace)) + 1
+        return combined(
+            view,
+            picked[:size],
+            self.strategy,
+            temperature=self.temperature,
+            similarities=similarities[:size],
+            trace=trace,
+        )
+
+
+@dataclass(kw_only=True)
+class Weighted(Method):
+    """The ``top_k`` best, with convex weights drawn to equal ones (``weights.convex_weights``).
+
+    ``offset``: a classifier's mean also gets a scale and an offset for each class (``weights.scale_and_offsets``). A
+    regression gets none: r, its score, looks at neither.
+    """
+
+    top_k: int = DEFAULT_TOP_K
+    temperature: bool = False
+    offset: bool = False
+
+    def candidates(self, members: int) -> int:
+        return min(self.top_k, members)
+
+    def choose(self, view: View) -> Choice:
+        k = self.candidates(len(view))
+        return combined(view, list(range(k)), "weighted", temperature=self.temperature, offset=self.offset)
+
+
+@dataclass(kw_only=True)
+class Exhaustive(Method):
+    """The best of all ensembles of up to ``size`` of the ``top_k`` best members, with equal weights.
+
+    There are 2^top_k - 1 of them, so it is for small pools. ``criterion`` None: as ``SMOOTH`` says. Of equals, the one
+    with fewer members; then the one that is ranked higher.
+    """
+
+    size: int | None = None
+    top_k: int = EXHAUSTIVE_TOP_K
+    criterion: Criterion | None = None
+    strategy: Strategy = "mean-probability"
+
+    def candidates(self, members: int) -> int:
+        return min(self.top_k, members)
+
+    def choose(self, view: View) -> Choice:
+        k = self.candidates(len(view))
+        if k > 16:
+            raise UserError(f"exhaustive: {k} members have {2**k - 1} ensembles; give --top-k 16 or less")
+        sums = view.sums(self.criterion or SMOOTH[view.kind])
+        best, chosen = -np.inf, [0]
+
+        def search(members: list[int], total: np.ndarray) -> None:
+            nonlocal best, chosen
+            for m in range(members[-1] + 1 if members else 0, k):
+                longer, more = [*members, m], total + sums.each[m]
+                value = sums.value(more, len(longer))
+                # Depth first: of those as good and as large, the one ranked higher is met first.
+                if value > best or (value == best and len(longer) < len(chosen)):
+                    best, chosen = value, longer
+                if len(longer) < (self.size or k):
+                    search(longer, more)
+
+        search([], np.zeros_like(sums.each[0], dtype=np.float64))
+        return combined(view, chosen, self.strategy, trace=[best])

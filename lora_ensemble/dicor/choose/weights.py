@@ -1,0 +1,199 @@
+"""Convex weights of members, a temperature for each, and a scale and offsets of the classes for their mean.
+
+Axes: k members, N examples, C outputs of a head; K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lora_ensemble.dicor.choose.combine import LEAST_PROBABILITY, log_probabilities
+from lora_ensemble.dicor.choose.view import losses
+from lora_ensemble.tasks import Kind
+
+SHRINK = 1.0
+"""How strongly weights are drawn to 1/k: a penalty in nats of SHRINK k |w - 1/k|^2 against the sum of the log-losses,
+so a thousand examples can say more against equal weights than a hundred. With 0.1, weights fit a dev set's noise; with
+10, weak members keep too much; between 1 and 3 it hardly matters (benchmarks/penalties.py)."""
+PULL = 10.0
+"""How strongly a scale is drawn to 1 and offsets to 0: the prior that each is normal, with variance 1 / PULL. With 1,
+the offsets of members that lean to no class learn the class shares of a small dev set: of 100 examples of ten classes
+0.011 of accuracy was lost, with 10 0.003, and members that do lean were mended as well but for 0.002 at most
+(benchmarks/penalties.py)."""
+PRECISION = 1e-9
+"""The search ends when no weight moves by more."""
+
+
+def convex_weights(
+    voices: np.ndarray, labels: np.ndarray, kind: Kind, *, true_probabilities: np.ndarray | None, shrink: float = SHRINK
+) -> np.ndarray:
+    """Weights (k,), none below 0, of sum 1, that make the weighted mean good on these examples.
+
+    Classifiers: the log-loss of the weighted mean of probabilities, from ``true_probabilities`` (k, N): stacking of
+    predictive distributions (Yao et al. 2018, section 3.3). Regression: the squared error of the straight line through
+    the weighted mean of ``voices`` (k, N, 1) that is best, since r, the score, looks at neither level nor scale; in
+    units of twice what the plain mean's line leaves, which makes it a Gaussian's log-loss (``_of_values``).
+    Plus the penalty of ``SHRINK``, which makes both strictly convex: there is one minimum.
+
+    It is found by projected gradients rather than by scipy's SLSQP, which finds the same (the tests compare them): this
+    is done for every split of the dev set, and importing scipy alone takes as long as all of them.
+    """
+    k = len(voices)
+    equal = np.full(k, 1 / k)
+    if k == 1:
+        return equal
+    if kind == "regression":
+        return _of_values(voices[..., 0], labels, shrink)
+    assert true_probabilities is not None
+    p = np.maximum(true_probabilities, LEAST_PROBABILITY)
+    ratio = p / (equal @ p)
+    curvature = ratio @ ratio.T
+
+    def slope(w: np.ndarray) -> np.ndarray:
+        return np.asarray(2 * shrink * k * (w - equal) - p @ (1 / np.maximum(w @ p, LEAST_PROBABILITY)))
+
+    # Moves of sum 0 are all that the constraint allows, so the curvature along (1, ..., 1) does not count.
+    centred = curvature - curvature.mean(axis=0) - curvature.mean(axis=1)[:, None] + curvature.mean()
+    steepest = float(np.linalg.eigvalsh(centred)[-1]) + 2 * shrink * k
+    return _clean(_descend(slope, equal, steepest, project))
+
+
+def _clean(w: np.ndarray) -> np.ndarray:
+    """Weights (k,) of sum 1 without those that are only rounding."""
+    w = np.where(w < 1e-6 * w.sum(), 0.0, w)
+    return np.asarray(w / w.sum())
+
+
+def _of_values(values: np.ndarray, labels: np.ndarray, shrink: float) -> np.ndarray:
+    """Convex weights (k,) of values (k, N): those of the least squares fit of v >= 0 to the labels, brought to sum 1.
+
+    Of all weights that are none below 0, v without the penalty is the one of the highest r: a fit with an intercept is
+    as good as its r. The plain mean's line has the slope b, so v / b is drawn to 1/k.
+    """
+    k = len(values)
+    equal = np.full(k, 1 / k)
+    x, y = values - values.mean(axis=1, keepdims=True), labels - labels.mean()
+    mean = equal @ x
+    if mean @ y <= 0 or mean @ mean <= 1e-24 * np.square(x).max(axis=0).sum():
+        # The mean goes against the labels, or is constant: there is no line to be drawn to.
+        return equal
+    b = float(mean @ y) / float(mean @ mean)
+    x = b * x
+    left = max(float(np.mean(np.square(equal @ x - y))), 1e-12 * float(np.mean(y * y)))
+    curvature, towards = x @ x.T / left, x @ y / left
+
+    def slope(u: np.ndarray) -> np.ndarray:
+        return np.asarray(curvature @ u - towards + 2 * shrink * k * (u - equal))
+
+    steepest = float(np.linalg.eigvalsh(curvature)[-1]) + 2 * shrink * k
+    found = _descend(slope, equal, steepest, lambda u: np.maximum(u, 0))
+    return _clean(found) if found.any() else equal
+
+
+def _descend(
+    slope: Callable[[np.ndarray], np.ndarray],
+    start: np.ndarray,
+    steepest: float,
+    nearest: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """The numbers (k,) where a convex function of gradient ``slope`` is least, of those that are allowed.
+
+    ``nearest`` finds the nearest that are. Projected gradients with Nesterov's momentum, which starts again where it
+    points uphill (O'Donoghue and Candès 2015). ``steepest``: the largest curvature at the start; where it turns out too
+    small, the step is halved.
+    """
+    w, ahead, momentum, down = start, start, 1.0, slope(start)
+    for _ in range(2000):
+        further = nearest(ahead - down / steepest)
+        moved, turned = further - ahead, slope(further)
+        # The gradient changes by at most `steepest` times the move, or the step was too long.
+        if (turned - down) @ moved > 1.0001 * steepest * (moved @ moved) + 1e-18:
+            steepest *= 2
+            continue
+        if (ahead - further) @ (further - w) > 0:
+            momentum = 1.0
+        following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        done = np.abs(further - w).max() < PRECISION and np.abs(moved).max() < PRECISION
+        ahead = further + (momentum - 1) / following * (further - w)
+        w, momentum = further, following
+        if done:
+            break
+        down = slope(ahead)
+    return w
+
+
+def project(v: np.ndarray) -> np.ndarray:
+    """The nearest weights (k,) that are none below 0 and of sum 1 (Held, Wolfe and Crowder 1974)."""
+    falling = np.sort(v)[::-1]
+    above = (np.cumsum(falling) - 1) / np.arange(1, len(v) + 1)
+    return np.maximum(v - above[np.flatnonzero(falling > above)[-1]], 0)
+
+
+def temperatures(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np.ndarray:
+    """The temperature of each classifier (k,) that makes its log-loss least: logits (k, N, C) are divided by it.
+
+    Guo et al. 2017, section 4.2. The loss is convex in 1 / T, which is searched from 1/20 to 20 by golden section.
+    """
+    low, high = np.full(len(logits), np.log(0.05)), np.full(len(logits), np.log(20.0))
+    golden = (np.sqrt(5) - 1) / 2
+
+    def loss(log_scale: np.ndarray) -> np.ndarray:
+        return losses(logits * np.exp(log_scale)[:, None, None], labels, kind).mean(axis=1)
+
+    # A function that falls and then rises in 1 / T does so in its logarithm too.
+    for _ in range(30):
+        width = golden * (high - low)
+        a, b = high - width, low + width
+        left = loss(a) <= loss(b)
+        low, high = np.where(left, low, a), np.where(left, b, high)
+    return np.exp(-(low + high) / 2)
+
+
+def scale_and_offsets(
+    voice: np.ndarray, labels: np.ndarray, kind: Kind, *, pull: float = PULL
+) -> tuple[float, np.ndarray]:
+    """The scale a and the offsets b (K,) with which softmax(a log p + b) has the least log-loss: vector scaling.
+
+    ``voice`` (N, C): a classifier's mean of ``combine.voices``, whose probabilities are p; ``labels`` (N,). Guo et al.
+    2017, section 4.2, with one scale for all classes: members that were trained on one set are biased towards the same
+    classes, which no weights can mend.
+
+    Added to the sum of the log-losses: ``pull`` / 2 ((a - 1)^2 + |b|^2), see ``PULL``. The examples outweigh it the
+    more there are. It makes the minimum unique, also for classes that never occur, and draws the b to sum 0, so that
+    no class is special. Found by Newton's method.
+    """
+    z = log_probabilities(voice, kind)
+    z = z - z.mean(axis=1, keepdims=True)
+    n, k = z.shape
+    theta, start, rows = np.r_[1.0, np.zeros(k)], np.r_[1.0, np.zeros(k)], np.arange(n)
+
+    def at(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        """The objective and the probabilities (N, K)."""
+        u = theta[0] * z + theta[1:]
+        u = u - u.max(axis=1, keepdims=True)
+        total = np.exp(u).sum(axis=1)
+        value = float(np.sum(np.log(total) - u[rows, labels]) + pull / 2 * np.sum(np.square(theta - start)))
+        return value, np.exp(u) / total[:, None]
+
+    value, p = at(theta)
+    for _ in range(100):
+        mean = np.sum(p * z, axis=1)
+        slope = np.r_[np.sum(mean - z[rows, labels]), p.sum(axis=0) - np.bincount(labels, minlength=k)]
+        slope += pull * (theta - start)
+        curvature = pull * np.eye(k + 1)
+        curvature[0, 0] += np.sum(p * np.square(z - mean[:, None]))
+        curvature[0, 1:] = curvature[1:, 0] = np.sum(p * (z - mean[:, None]), axis=0)
+        curvature[1:, 1:] += np.diag(p.sum(axis=0)) - p.T @ p
+        step = np.linalg.solve(curvature, slope)
+        # A whole step can go too far where p is near 0 or 1. What a step gains at last is below rounding.
+        length, gain = 1.0, float(slope @ step)
+        further, of_further = at(theta - step)
+        while further > value - 1e-4 * length * gain + 1e-12 * abs(value) and length > 1e-6:
+            length /= 2
+            further, of_further = at(theta - length * step)
+        theta, value, p = theta - length * step, further, of_further
+        if np.abs(step).max() < PRECISION:
+            break
+    return float(theta[0]), theta[1:] - theta[1:].mean()

@@ -1,0 +1,125 @@
+"""How sure an estimate is: intervals over the examples of the dev set.
+
+Axes: R repeats, N examples, B bootstrap draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_ensemble.scores import pearson
+from lora_ensemble.tasks import Kind
+
+LEVEL = 0.90
+Z = 1.6448536269514722
+"""The normal's 95 % point: LEVEL lies between -Z and Z."""
+DRAWS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """An estimate, and where the true value lies with a chance of ``LEVEL``."""
+
+    value: float
+    low: float
+    high: float
+
+    def moved(self, by: float, least: float, most: float) -> Interval:
+        """The same, so much higher, within what a score can be."""
+        value, low, high = (min(max(x + by, least), most) for x in (self.value, self.low, self.high))
+        return Interval(value=value, low=low, high=high)
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether 0 lies outside: for a difference, whether there is one."""
+        return self.low > 0 or self.high < 0
+
+
+def of_score(decided: np.ndarray, labels: np.ndarray, kind: Kind) -> Interval | None:
+    """The score of held-out decisions (R, N) against labels (N,), and its interval; None where r is undefined.
+
+    Each repeat's decisions are scored, and the mean taken. The interval is that of one repeat's decisions on other
+    examples: repeats of the same examples make the estimate steadier, but bring no new example. For accuracy it is
+    Wilson's; for r it is Fisher's z with the variance that the examples' influence on r gives (the delta method), since
+    the errors of ratings are not normal.
+    """
+    n = len(labels)
+    if kind != "regression":
+        p = float(np.mean(decided == labels))
+        middle, spread = (p + Z**2 / (2 * n)) / (1 + Z**2 / n), Z / (1 + Z**2 / n)
+        half = spread * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+        return Interval(value=p, low=float(middle - half), high=float(middle + half))
+    each = np.array([pearson(row, labels) for row in decided])
+    if np.isnan(each).any():
+        return None
+    r = float(each.mean())
+    if n < 4 or abs(r) >= 1:
+        return Interval(value=r, low=-1.0, high=1.0) if n < 4 else Interval(value=r, low=r, high=r)
+    variance = float(np.mean([np.var(influence(row, labels)) for row in decided])) / (n - 3)
+    half = Z * np.sqrt(variance) / (1 - r * r)
+    return Interval(value=r, low=float(np.tanh(np.arctanh(r) - half)), high=float(np.tanh(np.arctanh(r) + half)))
+
+
+def influence(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Each example's influence (N,) on Pearson's r (Devlin, Gnanadesikan and Kettenring 1975)."""
+    a, b = (values - values.mean()) / values.std(), (labels - labels.mean()) / labels.std()
+    r = float(np.mean(a * b))
+    return np.asarray(a * b - r * (a * a + b * b) / 2)
+
+
+def of_differences(
+    held: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], labels: np.ndarray, kind: Kind
+) -> dict[tuple[str, str], Interval | None]:
+    """For each pair of names the score of the first's held-out decisions (R, N) less the second's, and its interval.
+
+    A paired bootstrap over examples: each draw takes N of the examples with replacement, the same for all, and their
+    decisions from one repeat, as in ``of_score``; each repeat has its share of the draws. None where r is undefined.
+    The examples must come in an order that does not depend on the file's.
+    """
+    tail = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
+    n, found = len(labels), dict[tuple[str, str], Interval | None]()
+    if kind != "regression":
+        for a, b in pairs:
+            gain = (held[a] == labels).astype(int) - (held[b] == labels)  # -1, 0 or 1
+            counts = np.array([(gain == g).sum() for g in (-1, 0, 1)])
+            # A draw of N examples is a multinomial draw over the three values.
+            drawn = np.random.default_rng(0).multinomial(n, counts / counts.sum(), size=DRAWS)
+            low, high = np.percentile((drawn[:, 2] - drawn[:, 0]) / n, tail)
+            found[a, b] = Interval(value=float(gain.mean()), low=float(low), high=float(high))
+        return found
+    names = sorted({name for pair in pairs for name in pair})
+    r = {name: float(np.mean([pearson(row, labels) for row in held[name]])) for name in names}
+    drawn_r = _drawn_r([held[name] for name in names], labels)
+    for a, b in pairs:
+        difference = drawn_r[:, names.index(a)] - drawn_r[:, names.index(b)]
+        difference = difference[np.isfinite(difference)]
+        if np.isnan(r[a] - r[b]) or not len(difference):
+            found[a, b] = None
+            continue
+        low, high = np.percentile(difference, tail)
+        found[a, b] = Interval(value=r[a] - r[b], low=float(low), high=float(high))
+    return found
+
+
+def _drawn_r(held: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """r (B, methods) of each method's values (R, N) in each draw of examples."""
+    rng = np.random.default_rng(0)
+    n, y, repeats = len(labels), labels - labels.mean(), len(held[0])
+    found = []
+    for repeat in range(repeats):
+        rows = np.stack([one[repeat] - one[repeat].mean() for one in held])
+        columns = np.concatenate([rows, rows**2, rows * y, y[None], y[None] ** 2]).T  # (N, 3 methods + 2)
+        left = -(-DRAWS // repeats)
+        while left > 0:
+            size = min(left, max(2_000_000 // n, 1))  # 16 MB at a time
+            left -= size
+            # How often each example was drawn.
+            cells = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+            times = np.bincount(cells.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+            x, xx, xy, sy, yy = np.split(times @ columns / n, np.cumsum([len(held)] * 3 + [1]), axis=1)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                found.append((xy - x * sy) / np.sqrt((xx - x**2) * (yy - sy**2)))
+    return np.concatenate(found)

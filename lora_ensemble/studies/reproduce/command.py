@@ -1,0 +1,165 @@
+"""``lora-ensemble reproduce``: says what it will train, trains it, and puts the report's tables beside ours."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+from lora_ensemble.errors import Parser, UserError
+from lora_ensemble.pool import MemberRecord
+from lora_ensemble.studies.reproduce.grids import config_files, work_of
+from lora_ensemble.studies.reproduce.markdown import table
+from lora_ensemble.studies.reproduce.papers import PAPERS, Paper, PaperName, Part, Scale
+from lora_ensemble.tasks import PRESETS, SPLITS
+
+BASE_MODELS: dict[Scale, str] = {"full": "bert-base-uncased", "small": "all-MiniLM-L6-v2"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = Parser(
+        prog="lora-ensemble reproduce",
+        description="Train every system of a report's tables, and put its tables and ours side by side. Interrupted, "
+        "the same command goes on.",
+    )
+    p.add_argument("paper", choices=get_args(PaperName))
+    p.add_argument("--data.root", dest="root", type=Path, required=True, metavar="DIR", help="the course's files")
+    p.add_argument(
+        "--scale", choices=get_args(Scale), default="full", help="small: about an hour on two cores (default: full)"
+    )
+    p.add_argument("--output", type=Path, metavar="DIR", help="default: checkpoints/PAPER-SCALE")
+    p.add_argument("--base_model", help="default: bert-base-uncased; small: all-MiniLM-L6-v2")
+    p.add_argument(
+        "--precision", help="of training (default: bf16-mixed where the device multiplies bf16 itself, else 32-true)"
+    )
+    p.add_argument("--accelerator", default="auto", help="auto, cpu or gpu")
+    p.add_argument("--devices", default="auto", help="how many of them")
+    p.add_argument("--plan", action="store_true", help="say what would be trained and how long it takes, and stop")
+    return p
+
+
+def run(args: Sequence[str]) -> int:
+    """Run the command; returns the exit code. ``UserError`` for what the user can put right."""
+    try:
+        given = parser().parse_args(args)
+    except SystemExit as e:  # --help
+        return int(e.code or 0)
+    paper: Paper = PAPERS[given.paper]
+    given.base_model = given.base_model or BASE_MODELS[given.scale]
+    given.output = given.output or Path("checkpoints") / f"{given.paper}-{given.scale}"
+    _check_data(given.root)
+    if given.paper == "tolkunov" and not given.plan:
+        _check_figures()
+    from lora_ensemble.bank.precision import fast_precision  # these load torch: not for --help
+    from lora_ensemble.train.runs.progress import duration
+
+    device = _device(given.accelerator)
+    given.precision = given.precision or fast_precision(device)
+    _say_plan(paper, given, device)
+    if given.plan:
+        return 0
+    started = time.monotonic()
+    for number, part in enumerate(paper.parts, 1):
+        print(f"\n== part {number} of {len(paper.parts)}: {part.name}", flush=True)
+        if code := _program("sweep", part, given):
+            print(f"lora-ensemble: stopped in part {number} ({part.name}); the same command goes on", file=sys.stderr)
+            return code
+    from lora_ensemble.bank.lora import entry_of
+    from lora_ensemble.bank.member_files import member_of
+    from lora_ensemble.studies.reproduce.results import write_results
+
+    def predict(pool: str, tasks: tuple[str, ...], members: list[MemberRecord]) -> None:
+        part = next(p for p in paper.parts if p.pool == pool and p.tasks == tasks)
+        entries = json.dumps([asdict(entry_of(member_of(r))) for r in members])
+        if _program("predict", part, given, f"--model.members={entries}"):
+            raise UserError(f"predictions of {part.name} failed; the same command goes on")
+
+    files = write_results(given.paper, given.scale, given.output, base_model=given.base_model, predict=predict)
+    if given.paper == "tolkunov":
+        from lora_ensemble.studies.reproduce.figures import tolkunov_figures
+
+        files += tolkunov_figures(given.output, given.scale, given.root, given.base_model)
+    print("\n".join(f"saved {file}" for file in files))
+    print(f"done in {duration(time.monotonic() - started)} (this start)")
+    return 0
+
+
+def _check_data(root: Path) -> None:
+    for task in PRESETS.values():
+        for split in SPLITS:
+            name = getattr(task, split)
+            if not (root / name).is_file():
+                raise UserError(
+                    f"{root / name}: no such file; --data.root is the folder of the CS224N default project's data "
+                    f"files, or of what lora-ensemble data download --root {root} fetches"
+                )
+
+
+def _check_figures() -> None:
+    needed = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"the figures need {' and '.join(missing)}; run: pip install 'lora-ensemble[reproduce]'")
+
+
+def _device(accelerator: str) -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu"
+
+
+def _say_plan(paper: Paper, given: argparse.Namespace, device: str) -> None:
+    from lora_ensemble.studies.reproduce import timing
+    from lora_ensemble.train.runs.progress import duration
+
+    tasks = tuple(paper.sizes)
+    speed = timing.measure(given.root, tasks, given.base_model, precision=given.precision, device=device)
+    rows, total = [], 0.0
+    for part in paper.parts:
+        work = work_of(part, given.scale)
+        took = timing.seconds(work, part.tasks, speed)
+        total += took
+        rates = ", ".join(f"{rate:g}" for rate in work.learning_rates)
+        number = timing.steps(work, part.tasks, speed.examples)
+        rows.append([part.name, str(work.members), str(work.epochs), str(number), rates, duration(took)])
+    print(f"\n{paper.title}, --scale {given.scale}, {given.base_model}, {given.precision} on {speed.device}\n")
+    print(table(["trains", "members", "epochs", "steps", "learning rates", "about"], rows))
+    print(f"\nabout {duration(total)} in all, if nothing else runs here; output: {given.output}", flush=True)
+
+
+def _program(verb: str, part: Part, given: argparse.Namespace, *more: str) -> int:
+    """Run ``lora-ensemble`` in a process of its own: it has the machine's memory to itself, and leaves nothing."""
+    arguments: list[Any] = [sys.executable, "-m", "lora_ensemble", verb]
+    for file in config_files(part, given.scale):
+        arguments += ["--config", file]
+    arguments += [
+        f"--data.root={given.root}",
+        f"--data.tasks=[{', '.join(part.tasks)}]",
+        f"--model.base_model={given.base_model}",
+        f"--pool.dir={given.output / part.pool}",
+        f"--trainer.default_root_dir={given.output}",
+        f"--trainer.precision={given.precision}",
+        f"--trainer.accelerator={given.accelerator}",
+        f"--trainer.devices={given.devices}",
+        f"--experiment={given.paper}-{given.scale}",
+        *more,
+    ]
+    process = subprocess.Popen([str(a) for a in arguments])
+    # A scheduler tells this process alone to end; the one that trains has the checkpoint to write.
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the terminal told both
+        process.wait()
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,235 @@
+"""File formats: a table with named columns out of .tsv, .csv, JSON lines, Parquet or a data set of the hub.
+
+What the columns mean is not decided here (see readers.py). No torch; pyarrow and datasets are imported when needed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_ensemble.errors import UserError
+from lora_ensemble.text.delimited import Delimited, suffix_of
+
+Format = Literal["csv", "jsonl", "parquet", "text"]
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+GZIP = b"\x1f\x8b"
+DAMAGED = (OSError, EOFError, zlib.error)  # what gzip raises
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The columns that were asked for and are there, one cell per row of the file."""
+
+    name: str
+    """The file as notices name it."""
+    where: str
+    """The file as errors name it: its path, or the data set and split."""
+    found: list[str]
+    """Every column of the file, in its order; an unnamed one is ''."""
+    columns: dict[str, list[Any]]
+    """Column to cells: strings, or whatever JSON and Parquet hold (None where there is nothing)."""
+    lines: list[int] | None = None
+    """Line number (from 1) on which each row starts; None for formats without lines."""
+    broken: dict[int, str] = field(default_factory=dict)
+    """Row to what is wrong with it; its cells are None."""
+    notices: list[str] = field(default_factory=list)
+    header_line: bool = False
+    """Whether ``found`` is what the first line says."""
+
+    def at(self, row: int) -> str:
+        """Where a row is, for an error: "path:line", or "path: row 7" (from 0) for formats without lines."""
+        return f"{self.where}: row {row}" if self.lines is None else f"{self.where}:{self.lines[row]}"
+
+    def places(self, rows: Sequence[int]) -> str:
+        """Where the first few of some rows are, for a notice: "lines 3, 8, 9, ..."."""
+        numbers = rows if self.lines is None else [self.lines[r] for r in rows[:3]]
+        return _places(numbers, "row" if self.lines is None else "line", len(rows))
+
+
+def _places(numbers: Sequence[int], unit: str, count: int) -> str:
+    return f"{unit}{'s' * (count > 1)} {', '.join(map(str, numbers[:3]))}{', ...' * (count > 3)}"
+
+
+def read_table(path: Path, wanted: Sequence[str] | None, names: Sequence[str] = ()) -> Table:
+    """The ``wanted`` columns of a file (None: all); those it lacks are left out (``Table.found`` says what is there).
+
+    ``names``: all the columns of a delimited file without a header. ``UserError`` where the file cannot be read, is
+    damaged, is not UTF-8 or has a wanted column twice.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror or e}); expected a data file") from e
+    if raw.startswith(GZIP):
+        try:
+            raw = gzip.decompress(raw)
+        except DAMAGED as e:
+            raise UserError(f"{path}: damaged gzip file ({e}); write it again") from e
+    kind = format_of(path.name, raw)
+    if kind == "parquet":
+        found, content = arrow_table(str(path), raw, wanted)
+        table = Table(path.name, str(path), found, {name: content[name].to_pylist() for name in content.column_names})
+    else:
+        text = _decode(raw, path)
+        # Only "\n", "\r" and "\r\n" end a line; str.splitlines would also break at U+2028 and others.
+        lines = list(io.StringIO(text, newline=""))
+        if kind != "jsonl" and not text.lstrip().startswith("{"):
+            return _read_delimited(path, lines, wanted, names)
+        table = _read_json_lines(path, lines, wanted)
+    if names:
+        raise UserError(f"{path}: names its columns itself; columns: is for CSV and TSV files without a header")
+    return table
+
+
+def format_of(name: str, start: bytes = b"") -> Format:
+    """The format of a file, by its suffix and its first bytes, unpacked; plain lines where they say nothing."""
+    suffix = suffix_of(name)
+    if suffix == ".parquet" or start.startswith(b"PAR1"):
+        return "parquet"
+    delimited = suffix in (".csv", ".tsv")
+    if suffix in _JSON_SUFFIXES or (delimited and start.removeprefix(BOM).lstrip().startswith(b"{")):
+        return "jsonl"
+    return "csv" if delimited else "text"
+
+
+def _decode(raw: bytes, path: Path) -> str:
+    bom = len(BOM) if raw.startswith(BOM) else 0
+    bad, what = raw.find(b"\0"), "a NUL byte"
+    try:
+        text = raw[bom:].decode("utf-8")
+    except UnicodeDecodeError as e:
+        bad, what = e.start + bom, f"byte 0x{raw[e.start + bom]:02x} is not UTF-8"
+        text = ""
+    if bad >= 0:
+        line = len(raw[: bad + 1].splitlines())
+        raise UserError(f"{path}:{line}: {what} (byte offset {bad}); save it as UTF-8 text")
+    return text
+
+
+def _read_delimited(path: Path, lines: list[str], wanted: Sequence[str] | None, names: Sequence[str]) -> Table:
+    reader = Delimited(str(path), names)
+    rows, _ = reader.read(lines, 1, end=True)
+    nothing = [""] * len(reader.header)
+    cells = [nothing if row.error else row.cells for row in rows]
+    columns = {name: [c[j] for c in cells] for name, j in _positions(path, reader.header, wanted).items()}
+    notices = []
+    for what, odd in (
+        ("an unbalanced quote, taken as text", [row.line for row in rows if row.stray]),
+        ("a quoted field over several lines", [row.line for row in rows if row.used > 1]),
+    ):
+        if odd:
+            where = _places(odd, "line", len(odd))
+            notices.append(f"{path.name}: {len(odd)} row{'s' * (len(odd) > 1)} with {what} ({where})")
+    broken = {i: row.error for i, row in enumerate(rows) if row.error}
+    starts = [row.line for row in rows]
+    return Table(path.name, str(path), reader.header, columns, starts, broken, notices, header_line=not names)
+
+
+def _positions(where: Path | str, found: list[str], wanted: Sequence[str] | None) -> dict[str, int]:
+    if wanted is None:
+        wanted = list(dict.fromkeys(found))
+    # Of columns without a name, the first counts.
+    twice = [name for name in wanted if name and found.count(name) > 1]
+    if twice:
+        raise UserError(f"{where}: column {twice[0]!r} is there {found.count(twice[0])} times; name each column once")
+    return {name: found.index(name) for name in wanted if name in found}
+
+
+def _read_json_lines(path: Path, lines: list[str], wanted: Sequence[str] | None) -> Table:
+    starts, records, found = [], [], dict[str, None]()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json_object(line)
+        except ValueError as e:
+            raise UserError(f"{path}:{number}: {e}; expected one JSON object per line") from e
+        starts.append(number)
+        records.append(record)
+        found.update(dict.fromkeys(record))
+    columns = {
+        name: [record.get(name) for record in records]
+        for name in (found if wanted is None else wanted)
+        if name in found
+    }
+    return Table(path.name, str(path), list(found), columns, starts)
+
+
+def json_object(line: str) -> dict[str, Any]:
+    """The JSON object that a line is. ``ValueError`` with what it is instead."""
+    try:
+        record = json.loads(line)
+        if "\\u" in line:  # half of a surrogate pair is no text that a tokenizer could take
+            json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"not JSON ({e})") from e
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {type(record).__name__}")
+    return record
+
+
+def as_text(value: Any) -> str | None:
+    """The text in a cell of JSON or Parquet, where numbers are texts too; None where it holds none."""
+    return str(value) if isinstance(value, (str, bool, int, float)) and value == value else None  # NaN is not itself
+
+
+def arrow_table(where: str, raw: bytes, wanted: Sequence[str] | None) -> tuple[list[str], Any]:
+    """The columns that a Parquet file has, and the ``wanted`` ones of them (None: all) as a table of pyarrow."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise UserError(
+            f"{where}: a Parquet file needs the package pyarrow: pip install pyarrow; or save it as CSV"
+        ) from e
+    try:
+        with pq.ParquetFile(pa.BufferReader(raw)) as file:
+            found = file.schema_arrow.names
+            return found, file.read(columns=list(_positions(where, found, wanted)))
+    except (pa.ArrowException, OSError, ValueError) as e:
+        raise UserError(f"{where}: damaged, or not a Parquet file ({one_line(e)}); write it again") from e
+
+
+def read_hub(
+    name: str, config: str | None, split: str, wanted: Sequence[str], label: str, label_names: Sequence[str]
+) -> Table:
+    """The ``wanted`` columns of a split of a data set that ``datasets`` loads: from the hub, or from a local folder.
+
+    A ClassLabel in the column ``label`` becomes the feature's names where those are ``label_names``, else its number;
+    -1, the hub's sign for "no label", becomes None. ``UserError`` where the data set or the split cannot be loaded.
+    """
+    try:
+        import datasets
+    except ImportError as e:
+        raise UserError(f"data set {name!r}: needs the package datasets: pip install 'lora-ensemble[hub]'") from e
+    if not sys.stderr.isatty():  # in a log, a progress bar is a thousand lines
+        datasets.disable_progress_bars()
+    where = f"{name}{f' ({config})' if config else ''} [{split}]"
+    try:
+        data = datasets.load_dataset(name, config, split=split)
+        found = list(data.column_names)
+        columns = data.select_columns([c for c in wanted if c in found]).to_dict()
+    except Exception as e:  # hub, network, cache and format each raise their own
+        raise UserError(
+            f"data set {where}: cannot be loaded ({type(e).__name__}: {one_line(e)}); check the name, the "
+            "configuration and the split, and whether the hub can be reached"
+        ) from e
+    if label in columns and isinstance(data.features[label], datasets.ClassLabel):
+        names = data.features[label].names
+        by_name = set(label_names) == set(names)
+        columns[label] = [None if v is None or v < 0 else names[v] if by_name else str(v) for v in columns[label]]
+    return Table(where, f"data set {where}", found, columns)
+
+
+def one_line(e: Exception) -> str:
+    """What an exception of another library says, for an error of ours."""
+    return " ".join(str(e).split())[:300]

@@ -1,0 +1,121 @@
+"""Early exit: members that cannot catch up leave their bank (successive halving, with a reserve for diversity).
+
+Axes: M members, N examples of dev, C outputs of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+import numpy as np
+
+from lora_ensemble.errors import UserError
+from lora_ensemble.train.pool_writer import PoolWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyExit:
+    """When members leave, and how many stay."""
+
+    rungs: list[int]
+    """Numbers of dev evaluations; at the end of the epoch in which so many are done, members leave."""
+    keep: float = 0.5
+    """Share of the members that stays for its score."""
+    reserve: float = 0.1
+    """Share that stays besides for being unlike those: an ensemble needs members that differ."""
+
+    def check(self) -> None:
+        """``UserError`` for values out of range."""
+        if not self.rungs or any(rung < 1 for rung in self.rungs):
+            raise UserError(f"--early_exit.rungs: {self.rungs}; expected numbers of dev evaluations, e.g. [2,5]")
+        if not 0 < self.keep < 1:
+            raise UserError(f"--early_exit.keep: {self.keep}; expected a share between 0 and 1")
+        if not 0 <= self.reserve < 1:
+            raise UserError(f"--early_exit.reserve: {self.reserve}; expected a share from 0 to below 1")
+
+
+def survivors(
+    scores: Sequence[float],
+    others: Sequence[float],
+    logits: Mapping[str, np.ndarray],
+    *,
+    keep: float,
+    reserve: float,
+) -> list[int]:
+    """Which of M members of a bank stay: indices, ascending, at least one.
+
+    A member stays if its score (M,) is among the best ``keep`` of the bank's and of ``others``, which have been through
+    the same rung before (asynchronous successive halving: Li et al. 2020, section 3.2). Of the better half of the rest,
+    ``reserve`` times M more stay, each the one whose dev logits (task to (M, N, C)) correlate least with those of the
+    members that stay so far. NaN is the worst score; of equal scores the first in the bank is better.
+    """
+    own = np.nan_to_num(np.asarray(scores, float), nan=-np.inf)
+    everyone = np.sort(np.concatenate([own, np.nan_to_num(np.asarray(others, float), nan=-np.inf)]))[::-1]
+    least = everyone[max(math.ceil(keep * len(everyone)), 1) - 1]
+    order = sorted(range(len(own)), key=lambda i: (-own[i], i))
+    # Ties with the last place stay; where all tie, nobody leaves.
+    stay = [i for i in order if own[i] >= least and np.isfinite(own[i])] or order[:1]
+    rest = [i for i in order if i not in stay and np.isfinite(own[i])]
+    rest = rest[: math.ceil(len(rest) / 2)]
+    alike = _correlation(logits)
+    for _ in range(min(round(reserve * len(own)), len(rest))):
+        chosen = min(rest, key=lambda i: (round(float(np.mean(alike[i, stay])), 12), order.index(i)))
+        rest.remove(chosen)
+        stay.append(chosen)
+    return sorted(stay)
+
+
+def _correlation(logits: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Pearson's r between members' logits, the mean over tasks: (M, M). Constant logits are like all others."""
+    each = []
+    for task in logits.values():
+        x = np.asarray(task, np.float64)
+        if x.shape[-1] > 1:
+            x = x - x.mean(-1, keepdims=True)  # a shift of all classes of an example says nothing
+        x = x.reshape(len(x), -1)
+        x = x - x.mean(1, keepdims=True)
+        length = np.sqrt(np.einsum("mn,mn->m", x, x))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            each.append(np.nan_to_num((x @ x.T) / np.outer(length, length), nan=1.0))
+    return np.asarray(np.mean(each, axis=0))
+
+
+class Gate(pl.Callback):
+    """Stops a bank where members have to leave it, at the end of an epoch, after its checkpoint was written.
+
+    ``rung``: the last one that the bank has been through. ``others``: from a rung to the scores that members elsewhere
+    had there.
+    """
+
+    def __init__(self, rule: EarlyExit, writer: PoolWriter, *, rung: int, others: Callable[[int], list[float]]) -> None:
+        self._rule, self._writer, self._others = rule, writer, others
+        self.rung = rung
+        """The last one that the bank has been through."""
+        self.stayed: list[int] | None = None
+        """Indices of the members that stay, once the bank was stopped."""
+        self.epochs = 0
+        """Epochs that were trained until then."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A kill may have come after the checkpoint and before the members left."""
+        self._decide(trainer, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The end of an epoch is where a bank can be cut."""
+        self._decide(trainer, trainer.current_epoch + 1)
+
+    def _decide(self, trainer: pl.Trainer, epochs: int) -> None:
+        done = self._writer.evaluations
+        rung = max((r for r in self._rule.rungs if r <= done), default=0)
+        if rung <= self.rung or epochs == trainer.max_epochs:
+            return
+        scores, logits = self._writer.at(rung)
+        stay = survivors(scores, self._others(rung), logits, keep=self._rule.keep, reserve=self._rule.reserve)
+        self.rung = rung
+        if len(stay) < len(scores):
+            self.stayed, self.epochs = stay, epochs
+            self._writer.paused = True
+            trainer.should_stop = True

@@ -1,0 +1,72 @@
+"""Members from settings: grids, names, and every mistake with its message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lora_ensemble.bank.lora import MemberConfig, expand_members
+from lora_ensemble.errors import UserError
+
+
+def test_a_list_is_a_grid() -> None:
+    """Tolkunov's SST grid has 16 × 5 = 80 members."""
+    members = expand_members([MemberConfig(rank=list(range(1, 17)), scaling=[1, 2, 3, 4, 5])])
+    assert len(members) == 80
+    assert len({m.name for m in members}) == 80
+    assert [(m.rank, m.scaling) for m in members[:6]] == [(1, 1.0), (1, 2.0), (1, 3.0), (1, 4.0), (1, 5.0), (2, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        ({"rank": 12, "scaling": 3, "lr": 1e-4}, "r12-c3-qv-lr1e-4-s11711"),
+        ({"rank": 1, "scaling": 0.5, "lr": 2.5e-5, "seed": 3}, "r1-c0.5-qv-lr2.5e-5-s3"),
+        ({"rank": 4, "lr": 0.01, "targets": "qkv+pooler"}, "r4-c1.0-qkv+pooler-lr1e-2-s11711".replace("1.0", "1")),
+        ({"targets": "none", "lr": 1e-3, "rank": 99}, "head-lr1e-3-s11711"),
+        ({"scaling": 10, "lr": 1.0}, "r8-c10-qv-lr1e0-s11711"),
+        ({"name": "mine"}, "mine"),
+    ],
+)
+def test_names(entry: dict[str, Any], name: str) -> None:
+    assert [m.name for m in expand_members([MemberConfig(**entry)])] == [name]
+
+
+def test_names_tell_neighbouring_rates_apart() -> None:
+    names = {m.name for m in expand_members([MemberConfig(lr=[1e-4, 1.0000001e-4, 9.999999e-5])])}
+    assert len(names) == 3
+
+
+def test_full_fine_tuning_has_no_rank() -> None:
+    (member,) = expand_members([MemberConfig(lr=1e-5)], finetune="full")
+    assert (member.name, member.rank, member.targets) == ("full-lr1e-5-s11711", None, None)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "the list is empty"),
+        ([{"rank": 0}], r"members\[0\].rank: 0; expected a rank of at least 1"),
+        ([{}, {"rank": [4, -2]}], r"members\[1\].rank: -2"),
+        ([{"lr": 0}], "lr: 0"),
+        ([{"lr": float("nan")}], "lr: nan"),
+        ([{"scaling": -1}], "scaling: -1"),
+        ([{"seed": -1}], "seed: -1"),
+        ([{"rank": []}], "empty list"),
+        ([{}, {}], "members 0 and 1 are both named 'r8-c1-qv-lr1e-4-s11711'"),
+        ([{"name": "x"}, {"rank": 2, "name": "x"}], "both named 'x'"),
+        ([{"name": "x", "rank": [1, 2]}], "name 'x' for a grid of 2"),
+        ([{"name": "../x"}], "member name '../x'"),
+        ([{"name": "examples"}], "member name 'examples'"),
+        ([{"rank": [1, 2], "targets": "none"}], "both named 'head-"),
+    ],
+)
+def test_mistakes(entries: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        expand_members([MemberConfig(**e) for e in entries])
+
+
+def test_full_fine_tuning_of_two_is_refused() -> None:
+    with pytest.raises(UserError, match="2 members with finetune: full"):
+        expand_members([MemberConfig(lr=[1e-5, 2e-5])], finetune="full")
