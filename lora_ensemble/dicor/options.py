@@ -1,17 +1,21 @@
-"""From what the user asked for to a method with every parameter decided."""
+"""From what the user asked for to a method with every parameter decided.
+
+Nothing heavy is imported before a method is made: ``dicor --help`` needs the options.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from lora_ensemble.dicor.choose import settings as s
-from lora_ensemble.dicor.choose.greedy import Greedy
-from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Method, Omni, Weighted
 from lora_ensemble.dicor.choose.settings import MethodName, Similarity, Strategy
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Kind
+
+if TYPE_CHECKING:
+    from lora_ensemble.dicor.choose.methods import Method
 
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 
@@ -30,16 +34,30 @@ LISTENS: dict[MethodName, tuple[str, ...]] = {
 }
 
 
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_number_or_auto.__name__ = "number"  # what argparse calls it: invalid number value: 'many'
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the user asked for; None: nothing."""
+    """What is asked of the methods; None: nothing. The texts are those of ``--help``."""
 
-    size: int | Literal["auto"] | None = None
-    top_k: int | None = None
+    size: Annotated[int | Literal["auto"], "N|auto", _number_or_auto] | None = None
+    """members in the ensemble (dicor: multiclass 11, binary 4, regression 10; dicor-auto: auto), steps of a greedy
+    search, or the most members that exhaustive tries"""
+    top_k: Annotated[int, "K"] | None = None
+    """choose among the K best by dev score (default: 30, greedy 50)"""
     similarity: Similarity | None = None
+    """between members (dicor: cosine, or pearson for regression; dicor-auto: error)"""
     strategy: Strategy | None = None
-    trade_off: float | None = None
+    """how members decide together (dicor: majority, or mean for regression; others: mean-probability)"""
+    trade_off: Annotated[float, "X"] | None = None
+    """dicor-auto: 0 for the score alone to 1 for similarity alone (0.5)"""
     temperature: bool | None = None
+    """divide each classifier's logits by its own first"""
 
 
 def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> tuple[Method, list[str]]:
@@ -47,6 +65,9 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
 
     Options that it does not listen to are not looked at here; that they make sense, ``check`` has seen.
     """
+    from lora_ensemble.dicor.choose.greedy import Greedy
+    from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Omni, Weighted
+
     o = options
     top_k = None if o.top_k is None else min(o.top_k, members)
     most = None if o.size == "auto" else o.size
@@ -55,7 +76,14 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
     if name == "omni":
         return Omni(strategy=o.strategy if o.strategy not in (None, "weighted") else s.OMNI_STRATEGY[kind]), []
     if name == "dicor":
-        return _paper(kind, members, o)
+        size, notices = _paper_size(kind, members, o)
+        return Dicor(
+            size=size,
+            top_k=top_k or min(max(s.DEFAULT_TOP_K, 0 if size == "auto" else size), members),
+            similarity=o.similarity or s.DEFAULT_SIMILARITY[kind],
+            strategy=o.strategy or s.DEFAULT_STRATEGY[kind],
+            temperature=bool(o.temperature),
+        ), notices
     if name == "dicor-auto":
         return Dicor(
             size=o.size or "auto",
@@ -80,25 +108,18 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
     ), []
 
 
-def _paper(kind: Kind, members: int, o: Options) -> tuple[Dicor, list[str]]:
-    """The paper's rule. A default gives way to what is there, and a notice says so."""
+def _paper_size(kind: Kind, members: int, o: Options) -> tuple[int | Literal["auto"], list[str]]:
+    """The size by the paper's rule. A default gives way to what is there, and a notice says so."""
     notices = []
     if o.top_k is not None and o.top_k > members:
         notices.append(f"--top-k {o.top_k}: the pool has {members} finished members, all of them are candidates")
-    size = o.size
-    if size is None:
-        size = min(s.DEFAULT_SIZE[kind], members, o.top_k or members)
-        if size < s.DEFAULT_SIZE[kind]:
-            limit = f"--top-k is {o.top_k}" if size == o.top_k else f"the pool has {members} finished members"
-            notices.append(f"size is {size} instead of the default {s.DEFAULT_SIZE[kind]}: {limit}")
-    top_k = o.top_k or max(s.DEFAULT_TOP_K, 0 if size == "auto" else size)
-    return Dicor(
-        size=size,
-        top_k=min(top_k, members),
-        similarity=o.similarity or s.DEFAULT_SIMILARITY[kind],
-        strategy=o.strategy or s.DEFAULT_STRATEGY[kind],
-        temperature=bool(o.temperature),
-    ), notices
+    if o.size is not None:
+        return o.size, notices
+    size = min(s.DEFAULT_SIZE[kind], members, o.top_k or members)
+    if size < s.DEFAULT_SIZE[kind]:
+        limit = f"--top-k is {o.top_k}" if size == o.top_k else f"the pool has {members} finished members"
+        notices.append(f"size is {size} instead of the default {s.DEFAULT_SIZE[kind]}: {limit}")
+    return size, notices
 
 
 def check(options: Options, kind: Kind, members: int) -> None:
@@ -119,7 +140,7 @@ def check(options: Options, kind: Kind, members: int) -> None:
 
 def refuse_unheard(options: Options, methods: Sequence[MethodName]) -> None:
     """``UserError`` for an option that none of the methods listens to."""
-    for name in ("size", "top_k", "similarity", "strategy", "trade_off", "temperature"):
+    for name in (field.name for field in fields(options)):
         if getattr(options, name) not in (None, False) and not any(name in LISTENS[m] for m in methods):
             heard = ", ".join(m for m in METHODS if name in LISTENS[m])
             option = "--" + name.replace("_", "-")

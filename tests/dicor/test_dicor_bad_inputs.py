@@ -180,7 +180,7 @@ def test_an_unwritable_output_is_told_before_the_work(home, fails, monkeypatch):
 
     monkeypatch.setattr("lora_ensemble.pool.TaskPool", work)
     fails(*select(home), "--output", home / "nowhere" / "x", says=["cannot be written"])
-    monkeypatch.setattr("lora_ensemble.dicor.record.read", work)
+    monkeypatch.setattr("lora_ensemble.dicor.located.read", work)
     fails(*apply(home), "--output", home / "nowhere" / "x", says=["cannot be written"])
 
 
@@ -202,8 +202,8 @@ def test_unwritable_plots(home, fails):
         ("{}", "it has no schema"),
         ('{"schema": 99}', "schema 99; this version reads schema 2; select again"),
         ('{"schema": 1}', "schema 1; this version reads schema 2; select again"),
-        ('{"schema": 2}', "lacks 'members'"),
-        ('{"schema": 2, "members": []}', "missing"),
+        ('{"schema": 2}', "lacks 'kind'"),
+        ('{"schema": 2, "members": []}', "lacks 'kind'"),
         ('{"schema": 2, "members": 3}', "not a whole record"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_record_that_is_none(content, says, home, fails):
         ({"pool": None}, "pool is None; expected text"),
         ({"labels": "01234"}, "labels is '01234'"),
         ({"labels": []}, "multiclass needs them all"),
-        ({"size": 2}, "size is 2, but there are 3 members"),
+        ({"size": 2}, "size is 2; expected the number of members, 3"),
         ({"scale": None}, "scale is None; expected a number"),
         ({"strategy": "weighted", "offsets": [0.1, 0.2]}, "offsets is [0.1, 0.2]; expected 5 numbers"),
         ({"strategy": "weighted", "offsets": [0, 0, 0, 0, None]}, "expected 5 numbers, one for each class"),
