@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.arguments import add_options, options_of
 from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
 from lora_ensemble.dicor.imports.request import Request
-from lora_ensemble.dicor.options import METHODS, Options, refuse_unheard
+from lora_ensemble.dicor.options import METHODS, Options, add_options, options_of, refuse_unheard
 from lora_ensemble.dicor.report import command as report_command
 from lora_ensemble.errors import Parser, UserError
 from lora_ensemble.tasks import score_name
@@ -33,6 +32,9 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"dicor {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     import_ = commands.add_parser("import", help="predictions of any model become members", description=Request.__doc__)
+    import_.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="predictions of one split, of one model or several"
+    )
     add_options(import_, Request)
 
     settings = Parser(add_help=False)

@@ -5,9 +5,10 @@ Nothing heavy is imported before a method is made: ``dicor --help`` needs the op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from lora_ensemble.dicor.choose import settings as s
 from lora_ensemble.dicor.choose.settings import MethodName, Similarity, Strategy
@@ -17,6 +18,7 @@ from lora_ensemble.tasks import Kind
 if TYPE_CHECKING:
     from lora_ensemble.dicor.choose.methods import Method
 
+T = TypeVar("T")
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 
 # Which options each method listens to.
@@ -34,30 +36,65 @@ LISTENS: dict[MethodName, tuple[str, ...]] = {
 }
 
 
-def _number_or_auto(text: str) -> int | str:
+def option(
+    text: str,
+    default: Any = None,
+    *,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    nargs: str | None = None,
+    required: bool = False,
+    type: Callable[[str], Any] | None = None,
+) -> Any:
+    """A field of a dataclass that is an option: its help, and what argparse must know besides. False: a flag."""
+    argument = {"choices": choices, "metavar": metavar, "nargs": nargs, "required": required, "type": type}
+    if default is False:
+        argument["action"] = "store_true"
+    known = {key: value for key, value in argument.items() if value}
+    return field(default=default, metadata={"help": text, "default": default, **known})
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Add those fields of a dataclass that are options; a field ``from_`` is --from."""
+    for f in fields(options):
+        if f.metadata:
+            parser.add_argument("--" + f.name.rstrip("_").replace("_", "-"), dest=f.name, **f.metadata)
+
+
+def options_of(given: argparse.Namespace, options: type[T]) -> T:
+    """The dataclass with what was given for its fields."""
+    return options(**{f.name: getattr(given, f.name) for f in fields(options)})  # type: ignore[arg-type]
+
+
+def _size(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-_number_or_auto.__name__ = "number"  # what argparse calls it: invalid number value: 'many'
+_size.__name__ = "number"  # what argparse calls it: invalid number value: 'many'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is asked of the methods; None: nothing. The texts are those of ``--help``."""
+    """What is asked of the methods; None: nothing."""
 
-    size: Annotated[int | Literal["auto"], "N|auto", _number_or_auto] | None = None
-    """members in the ensemble (dicor: multiclass 11, binary 4, regression 10; dicor-auto: auto), steps of a greedy
-    search, or the most members that exhaustive tries"""
-    top_k: Annotated[int, "K"] | None = None
-    """choose among the K best by dev score (default: 30, greedy 50)"""
-    similarity: Similarity | None = None
-    """between members (dicor: cosine, or pearson for regression; dicor-auto: error)"""
-    strategy: Strategy | None = None
-    """how members decide together (dicor: majority, or mean for regression; others: mean-probability)"""
-    trade_off: Annotated[float, "X"] | None = None
-    """dicor-auto: 0 for the score alone to 1 for similarity alone (0.5)"""
-    temperature: bool | None = None
-    """divide each classifier's logits by its own first"""
+    size: int | Literal["auto"] | None = option(
+        "members in the ensemble (dicor: multiclass 11, binary 4, regression 10; dicor-auto: auto), steps of a greedy "
+        "search, or the most members that exhaustive tries",
+        metavar="N|auto",
+        type=_size,
+    )
+    top_k: int | None = option("choose among the K best by dev score (default: 30, greedy 50)", metavar="K", type=int)
+    similarity: Similarity | None = option(
+        "between members (dicor: cosine, or pearson for regression; dicor-auto: error)", choices=get_args(Similarity)
+    )
+    strategy: Strategy | None = option(
+        "how members decide together (dicor: majority, or mean for regression; others: mean-probability)",
+        choices=get_args(Strategy),
+    )
+    trade_off: float | None = option(
+        "dicor-auto: 0 for the score alone to 1 for similarity alone (0.5)", metavar="X", type=float
+    )
+    temperature: bool = option("divide each classifier's logits by its own first", False)
 
 
 def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> tuple[Method, list[str]]:
@@ -82,7 +119,7 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
             top_k=top_k or min(max(s.DEFAULT_TOP_K, 0 if size == "auto" else size), members),
             similarity=o.similarity or s.DEFAULT_SIMILARITY[kind],
             strategy=o.strategy or s.DEFAULT_STRATEGY[kind],
-            temperature=bool(o.temperature),
+            temperature=o.temperature,
         ), notices
     if name == "dicor-auto":
         return Dicor(
@@ -91,11 +128,11 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
             similarity=o.similarity or "error",
             strategy=o.strategy or "mean-probability",
             trade_off=s.DEFAULT_TRADE_OFF if o.trade_off is None else o.trade_off,
-            temperature=bool(o.temperature),
+            temperature=o.temperature,
         ), []
     if name in ("weighted", "weighted-offset"):
         offset = name == "weighted-offset"
-        return Weighted(top_k=top_k or s.DEFAULT_TOP_K, temperature=bool(o.temperature), offset=offset), []
+        return Weighted(top_k=top_k or s.DEFAULT_TOP_K, temperature=o.temperature, offset=offset), []
     if name == "exhaustive":
         return Exhaustive(size=most, top_k=top_k or s.EXHAUSTIVE_TOP_K, strategy=o.strategy or "mean-probability"), []
     return Greedy(
@@ -140,7 +177,7 @@ def check(options: Options, kind: Kind, members: int) -> None:
 
 def refuse_unheard(options: Options, methods: Sequence[MethodName]) -> None:
     """``UserError`` for an option that none of the methods listens to."""
-    for name in (field.name for field in fields(options)):
+    for name in vars(options):
         if getattr(options, name) not in (None, False) and not any(name in LISTENS[m] for m in methods):
             heard = ", ".join(m for m in METHODS if name in LISTENS[m])
             option = "--" + name.replace("_", "-")

@@ -76,7 +76,7 @@ def import_predictions(request: Request) -> tuple[list[Imported], Truth, list[st
     notices: list[str] = []
     truth = find_truth(request, [record for name, record in records.items() if name not in replaced], notices)
     notices += one_label(truth.examples.labels, truth.task.labels, f"{request.split} labels")
-    notices += [notice for source in sources.values() for notice in source.notices]
+    notices += [notice for source in sources.values() if source.table for notice in source.table.notices]
     # Everything that can be refused is, before anything is written.
     imported = [_read(name, source, records.get(name), truth, request, notices) for name, source in sources.items()]
     fingerprint = write_examples(request.pool, request.task, request.split, truth.examples.ids, truth.examples.labels)

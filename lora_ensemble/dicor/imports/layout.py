@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_ensemble.dicor.imports.request import Request
-from lora_ensemble.dicor.imports.sources import ARRAY, Cells, Source
+from lora_ensemble.dicor.imports.sources import Cells, Source
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task, class_reader, number
 
@@ -32,8 +32,8 @@ def pick(source: Source, task: Task, request: Request, notices: list[str]) -> li
     """
     columns = request.columns or ([source.name] if request.member_columns else [])
     source.require(columns)
-    if columns or ARRAY in source.columns:
-        return list(columns) or [ARRAY]
+    if columns or source.table is None:
+        return list(columns or source.columns)
     decisions = request.from_ == "decisions"
     names = [name for name in source.columns if name != request.label_column]
     if task.kind != "regression" and not decisions and (named := _named_after_labels(source, names, task, notices)):
@@ -123,7 +123,7 @@ def read_classes(source: Source, name: str, cells: Cells, task: Task) -> np.ndar
     if None in classes:
         row = classes.index(None)
         raise UserError(
-            f"{source.at(row)}: {_cell(name, cells[row])}; expected one of {', '.join(task.labels)}"
+            f"{source.at(row)}: {source.cell(name, _shown(cells[row]))}; expected one of {', '.join(task.labels)}"
             + ("; if there are others, name all with --label-names" if task.kind == "multiclass" else "")
         )
     return np.array(classes, np.int64)
@@ -149,7 +149,7 @@ def read_numbers(source: Source, name: str) -> np.ndarray:
         expected = "finite numbers" if values.shape[1] > 1 else "a finite number"
         if isinstance(cells[row], str) and "," in cells[row]:
             expected += "; write 0,5 as 0.5"
-        raise UserError(f"{source.at(row)}: {_cell(name, cells[row])}; expected {expected}{such(bad)}")
+        raise UserError(f"{source.at(row)}: {source.cell(name, _shown(cells[row]))}; expected {expected}{such(bad)}")
     return values
 
 
@@ -163,20 +163,15 @@ def _read_lists(source: Source, name: str, cells: Cells) -> np.ndarray:
             or not all(isinstance(v, float) or (isinstance(v, int) and abs(v) < 1e300) for v in cell)
         ):
             raise UserError(
-                f"{source.at(row)}: {_cell(name, cell)}; expected {width} numbers, as many as in the first row"
+                f"{source.at(row)}: {source.cell(name, _shown(cell))}; expected {width} numbers, as many as in the first row"
             )
     return np.array(cells, np.float64).reshape(len(cells), width)
 
 
-def subject(name: str) -> str:
-    """The subject of an error about a cell of a column."""
-    return f"column {name!r} is " if name else "found "
-
-
-def _cell(name: str, cell: Any) -> str:
+def _shown(cell: Any) -> str:
     if isinstance(cell, np.ndarray | np.generic):
         cell = cell.tolist()
-    return subject(name) + ("empty" if cell in ("", None) else repr(cell)[:80])
+    return "empty" if cell in ("", None) else repr(cell)[:80]
 
 
 def such(bad: np.ndarray) -> str:
@@ -188,7 +183,7 @@ def check_width(source: Source, width: int, picked: Sequence[str], task: Task) -
     """``UserError`` unless there are as many columns of outputs as the kind can have."""
     if width == task.num_outputs or (task.kind == "binary" and width == 2):
         return
-    names = f" ({', '.join(picked[:8])})" if picked != [ARRAY] else ""
+    names = f" ({', '.join(picked[:8])})" if source.table else ""
     expected = {
         "multiclass": f"{len(task.labels)}, one for each label ({', '.join(task.labels)}); if there are others, name "
         "all with --label-names",

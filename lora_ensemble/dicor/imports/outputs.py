@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_ensemble.dicor.imports.layout import check_width, pick, read_classes, read_numbers, subject, such, to_class
+from lora_ensemble.dicor.imports.layout import check_width, pick, read_classes, read_numbers, such, to_class
 from lora_ensemble.dicor.imports.request import Form, Request
 from lora_ensemble.dicor.imports.sources import Cells, Source
 from lora_ensemble.errors import UserError
@@ -46,7 +46,7 @@ def to_logits(source: Source, task: Task, request: Request, notices: list[str]) 
     if values.shape[1] > len(picked):  # columns without names
         notices.append(f"{source.where}: its columns are taken in the order of the labels: {', '.join(task.labels)}")
     if form == "auto":
-        form = _guess(source, values, picked[0])
+        form = _guess(source, values, picked[0] if source.table else "")
     if form == "probabilities":
         values = _log_probabilities(source, values, picked, notices)
     if task.kind == "binary" and values.shape[1] == 2:
@@ -67,7 +67,7 @@ def _refuse_decisions(source: Source, name: str, votes: list, task: Task) -> Non
     # A binary 0 or 1 may be a certain probability as well, which comes to the same; any other label may not.
     if all(read(vote) is not None for vote in votes):
         raise UserError(
-            f"{source.where}: {f'column {name!r} holds' if name else 'it holds'} class labels only; give probabilities "
+            f"{source.where}: {f'column {name!r} holds' if source.table else 'it holds'} class labels only; give probabilities "
             "or logits if you can: votes know no doubt, so averages of logits, log-loss and calibration lose theirs; "
             "to take them as votes, say --from decisions"
         )
@@ -121,10 +121,10 @@ def _log_probabilities(source: Source, values: np.ndarray, picked: Sequence[str]
     outside = (values < -_SLACK) | (values > 1 + _SLACK)
     if outside.any():
         row, k = (int(i) for i in np.argwhere(outside)[0])
-        name = picked[k] if len(picked) > 1 else picked[0]
+        found = source.cell(picked[k] if len(picked) > 1 else picked[0], f"{values[row, k]:g}")
         more = "; divide percentages by 100" if values.max() > 1 and values.max() <= 100 and values.min() >= 0 else ""
         raise UserError(
-            f"{source.at(row)}: {subject(name)}{values[row, k]:g}; expected a probability, from 0 to 1{more}; or say "
+            f"{source.at(row)}: {found}; expected a probability, from 0 to 1{more}; or say "
             f"--from logits{such(outside.any(axis=1))}"
         )
     p = np.clip(values, 0, 1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal, get_args
 
+from lora_ensemble.dicor.options import option
 from lora_ensemble.tasks import PRESETS, Kind
 
 Form = Literal["auto", "logits", "probabilities", "decisions"]
-Column = Annotated[str, "COLUMN"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,38 +20,32 @@ class Request:
     column for each class, named after its label (p_0, p_1, ...), or one column: of the positive class, or of values. A
     table with a column "model" and an .npz of several arrays are several members. Pickles are never loaded."""
 
-    files: Sequence[Annotated[Path, "FILE"]]
-    """predictions of one split, of one model or several"""
-    pool: Annotated[Path, "DIR"]
-    """the pool to add to; made where it is not there"""
-    task: str
-    """the task in the pool: one that is there, or a new one"""
-    task_kind: Kind | None = None
-    """needed for a new task"""
-    labels: Annotated[Path, "FILE"] | None = None
-    """ids and true labels of the split (test: ids suffice); not needed where the pool has them"""
-    split: Literal["dev", "test"] = "dev"
-    """default: dev; test adds to a member that is there"""
-    name: Sequence[str] = ()
-    """a name for each model (default: the models', or the files' names)"""
-    from_: Form = "auto"
-    """what the numbers are; auto (the default) asks where it could be mistaken; decisions: class labels only"""
-    columns: Sequence[Column] = ()
-    """of the outputs, in the order of the labels"""
-    member_columns: Sequence[Column] = ()
-    """each is a member: a table in wide format"""
-    label_names: Sequence[Annotated[str, "LABEL"]] = ()
-    """in the order of the outputs; positive last"""
-    id: Column | None = None
-    """of the ids (default: id, ids, or a nameless first column)"""
-    label: Column | None = None
-    """of the true labels in the labels file (default: label, or the preset's)"""
-    model_column: Column | None = None
-    """of the models' names, in a table of several (default: model)"""
-    by_row: bool = False
-    """tables without ids: their rows are in the order of the labels"""
-    overwrite: bool = False
-    """replace other predictions that were imported under the same name"""
+    files: Sequence[Path]
+    pool: Path = option("the pool to add to; made where it is not there", required=True, type=Path, metavar="DIR")
+    task: str = option("the task in the pool: one that is there, or a new one", required=True)
+    task_kind: Kind | None = option("needed for a new task", choices=get_args(Kind))
+    labels: Path | None = option(
+        "ids and true labels of the split (test: ids suffice); not needed where the pool has them",
+        type=Path,
+        metavar="FILE",
+    )
+    split: str = option("default: dev; test adds to a member that is there", "dev", choices=("dev", "test"))
+    name: Sequence[str] = option("a name for each model (default: the models', or the files' names)", (), nargs="+")
+    from_: Form = option(
+        "what the numbers are; auto (the default) asks where it could be mistaken; decisions: class labels only",
+        "auto",
+        choices=get_args(Form),
+    )
+    columns: Sequence[str] = option("of the outputs, in the order of the labels", (), nargs="+", metavar="COLUMN")
+    member_columns: Sequence[str] = option("each is a member: a table in wide format", (), nargs="+", metavar="COLUMN")
+    label_names: Sequence[str] = option("in the order of the outputs; positive last", (), nargs="+", metavar="LABEL")
+    id: str | None = option("of the ids (default: id, ids, or a nameless first column)", metavar="COLUMN")
+    label: str | None = option(
+        "of the true labels in the labels file (default: label, or the preset's)", metavar="COLUMN"
+    )
+    model_column: str | None = option("of the models' names, in a table of several (default: model)", metavar="COLUMN")
+    by_row: bool = option("tables without ids: their rows are in the order of the labels", False)
+    overwrite: bool = option("replace other predictions that were imported under the same name", False)
 
     @property
     def label_column(self) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import gzip
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import number
 from lora_ensemble.text.tables import DAMAGED, GZIP, Table, one_line, read_table
 
-ARRAY = ""
-"""Name of the one column that an array is: (N,) or (N, K)."""
 Cells = Sequence[Any] | np.ndarray
 _LONGEST_ID = 1000  # ids are an array of fixed width: one endless id would cost its length for every row
 _NPY, _ZIP = b"\x93NUMPY", b"PK"
@@ -35,21 +33,30 @@ class Source:
 
     path: Path
     columns: dict[str, Cells]
-    """Cells as they stand, by column; an .npy file is the column ``ARRAY``, an .npz file has one for each array."""
+    """Cells as they stand, by column; of a file that is no table its arrays (N,) or (N, K), an .npy file's as ''."""
     ids: list[str] | None
     """None where the file has none."""
-    rows: Sequence[int]
-    """Numbers of the rows in the file."""
+    table: Table | None = None
+    rows: Sequence[int] = ()
+    """Of a table: their numbers in it."""
     name: str = ""
     """What the file calls the model: its array, its column, or its entry in the column of models; '' if it is alone."""
-    table: Table | None = None
-    """Where the rows are of a table."""
-    notices: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), self.ids or ()))
 
     @property
     def where(self) -> str:
         """Where the source is, for an error about all of it."""
         return f"{self.path}: {'model' if self.table else 'array'} {self.name!r}" if self.name else str(self.path)
+
+    def at(self, row: int) -> str:
+        """Where one of the N rows is, for an error."""
+        return self.table.at(self.rows[row]) if self.table else f"{self.where}: row {row}"
+
+    def cell(self, name: str, text: str) -> str:
+        """The subject of an error about a cell of a column."""
+        return f"column {name!r} is {text}" if self.table else f"found {text}"
 
     @property
     def shown(self) -> str:
@@ -57,15 +64,20 @@ class Source:
         names = self.table.found if self.table else list(self.columns)
         return f"columns found: {', '.join(repr(name)[:40] for name in names[:20] if name) or 'none'}"
 
-    def at(self, row: int) -> str:
-        """Where one of the N rows is, for an error."""
-        return self.table.at(self.rows[row]) if self.table else f"{self.where}: row {row}"
-
     def require(self, columns: Sequence[str]) -> None:
         """``UserError`` where one of these columns is not there."""
         for name in columns:
             if name not in self.columns:
                 raise UserError(f"{self.path}: no column {name!r}; {self.shown}")
+
+    def cut(self, name: str, columns: Sequence[str], rows: Sequence[int] | None = None) -> Source:
+        """One model's columns and, of a table, its rows (all, if not given)."""
+        cells = {column: self.columns[column] for column in columns}
+        if rows is None:
+            return replace(self, name=name, columns=cells)
+        part = {column: [cells[column][row] for row in rows] for column in columns}
+        ids = None if self.ids is None else [self.ids[row] for row in rows]
+        return replace(self, name=name, columns=part, ids=ids, rows=rows)
 
 
 def read_models(path: Path, request: Request) -> list[Source]:
@@ -75,83 +87,62 @@ def read_models(path: Path, request: Request) -> list[Source]:
     is one model; an .npz file one for each array but ids and labels. ``UserError`` where it cannot be read.
     """
     source = read_source(path, request)
-    column = request.model_column or "model"
+    models, by = [source], request.model_column or "model"
     if source.table is None:
-        models = _models_of_arrays(source)
-    elif column in source.columns:
-        models = _models_of_rows(source, source.columns[column], column)
-    else:
-        source.require([request.model_column] if request.model_column is not None else [])
-        models = [source]
+        arrays = [name for name in source.columns if name != "labels"]
+        if not arrays:
+            raise UserError(f"{path}: no array but ids and labels; expected one for each model")
+        models = [source.cut(name if len(arrays) > 1 else "", [name]) for name in arrays]
+        for model in models:
+            _check_array(model)
+    elif request.model_column is not None or by in source.columns:
+        source.require([by])
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(source.columns[by]):
+            rows.setdefault("" if name is None else str(name).strip(), []).append(row)
+        if "" in rows:
+            raise UserError(f"{source.at(rows[''][0])}: no name in the column of models; expected one in every row")
+        models = [source.cut(name, [c for c in source.columns if c != by], own) for name, own in rows.items()]
     if request.member_columns:
         for model in models:
             model.require(request.member_columns)
             if model.name:
                 raise UserError(f"{model.where}: the rows name models already; give --member-columns or --model-column")
-        models = [replace(m, name=n, columns={n: m.columns[n]}) for m in models for n in request.member_columns]
+        models = [source.cut(name, [name]) for name in request.member_columns]
     for model in models:
         check_ids(model, request)
     return models
 
 
-def _models_of_arrays(source: Source) -> list[Source]:
-    arrays = {name: np.asanyarray(cells) for name, cells in source.columns.items() if name != "labels"}
-    if not arrays:
-        raise UserError(f"{source.path}: no array but ids and labels; expected one for each model")
-    models = []
-    for name, array in arrays.items():
-        called = name if len(arrays) > 1 else ""
-        model = replace(source, name=called, columns={ARRAY: array}, rows=range(len(array) if array.ndim else 0))
-        if array.dtype.names or array.ndim not in (1, 2):
-            raise UserError(
-                f"{model.where}: {array.dtype} of shape {array.shape}; expected (N,) or (N, C): a row for each example"
-                + ("; several models: one array for each in an .npz file" if array.ndim == 3 else "")
-            )
-        if not array.size:
-            raise UserError(f"{model.where}: shape {array.shape}: no numbers; expected a row for each example")
-        if model.ids is not None and len(model.ids) != len(array):
-            raise UserError(f"{model.where}: {len(array)} rows, but {len(model.ids)} ids; expected one for each")
-        models.append(model)
-    return models
-
-
-def _models_of_rows(source: Source, names: Cells, column: str) -> list[Source]:
-    """A table in long format, cut: one source for each model, in the order of their first rows."""
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        rows.setdefault("" if name is None else str(name).strip(), []).append(row)
-    if "" in rows:
-        raise UserError(f"{source.at(rows[''][0])}: no name in the column of models; expected one in every row")
-    columns = {name: cells for name, cells in source.columns.items() if name != column}
-    return [
-        replace(
-            source,
-            name=name,
-            columns={c: [cells[r] for r in own] for c, cells in columns.items()},
-            ids=None if source.ids is None else [source.ids[r] for r in own],
-            rows=own,
+def _check_array(model: Source) -> None:
+    (array,) = (np.asanyarray(cells) for cells in model.columns.values())
+    if array.dtype.names or array.ndim not in (1, 2):
+        raise UserError(
+            f"{model.where}: {array.dtype} of shape {array.shape}; expected (N,) or (N, C): a row for each example"
+            + ("; several models: one array for each in an .npz file" if array.ndim == 3 else "")
         )
-        for name, own in rows.items()
-    ]
+    if not array.size:
+        raise UserError(f"{model.where}: shape {array.shape}: no numbers; expected a row for each example")
+    if model.ids is not None and len(model.ids) != len(array):
+        raise UserError(f"{model.where}: {len(array)} rows, but {len(model.ids)} ids; expected one for each")
 
 
 def check_ids(source: Source, request: Request) -> None:
     """``UserError`` for an id that is empty, endless or there twice, and for a table without any but ``by_row``."""
-    if source.ids is None and source.table is not None and not request.by_row:
+    if source.ids is None and source.table and not request.by_row:
         raise UserError(
             f"{source.path}: no column of ids; {source.shown}; name it with --id, or say --by-row if its rows are in "
             "the order of the labels"
         )
-    seen: dict[str, int] = {}
+    first: dict[str, int] = {}
     for row, name in enumerate(source.ids or ()):
         if not name or len(name) > _LONGEST_ID or "\0" in name:
             raise UserError(f"{source.at(row)}: the id is {name[:40]!r}; each row needs its own, short and without NUL")
-        if name in seen:
+        if first.setdefault(name, row) != row:
             raise UserError(
-                f"{source.at(row)}: id {name!r} is already at {source.at(seen[name])}; each example once"
+                f"{source.at(row)}: id {name!r} is already at {source.at(first[name])}; each example once"
                 + ("" if source.name else "; several models in one file: name their column with --model-column")
             )
-        seen[name] = row
 
 
 def read_source(path: Path, request: Request) -> Source:
@@ -161,34 +152,31 @@ def read_source(path: Path, request: Request) -> Source:
     and R write the names of rows). ``UserError`` where the file cannot be read.
     """
     start = _start(path)
-    if start.startswith((_NPY, _ZIP)):
-        arrays = _arrays(path, start)
-        name = next((n for n in (request.id, "ids", "id") if n in arrays), None)
-        ids = None if name is None else _array_ids(path, name, vector(path, arrays[name]))
-        rest = {n: a for n, a in arrays.items() if n not in (request.id, "ids", "id")}
-        return Source(path, rest, ids, range(len(ids or ())))
-    table = _table(path)
-    columns: dict[str, Cells] = dict(table.columns)
-    name = request.id if request.id in columns else next((n for n in columns if n.lower() in ("id", "ids")), None)
-    if name is None and table.found[0] == "":
-        name = ""
-    cells = None if name is None else columns.pop(name)
-    columns.pop("", None)
-    rows = range(len(next(iter(table.columns.values()))))
-    return Source(path, columns, None if cells is None else _table_ids(cells), rows, "", table, table.notices)
+    if not start.startswith((_NPY, _ZIP)):
+        table = _table(path)
+        columns: dict[str, Cells] = dict(table.columns)
+        names = (n for n in columns if n == request.id or n.lower() in ("id", "ids") or n == table.found[0] == "")
+        name = min(names, key=lambda n: (n != request.id, n == ""), default=None)
+        ids = None if name is None else [_id(cell) for cell in columns.pop(name)]
+        columns.pop("", None)
+        return Source(path, columns, ids, table, range(len(next(iter(table.columns.values())))))
+    arrays = _arrays(path, start)
+    name = next((n for n in (request.id, "ids", "id") if n in arrays), None)
+    rest: dict[str, Cells] = {n: a for n, a in arrays.items() if n not in (request.id, "ids", "id")}
+    if name is None:
+        return Source(path, rest, None)
+    array = vector(path, arrays[name])
+    if array.dtype.kind == "S":
+        array = np.char.decode(array, "utf-8", "backslashreplace")
+    if array.dtype.kind not in "Uiu":
+        raise UserError(f"{path}: array {name!r} is {array.dtype}; expected ids: text or whole numbers")
+    return Source(path, rest, [_id(cell) for cell in array.tolist()])
 
 
-def _table_ids(cells: Cells) -> list[str]:
-    whole = (int(c) if isinstance(c, float) and c.is_integer() else c for c in cells)  # pandas made floats of them
-    return ["" if c is None or isinstance(c, (list, dict)) else str(c).strip() for c in whole]
-
-
-def _array_ids(path: Path, name: str, ids: np.ndarray) -> list[str]:
-    if ids.dtype.kind == "S":
-        ids = np.char.decode(ids, "utf-8", "backslashreplace")
-    if ids.dtype.kind not in "Uiu":
-        raise UserError(f"{path}: array {name!r} is {ids.dtype}; expected ids: text or whole numbers")
-    return [str(i).strip() for i in ids.tolist()]
+def _id(cell: Any) -> str:
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)  # whole numbers that pandas made floats of
+    return "" if cell is None or isinstance(cell, list | dict) else str(cell).strip()
 
 
 def vector(path: Path, cells: Cells) -> np.ndarray:
@@ -224,7 +212,7 @@ def _arrays(path: Path, start: bytes) -> dict[str, np.ndarray]:
     """The array of an .npy file, memory-mapped, or those of an .npz file."""
     try:
         if start.startswith(_NPY):
-            return {ARRAY: np.lib.format.open_memmap(path, mode="r")}  # never unpickles, unlike np.load
+            return {"": np.lib.format.open_memmap(path, mode="r")}  # never unpickles, unlike np.load
         # Opened here: np.load leaves a damaged archive's file open.
         with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
@@ -234,22 +222,22 @@ def _arrays(path: Path, start: bytes) -> dict[str, np.ndarray]:
             f"{path}: cannot be read as {what} ({type(e).__name__}: {one_line(e)}); expected numbers, as numpy.save "
             "and numpy.savez write them; Python objects are never loaded"
         ) from e
-    other = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
-    if other:
-        raise UserError(f"{path}: a zip archive, but no .npz: it holds {other[0]!r}; save the predictions as CSV")
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{path}: a zip archive, but no .npz: it holds {name!r}; save the predictions as CSV")
     return arrays
 
 
 def _table(path: Path) -> Table:
     table = read_table(path, None)
     if table.broken:
-        row = next(iter(table.broken))
-        raise UserError(f"{table.at(row)}: {table.broken[row]}; mend it: every row counts")
-    if not any(len(cells) for cells in table.columns.values()):
+        row, why = next(iter(table.broken.items()))
+        raise UserError(f"{table.at(row)}: {why}; mend it: every row counts")
+    if not any(table.columns.values()):
         raise UserError(f"{path}: no rows; expected a header line and a row for each example")
     if not any(math.isnan(number(name)) or name.strip().isdigit() for name in table.found):
+        shown = ", ".join(table.found[:3])
         raise UserError(
-            f"{path}: its first line holds numbers ({', '.join(table.found[:3])}); expected a header line with the "
-            "names of the columns"
+            f"{path}: its first line holds numbers ({shown}); expected a header line that names the columns"
         )
     return table

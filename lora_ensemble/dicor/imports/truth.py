@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_ensemble.dicor.imports.layout import read_classes, such
 from lora_ensemble.dicor.imports.request import Request
-from lora_ensemble.dicor.imports.sources import ARRAY, Source, check_ids, read_source, vector
+from lora_ensemble.dicor.imports.sources import Source, check_ids, read_source, vector
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import Examples, MemberRecord, read_examples
 from lora_ensemble.tasks import PRESETS, Kind, Task, number
@@ -50,12 +50,12 @@ def find_truth(request: Request, members: Sequence[MemberRecord], notices: list[
             )
         return Truth(_task(request, kind, labels or []), in_pool, in_pool.ids.tolist(), "the pool's examples")
     source = read_source(request.labels, request)
-    notices += source.notices
+    notices += source.table.notices if source.table else []
     column, cells = _label_cells(source, request)
     ids = source.ids
     if ids is None:
         notices.append(f"{source.path.name}: it has no ids; its rows are numbered from 0")
-        ids = [str(i) for i in range(len(source.rows if cells is None else cells))]
+        ids = [str(i) for i in range(len(source))]
     if cells is None and request.split == "dev" and in_pool is None:
         raise UserError(f"{source.path}: all labels are empty; dev needs them: members are chosen by their dev score")
     if labels is None and kind != "regression":
@@ -118,11 +118,11 @@ def _label_cells(source: Source, request: Request) -> tuple[str, Sequence[Any] |
     """
     column = request.label_column
     if source.table is None:
-        if source.ids is None and ARRAY not in source.columns:
+        if source.ids is None and "" not in source.columns:
             raise UserError(
                 f"{source.path}: no array 'ids'; arrays found: {', '.join(source.columns)}; save ids and labels in it"
             )
-        column = next((name for name in (ARRAY, column) if name in source.columns), "labels")
+        column = next((name for name in ("", column) if name in source.columns), "labels")
     check_ids(source, request)
     if column not in source.columns:
         if request.label or request.split == "dev":
@@ -207,9 +207,9 @@ def rows_of_examples(source: Source, truth: Truth, request: Request, notices: li
     """
     n, ids = len(truth.examples.ids), source.ids
     if ids is None:
-        if len(source.rows) != n:
+        if len(source) != n:
             raise UserError(
-                f"{source.where}: {len(source.rows)} rows without ids; expected {n}, one for each {request.split} "
+                f"{source.where}: {len(source)} rows without ids; expected {n}, one for each {request.split} "
                 "example in the order of the labels"
             )
         notices.append(f"{source.where}: no ids; its rows are taken in the order of {truth.source}")
