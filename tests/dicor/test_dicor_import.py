@@ -610,7 +610,7 @@ GOOD = [f"{i},{p}" for i, p in zip(IDS, P, strict=True)]
     [
         (lines("id,p", *GOOD[:3]), "m.csv: no row for 2 of the 5 dev examples, the first with id 'q4'; every"),
         (lines("id,p", *GOOD, "zz,0.5"), "m.csv:7: id 'zz' is not one of the 5 dev examples; remove it, or give"),
-        (lines("id,p", "zz,0.5", *GOOD, "yy,1"), "m.csv:2: id 'zz' is not one of the 5 dev examples (2 such rows)"),
+        (lines("id,p", "zz,0.5", *GOOD, "yy,1"), "m.csv:2: id 'zz' is not one of the 5 dev examples; remove it, or give labels that have it (2 such rows)"),
         (lines("id,p", "a,0.5", "b,0.4"), "m.csv: none of its ids is one of the 5 dev examples: 'a' here, 'q7' there"),
         (lines("id,p", *GOOD, "q9,0.5"), "m.csv:7: id 'q9' is already at"),
         (lines("id,p", *GOOD, ",0.5"), "m.csv:7: the id is ''; each row needs its own"),
@@ -657,7 +657,7 @@ def test_a_repeated_id_may_mean_several_models(home: Path, fails: Callable[..., 
 @pytest.mark.parametrize(
     ("array", "says"),
     [
-        (P3[:4], "m.npy: 4 rows without ids; expected 5, one for each dev example in the order of the labels"),
+        (P3[:4], "m.npy: 4 rows without ids; expected 5, one for each of the dev examples in the order of the labels"),
         (P3[:, :2], "m.npy: 2 columns of outputs; expected 3, one for each label (neg, neu, pos); if there are others"),
         (P, "m.npy: 1 column of outputs; expected 3"),
         (np.stack([P3, P3]), "m.npy: float64 of shape (2, 5, 3); expected (N,) or (N, C)"),

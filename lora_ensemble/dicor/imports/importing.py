@@ -21,14 +21,12 @@ from lora_ensemble.dicor.imports.sources import Source, read_models
 from lora_ensemble.dicor.imports.truth import Truth, find_truth, rows_of_examples
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import (
-    Examples,
     MemberRecord,
     check_name,
     checksum,
     logits_file,
     member_folder,
     read_array,
-    read_examples,
     read_records,
     write_examples,
     write_member,
@@ -51,10 +49,10 @@ class Imported:
     """What the file held."""
     score: float | None
     """The task's score on the split; None where labels are unknown, NaN where r is undefined."""
-    unchanged: bool
-    """Whether the pool had the very same logits already."""
     old: MemberRecord | None
-    """What is under the name now."""
+    """What was under the name."""
+    unchanged: bool
+    """Whether that had these very logits."""
 
 
 def import_predictions(request: Request) -> tuple[list[Imported], Truth, list[str]]:
@@ -62,27 +60,32 @@ def import_predictions(request: Request) -> tuple[list[Imported], Truth, list[st
 
     Importing the same again changes nothing. ``UserError`` where files, labels, pool and request do not fit together.
     """
+    pool, task, split = request.pool, request.task, request.split
     if request.columns and request.member_columns:
         raise UserError("--columns are one model's, --member-columns a model each; give one of them")
     sources = _named([source for path in request.files for source in read_models(path, request)], request)
-    records = {record.name: record for record in read_records(request.pool, request.task)}
-    unknown = [name for name in sources if name not in records]
-    if request.split != "dev" and unknown:
-        raise UserError(
-            f"{member_folder(request.pool, request.task, unknown[0])}: no such member; import its dev predictions "
-            "first (--split dev): members are chosen by them"
-        )
-    replaced = sources if request.overwrite and request.split == "dev" else ()
+    records = {record.name: record for record in read_records(pool, task)}
+    if split != "dev" and (unknown := [name for name in sources if name not in records]):
+        advice = "import its dev predictions first (--split dev): members are chosen by them"
+        raise UserError(f"{member_folder(pool, task, unknown[0])}: no such member; {advice}")
+    replaced = sources if request.overwrite and split == "dev" else ()
     notices: list[str] = []
     truth = find_truth(request, [record for name, record in records.items() if name not in replaced], notices)
-    notices += one_label(truth.examples.labels, truth.task.labels, f"{request.split} labels")
+    examples = truth.examples
+    notices += one_label(examples.labels, truth.task.labels, f"{split} labels")
     notices += [notice for source in sources.values() if source.table for notice in source.table.notices]
-    # Everything that can be refused is, before anything is written.
-    imported = [_read(name, source, records.get(name), truth, request, notices) for name, source in sources.items()]
-    fingerprint = write_examples(request.pool, request.task, request.split, truth.examples.ids, truth.examples.labels)
+    imported = []
+    for name, source in sources.items():
+        outputs, form = to_logits(source, truth.task, request, notices)
+        logits, old = outputs[rows_of_examples(source, truth, request, notices)], records.get(name)
+        value = None if examples.labels is None else score(logits, examples.labels, truth.task.kind)
+        unchanged = old is not None and _is_there(old, logits, truth, request)
+        imported.append(Imported(name, source, logits, form, value, old, unchanged))
+    # Everything that can be refused has been, before anything is written.
+    write_examples(pool, task, split, examples.ids, examples.labels)
     for member in imported:
         if not member.unchanged:
-            _write(member, truth, request, fingerprint, notices)
+            _write(member, truth, request, notices)
         notices += _doubts(member, truth, request)
     return imported, truth, list(dict.fromkeys(notices))
 
@@ -112,51 +115,31 @@ def _name_of(source: Source, split: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name).lstrip("._-")
 
 
-def _read(
-    name: str, source: Source, old: MemberRecord | None, truth: Truth, request: Request, notices: list[str]
-) -> Imported:
-    """A member that only needs to be written."""
-    outputs, form = to_logits(source, truth.task, request, notices)
-    logits = outputs[rows_of_examples(source, truth, request, notices)]
-    labels = truth.examples.labels
-    value = None if labels is None else score(logits, labels, truth.task.kind)
-    unchanged = old is not None and _is_there(old, logits, truth, request)
-    return Imported(name, source, logits, form, value, unchanged, old)
-
-
 def _is_there(old: MemberRecord, logits: np.ndarray, truth: Truth, request: Request) -> bool:
     """Whether a member has these very logits; ``UserError`` where it has others that may not be replaced."""
-    split = request.split
+    split, folder = request.split, member_folder(request.pool, request.task, old.name)
     if split in old.examples and logits_file(split) in old.files:
-        # Both sides are compared as the numbers that they are, whatever file they came from.
+        # Compared as the numbers that they are, whatever file they came from.
         there = read_array(request.pool, old, logits_file(split))
-        examples = read_examples(request.pool, request.task, split, old.examples[split])
         same_task = (old.kind, old.labels) == (truth.task.kind, truth.task.labels)
-        if same_task and np.array_equal(there, logits) and _are_equal(examples, truth.examples):
+        if same_task and old.examples[split] == truth.fingerprint and np.array_equal(there, logits):
             return True
     elif split != "dev":
         return False
-    folder = member_folder(request.pool, request.task, old.name)
-    origin = old.settings.get(IMPORTED, {}).get(split)
-    if origin is None:
+    if split not in old.settings.get(IMPORTED, {}):
         raise UserError(
             f"{folder}: this member was trained, and has its own {split} predictions; give another name with --name"
         )
     if not request.overwrite:
+        file = old.settings[IMPORTED][split]["file"]
         raise UserError(
-            f"{folder}: already there with other {split} predictions (from {origin['file']}); replace them with "
-            "--overwrite, or give another name with --name"
+            f"{folder}: already there with other {split} predictions (from {file}); replace them with --overwrite, or "
+            "give another name with --name"
         )
     return False
 
 
-def _are_equal(a: Examples, b: Examples) -> bool:
-    if a.labels is None or b.labels is None:
-        return a.labels is b.labels and np.array_equal(a.ids, b.ids)
-    return np.array_equal(a.ids, b.ids) and np.array_equal(a.labels, b.labels)
-
-
-def _write(member: Imported, truth: Truth, request: Request, fingerprint: str, notices: list[str]) -> None:
+def _write(member: Imported, truth: Truth, request: Request, notices: list[str]) -> None:
     split, old, source = request.split, member.old, member.source
     origin = {
         "file": source.path.name,
@@ -167,7 +150,7 @@ def _write(member: Imported, truth: Truth, request: Request, fingerprint: str, n
     files = {logits_file(split): member.logits}
     if split != "dev" and old is not None:
         settings = {**old.settings, IMPORTED: {**old.settings.get(IMPORTED, {}), split: origin}}
-        record = replace(old, settings=settings, examples={**old.examples, split: fingerprint})
+        record = replace(old, settings=settings, examples={**old.examples, split: truth.fingerprint})
         write_member(request.pool, record, files, keep=old)
         return
     if old is not None and (others := sorted(set(old.examples) - {"dev"})):
@@ -180,7 +163,7 @@ def _write(member: Imported, truth: Truth, request: Request, fingerprint: str, n
         labels=truth.task.labels,
         finished=True,
         score=None if member.score is None or math.isnan(member.score) else member.score,
-        examples={"dev": fingerprint},
+        examples={"dev": truth.fingerprint},
         settings={IMPORTED: {"dev": origin}},
         versions={"lora-ensemble": __version__},
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_ensemble.dicor.imports.layout import check_width, pick, read_classes, read_numbers, such, to_class
+from lora_ensemble.dicor.imports.layout import check_width, class_of, pick, read_classes, read_numbers
 from lora_ensemble.dicor.imports.request import Form, Request
 from lora_ensemble.dicor.imports.sources import Cells, Source
 from lora_ensemble.errors import UserError
@@ -34,50 +34,55 @@ def to_logits(source: Source, task: Task, request: Request, notices: list[str]) 
     if task.kind == "regression" and form not in ("auto", "logits"):
         raise UserError(f"--from {form}: a regression has values; leave it out")
     picked = pick(source, task, request, notices)
-    votes = _one_column(source.columns[picked[0]]) if len(picked) == 1 else None
+    cells = _one_each(source.columns[picked[0]]) if len(picked) == 1 else None
     if form == "decisions":
-        return _decided(source, picked, votes, task, notices), form
-    if form == "auto" and task.kind != "regression" and votes is not None:
-        _refuse_decisions(source, picked[0], votes, task)
+        return _decided(source, picked[0], cells, task, notices), form
+    if form == "auto" and task.kind != "regression" and cells is not None:
+        _refuse_decisions(source, picked[0], cells, task)
     values = np.concatenate([read_numbers(source, name) for name in picked], axis=1)
     check_width(source, values.shape[1], picked, task)
-    if task.kind == "regression":
-        return _float32(source, values), "logits"
-    if values.shape[1] > len(picked):  # columns without names
+    if task.kind != "regression" and values.shape[1] > len(picked):  # columns without names
         notices.append(f"{source.where}: its columns are taken in the order of the labels: {', '.join(task.labels)}")
     if form == "auto":
-        form = _guess(source, values, picked[0] if source.table else "")
+        form = "logits" if task.kind == "regression" else _guess(source, values, picked[0] if source.table else "")
     if form == "probabilities":
         values = _log_probabilities(source, values, picked, notices)
     if task.kind == "binary" and values.shape[1] == 2:
         values = values[:, 1:] - values[:, :1]  # the sigmoid of this is the softmax of those
-    return _float32(source, values), form
+    with np.errstate(over="ignore"):
+        logits = values.astype(np.float32)
+    large = ~np.isfinite(logits)
+    source.refuse(
+        large.any(axis=1),
+        lambda row: f"found {values[row][large[row]][0]:g}; expected a number that fits 32 bits (up to 3e38)",
+    )
+    return logits, form
 
 
-def _one_column(cells: Cells) -> list | None:
+def _one_each(cells: Cells) -> list | None:
     """Cells that are one value each; None where they are lists, or an array of several columns."""
     if isinstance(cells, np.ndarray):
         return cells.reshape(-1).tolist() if cells.size == len(cells) else None
-    return None if cells and isinstance(cells[0], list) else list(cells)
+    return None if isinstance(cells[0], list) else list(cells)
 
 
-def _refuse_decisions(source: Source, name: str, votes: list, task: Task) -> None:
+def _refuse_decisions(source: Source, name: str, cells: list, task: Task) -> None:
     """``UserError`` where the outputs can only be class labels: what is lost with them is for the user to accept."""
-    read = to_class(task.labels)
+    read = class_of(task)
     # A binary 0 or 1 may be a certain probability as well, which comes to the same; any other label may not.
-    if all(read(vote) is not None for vote in votes):
+    if all(read(cell) is not None for cell in cells):
+        what = f"column {name!r} holds" if source.table else "it holds"
         raise UserError(
-            f"{source.where}: {f'column {name!r} holds' if source.table else 'it holds'} class labels only; give probabilities "
-            "or logits if you can: votes know no doubt, so averages of logits, log-loss and calibration lose theirs; "
-            "to take them as votes, say --from decisions"
+            f"{source.where}: {what} class labels only; give probabilities or logits if you can: votes know no doubt, "
+            "so averages of logits, log-loss and calibration lose theirs; to take them as votes, say --from decisions"
         )
 
 
-def _decided(source: Source, picked: Sequence[str], votes: list | None, task: Task, notices: list[str]) -> np.ndarray:
+def _decided(source: Source, name: str, cells: list | None, task: Task, notices: list[str]) -> np.ndarray:
     """Logits that say a class and nothing of how sure: 1 for it and 0 for the others; binary: 1 or -1."""
-    if votes is None:
+    if cells is None:
         raise UserError(f"{source.where}: --from decisions: several columns; expected one of class labels")
-    logits = np.eye(len(task.labels), dtype=np.float32)[read_classes(source, picked[0], votes, task)]
+    logits = np.eye(len(task.labels), dtype=np.float32)[read_classes(source, name, cells, task)]
     notices.append(
         f"{source.where}: decisions are taken as one weak vote each (a logit of 1); a majority counts them fully, "
         "an average of logits or probabilities hardly"
@@ -87,19 +92,16 @@ def _decided(source: Source, picked: Sequence[str], votes: list | None, task: Ta
 
 def _guess(source: Source, values: np.ndarray, name: str) -> Form:
     """Logits or probabilities, where it cannot be mistaken: by the values, and by what the columns are called."""
-    ask = "say --from probabilities or --from logits"
-    told = "logits" if name.lower().startswith("logit") else _PROBABILITY.match(name.lower()) and "probabilities"
+    ask, called = "say --from probabilities or --from logits", name.lower()
+    probabilities, logits = bool(_PROBABILITY.match(called)), called.startswith("logit")
     negative, several = (values < -_SLACK).any(axis=1), values.shape[1] > 1
-    if negative.any():
-        if told == "probabilities":
-            where = source.at(int(np.argmax(negative)))
-            raise UserError(f"{where}: column {name!r} is negative, which no probability is; {ask}")
-        return "logits"
+    if probabilities:
+        source.refuse(negative, lambda _: f"column {name!r} is negative, which no probability is; {ask}")
     within = bool((values <= 1 + _SLACK).all())
     sums = within and several and not _wrong_sums(values).any()
-    if told == "logits" and not sums:
+    if negative.any() or (logits and not sums):
         return "logits"
-    if told == "probabilities" or (sums and told is None):
+    if probabilities or (sums and not logits):
         return "probabilities"
     what = "all values are between 0 and 1, as probabilities are and logits may be"
     if sums:
@@ -119,40 +121,31 @@ def _wrong_sums(p: np.ndarray) -> np.ndarray:
 def _log_probabilities(source: Source, values: np.ndarray, picked: Sequence[str], notices: list[str]) -> np.ndarray:
     """(N, K) logits of probabilities (N, K): logarithms of several, for a column alone log(p / (1 - p))."""
     outside = (values < -_SLACK) | (values > 1 + _SLACK)
-    if outside.any():
-        row, k = (int(i) for i in np.argwhere(outside)[0])
-        found = source.cell(picked[k] if len(picked) > 1 else picked[0], f"{values[row, k]:g}")
-        more = "; divide percentages by 100" if values.max() > 1 and values.max() <= 100 and values.min() >= 0 else ""
-        raise UserError(
-            f"{source.at(row)}: {found}; expected a probability, from 0 to 1{more}; or say "
-            f"--from logits{such(outside.any(axis=1))}"
-        )
+
+    def wrong(row: int) -> str:
+        k = int(np.argmax(outside[row]))
+        cell = source.cell(picked[k] if len(picked) > 1 else picked[0], values[row, k])
+        more = "; divide percentages by 100" if values.min() >= 0 and 1 < values.max() <= 100 else ""
+        return f"{cell}; expected a probability, from 0 to 1{more}; or say --from logits"
+
+    source.refuse(outside.any(axis=1), wrong)
     p = np.clip(values, 0, 1)
-    if p.shape[1] > 1:
-        wrong = _wrong_sums(p)
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise UserError(
-                f"{source.at(row)}: the probabilities sum to {p[row].sum():g}; expected 1: one for each class, one "
-                f"of which is true; or say --from logits{such(wrong)}"
-            )
-        p = p / p.sum(axis=1, keepdims=True)
+    alone = p.shape[1] == 1
+    if not alone:
+        sums = p.sum(axis=1, keepdims=True)
+        source.refuse(
+            _wrong_sums(p),
+            lambda row: (
+                f"the probabilities sum to {sums[row, 0]:g}; expected 1: one for each class, one of which is "
+                "true; or say --from logits"
+            ),
+        )
+        p = p / sums
     certain = ((p < EPSILON) | (p > 1 - EPSILON)).any(axis=1)
     if certain.any():
         notices.append(
             f"{source.where}: {certain.sum()} of {len(p)} rows hold certain (or almost certain) probabilities; they "
             f"are kept {EPSILON:g} from 0 and 1"
         )
-    if p.shape[1] == 1:
-        p = np.clip(p, EPSILON, 1 - EPSILON)
-        return np.log(p) - np.log1p(-p)
-    return np.log(np.maximum(p, EPSILON))
-
-
-def _float32(source: Source, values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        logits = values.astype(np.float32)
-    if not np.isfinite(logits).all():
-        row, k = (int(i) for i in np.argwhere(~np.isfinite(logits))[0])
-        raise UserError(f"{source.at(row)}: found {values[row, k]:g}; expected a number that fits 32 bits (up to 3e38)")
-    return logits
+    p = np.clip(p, EPSILON, 1 - EPSILON if alone else 1)
+    return np.log(p) - np.log1p(-p) if alone else np.log(p)

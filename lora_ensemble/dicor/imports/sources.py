@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,18 @@ class Source:
         """Where one of the N rows is, for an error."""
         return self.table.at(self.rows[row]) if self.table else f"{self.where}: row {row}"
 
-    def cell(self, name: str, text: str) -> str:
-        """The subject of an error about a cell of a column."""
-        return f"column {name!r} is {text}" if self.table else f"found {text}"
+    def cell(self, name: str, cell: Any) -> str:
+        """A cell of a column, as the start of an error."""
+        if isinstance(cell, np.ndarray | np.generic):
+            cell = cell.tolist()
+        shown = "empty" if cell in ("", None) else f"{cell:g}" if isinstance(cell, float) else repr(cell)[:80]
+        return f"column {name!r} is {shown}" if self.table else f"found {shown}"
+
+    def refuse(self, bad: Sequence[bool] | np.ndarray, why: Callable[[int], str]) -> None:
+        """``UserError`` for the first of the N rows that is ``bad``."""
+        if np.any(bad):
+            row, more = int(np.argmax(bad)), f" ({np.sum(bad)} such rows)" if np.sum(bad) > 1 else ""
+            raise UserError(f"{self.at(row)}: {why(row)}{more}")
 
     @property
     def shown(self) -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from lora_ensemble.dicor.imports.layout import read_classes, such
+from lora_ensemble.dicor.imports.layout import read_classes
 from lora_ensemble.dicor.imports.request import Request
 from lora_ensemble.dicor.imports.sources import Source, check_ids, read_source, vector
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import Examples, MemberRecord, read_examples
+from lora_ensemble.pool import Examples, MemberRecord, fingerprint, read_examples
 from lora_ensemble.tasks import PRESETS, Kind, Task, number
 
 
@@ -32,6 +33,10 @@ class Truth:
     """The ids (N,) in the order of the rows of predictions that have none: that of the labels file if there is one."""
     source: str
     """What that order is called in a notice."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.examples.ids, self.examples.labels)
 
 
 def find_truth(request: Request, members: Sequence[MemberRecord], notices: list[str]) -> Truth:
@@ -48,33 +53,33 @@ def find_truth(request: Request, members: Sequence[MemberRecord], notices: list[
                 f"{request.pool / request.task}: no {request.split} examples in this pool yet; give a file of their "
                 "ids and labels with --labels FILE"
             )
-        return Truth(_task(request, kind, labels or []), in_pool, in_pool.ids.tolist(), "the pool's examples")
-    source = read_source(request.labels, request)
+        task = Task(name=request.task, kind=kind, text=["text"], label_names=labels or [])
+        return Truth(task, in_pool, in_pool.ids.tolist(), "the pool's examples")
+    source, column = read_source(request.labels, request), request.label_column
     notices += source.table.notices if source.table else []
-    column, cells = _label_cells(source, request)
+    if source.table is None:
+        column = next((name for name in ("", column) if name in source.columns), "labels")
+    cells = _label_cells(source, column, request)
+    if cells is None and request.split == "dev" and in_pool is None:
+        raise UserError(f"{source.path}: all labels are empty; dev needs them: members are chosen by their dev score")
     ids = source.ids
     if ids is None:
         notices.append(f"{source.path.name}: it has no ids; its rows are numbered from 0")
         ids = [str(i) for i in range(len(source))]
-    if cells is None and request.split == "dev" and in_pool is None:
-        raise UserError(f"{source.path}: all labels are empty; dev needs them: members are chosen by their dev score")
     if labels is None and kind != "regression":
         if cells is None:
             raise UserError(f"{source.path}: no labels to tell the classes; name them with --label-names")
-        labels = _labels_of(source, cells, kind, column)
+        labels = _labels_of(source, column, cells, kind)
         if kind == "multiclass":
             order = f"the labels are {', '.join(labels)}, in this order"
             notices.append(f"{source.path.name}: {order}; --label-names says others")
-    task = _task(request, kind, labels or [])
+    task = Task(name=request.task, kind=kind, text=["text"], label_names=labels or [])
     values = None if cells is None else _values(source, column, cells, task)
     if in_pool is None:
-        return Truth(task, Examples(np.array(ids), values), ids, source.path.name)
-    _check_against_pool(request, in_pool, source, ids, values)
+        in_pool = Examples(np.array(ids), values)
+    else:
+        _check_against(in_pool, request, source, ids, values)
     return Truth(task, in_pool, ids, source.path.name)
-
-
-def _task(request: Request, kind: Kind, labels: list[str]) -> Task:
-    return Task(name=request.task, kind=kind, text=["text"], label_names=labels)
 
 
 def _known(request: Request, members: Sequence[MemberRecord]) -> tuple[Kind, list[str] | None]:
@@ -89,7 +94,7 @@ def _known(request: Request, members: Sequence[MemberRecord]) -> tuple[Kind, lis
         raise UserError(f"{where}: --task-kind {kind}, but {who} {known.kind}; leave it out, or give another --task")
     if names and kind == "regression":
         raise UserError("--label-names has no meaning for regression: its labels are numbers")
-    if names and (len(set(names)) < len(names) or len(names) < 2 or (kind == "binary" and len(names) > 2)):
+    if names and (len(set(names)) < max(2, len(names)) or (kind == "binary" and len(names) > 2)):
         expected = "two different names" if kind == "binary" else "two names or more, all different"
         raise UserError(f"--label-names {' '.join(names)}: expected {expected}")
     if names and known is not None and names != known.labels:
@@ -111,38 +116,32 @@ def _in_pool(request: Request, members: Sequence[MemberRecord]) -> Examples | No
     return read_examples(request.pool, request.task, request.split, *fingerprints) if fingerprints else None
 
 
-def _label_cells(source: Source, request: Request) -> tuple[str, Sequence[Any] | None]:
-    """The column of true labels in a file, and its cells; None where there are none at all.
+def _label_cells(source: Source, column: str, request: Request) -> Sequence[Any] | None:
+    """The true labels in a file as they stand; None where there are none at all.
 
     ``UserError`` where a file that must have labels has none, where only some rows have one, and for its ids.
     """
-    column = request.label_column
-    if source.table is None:
-        if source.ids is None and "" not in source.columns:
-            raise UserError(
-                f"{source.path}: no array 'ids'; arrays found: {', '.join(source.columns)}; save ids and labels in it"
-            )
-        column = next((name for name in ("", column) if name in source.columns), "labels")
+    if source.table is None and source.ids is None and column:
+        raise UserError(f"{source.path}: no array 'ids'; {source.shown}; save ids and labels in it")
     check_ids(source, request)
     if column not in source.columns:
         if request.label or request.split == "dev":
             raise UserError(f"{source.path}: no labels: no column {column!r}; {source.shown}; name it with --label")
-        return column, None
+        return None
     cells = source.columns[column]
     if isinstance(cells, np.ndarray):
         cells = vector(source.path, cells).tolist()
     if source.ids is not None and len(cells) != len(source.ids):
         raise UserError(f"{source.path}: {len(source.ids)} ids, but {len(cells)} labels; expected one for each")
-    empty = [row for row, cell in enumerate(cells) if cell is None or cell != cell or not str(cell).strip()]
-    if empty and len(empty) < len(cells):
-        raise UserError(
-            f"{source.at(empty[0])}: no label ({len(empty)} of {len(cells)} rows have none); add it, or leave the row "
-            "out here and in the predictions"
-        )
-    return column, None if empty else cells
+    empty = [cell is None or cell != cell or not str(cell).strip() for cell in cells]
+    if all(empty):
+        return None
+    advice = "add it, or leave the row out here and in the predictions"
+    source.refuse(empty, lambda _: f"no label ({sum(empty)} of {len(cells)} rows have none); {advice}")
+    return cells
 
 
-def _labels_of(source: Source, cells: Sequence[Any], kind: Kind, column: str) -> list[str]:
+def _labels_of(source: Source, column: str, cells: Sequence[Any], kind: Kind) -> list[str]:
     """Class labels that a file has: numbers by value, words by the alphabet, as scikit-learn orders them."""
     texts = list(dict.fromkeys(str(cell).strip() for cell in cells))
     # Of 1 and 1.0, the first counts. A word is no number, and so its own key.
@@ -151,16 +150,15 @@ def _labels_of(source: Source, cells: Sequence[Any], kind: Kind, column: str) ->
         if set(by_value) <= {0.0, 1.0} or {text.lower() for text in texts} <= {"false", "true"}:
             return ["0", "1"]
         example = f"--label-names {' '.join(sorted(texts)[:2])}, the positive one last"
-        if len(texts) != 2:
-            raise UserError(
-                f"{source.path}: column {column!r} has {len(texts)} different labels ({', '.join(texts[:5])}); "
-                f"expected two for a binary task; say --task-kind multiclass, or name two: {example}"
-            )
-        raise UserError(f"{source.path}: labels {texts[0]!r} and {texts[1]!r}: which is positive? say {example}")
-    if len(by_value) < 2:
+        if len(texts) == 2:
+            raise UserError(f"{source.path}: labels {texts[0]!r} and {texts[1]!r}: which is positive? say {example}")
         raise UserError(
-            f"{source.path}: column {column!r} has one label only ({', '.join(texts)}); name all with --label-names"
+            f"{source.path}: column {column!r} has {len(texts)} different labels ({', '.join(texts[:5])}); expected "
+            f"two for a binary task; say --task-kind multiclass, or name two: {example}"
         )
+    if len(by_value) < 2:
+        only = ", ".join(texts)
+        raise UserError(f"{source.path}: column {column!r} has one label only ({only}); name all with --label-names")
     values = sorted(n for n in by_value if isinstance(n, float) and math.isfinite(n))
     if len(values) < len(by_value):
         return sorted(texts)
@@ -173,30 +171,26 @@ def _values(source: Source, column: str, cells: Sequence[Any], task: Task) -> np
     if task.kind != "regression":
         return read_classes(source, column, cells, task)
     values = np.array([math.nan if isinstance(cell, bool) else number(str(cell)) for cell in cells])
-    if not np.isfinite(values).all():
-        row = int(np.argmin(np.isfinite(values)))
-        raise UserError(f"{source.at(row)}: label {cells[row]!r}; expected a finite number")
+    source.refuse(~np.isfinite(values), lambda row: f"label {cells[row]!r}; expected a finite number")
     return values
 
 
-def _check_against_pool(
-    request: Request, in_pool: Examples, source: Source, ids: Sequence[str], values: np.ndarray | None
+def _check_against(
+    in_pool: Examples, request: Request, source: Source, ids: Sequence[str], values: np.ndarray | None
 ) -> None:
     """``UserError`` unless the labels file says of the pool's examples what the pool says, and of no others."""
-    where = f"{request.split} examples of {request.pool / request.task}"
-    way_out = "leave out --labels: the pool has them; or give another --task"
-    rows = _rows_of(in_pool, source, ids, where, extra=way_out, missing=way_out)
+    where, way_out = request.pool / request.task, "leave out --labels: the pool has them; or give another --task"
+    rows = _rows_of(in_pool, source, ids, f"{request.split} examples of {where}", extra=way_out, missing=way_out)
     if values is None:
         return
     if in_pool.labels is None:
-        raise UserError(f"{source.path}: the {where} have no labels; {way_out}")
-    differ = np.flatnonzero(in_pool.labels != values[rows])
-    if len(differ):
-        i = differ[np.argmin(rows[differ])]
-        raise UserError(
-            f"{source.at(int(rows[i]))}: the label of {str(in_pool.ids[i])!r} is {values[rows[i]]}, but "
-            f"{in_pool.labels[i]} in {request.pool / request.task} ({len(differ)} differ); {way_out}"
-        )
+        raise UserError(f"{source.path}: the {request.split} examples of {where} have no labels; {way_out}")
+    there = np.empty_like(in_pool.labels)
+    there[rows] = in_pool.labels
+    source.refuse(
+        there != values,
+        lambda row: f"the label of {ids[row]!r} is {values[row]}, but {there[row]} in {where}; {way_out}",
+    )
 
 
 def rows_of_examples(source: Source, truth: Truth, request: Request, notices: list[str]) -> np.ndarray:
@@ -205,17 +199,15 @@ def rows_of_examples(source: Source, truth: Truth, request: Request, notices: li
     A source without ids must have as many rows, in the order of ``truth.row_ids`` (which a notice says). ``UserError``
     for ids that are missing, or of something else.
     """
-    n, ids = len(truth.examples.ids), source.ids
+    what, ids = f"{request.split} examples", source.ids
     if ids is None:
-        if len(source) != n:
-            raise UserError(
-                f"{source.where}: {len(source)} rows without ids; expected {n}, one for each {request.split} "
-                "example in the order of the labels"
-            )
+        if len(source) != len(truth.row_ids):
+            expected = f"{len(truth.row_ids)}, one for each of the {what} in the order of the labels"
+            raise UserError(f"{source.where}: {len(source)} rows without ids; expected {expected}")
         notices.append(f"{source.where}: no ids; its rows are taken in the order of {truth.source}")
         ids = truth.row_ids
     extra, missing = "remove it, or give labels that have it", "every example needs one"
-    return _rows_of(truth.examples, source, ids, f"{request.split} examples", extra=extra, missing=missing)
+    return _rows_of(truth.examples, source, ids, what, extra=extra, missing=missing)
 
 
 def _rows_of(
@@ -225,25 +217,19 @@ def _rows_of(
 
     ``UserError`` where ids are of no example (``extra``: what to do) or examples have no row (``missing``).
     """
-    wanted = examples.ids.tolist()
-    position = {name: i for i, name in enumerate(wanted)}
-    unknown = np.array([name not in position for name in ids], bool)
-    if unknown.all():
+    wanted, row_of = examples.ids.tolist(), {name: row for row, name in enumerate(ids)}
+    known = set(wanted)
+    if known.isdisjoint(ids):
         raise UserError(
             f"{source.where}: none of its ids is one of the {len(wanted)} {what}: {ids[0]!r} here, {wanted[0]!r} "
             "there; is it another split, or another column of ids (--id)?"
         )
-    if unknown.any():
-        row = int(np.argmax(unknown))
-        raise UserError(
-            f"{source.at(row)}: id {ids[row]!r} is not one of the {len(wanted)} {what}{such(unknown)}; {extra}"
-        )
-    rows = np.full(len(wanted), -1)
-    rows[[position[name] for name in ids]] = np.arange(len(ids))
-    lacking = np.flatnonzero(rows < 0)
-    if len(lacking):
-        raise UserError(
-            f"{source.where}: no row for {len(lacking)} of the {len(wanted)} {what}, the first with id "
-            f"{wanted[lacking[0]]!r}; {missing}"
-        )
-    return rows
+    source.refuse(
+        [name not in known for name in ids],
+        lambda row: f"id {ids[row]!r} is not one of the {len(wanted)} {what}; {extra}",
+    )
+    lacking = [name for name in wanted if name not in row_of]
+    if lacking:
+        first = f"the first with id {lacking[0]!r}"
+        raise UserError(f"{source.where}: no row for {len(lacking)} of the {len(wanted)} {what}, {first}; {missing}")
+    return np.array([row_of[name] for name in wanted])
