@@ -610,7 +610,8 @@ GOOD = [f"{i},{p}" for i, p in zip(IDS, P, strict=True)]
     [
         (lines("id,p", *GOOD[:3]), "m.csv: no row for 2 of the 5 dev examples, the first with id 'q4'; every"),
         (lines("id,p", *GOOD, "zz,0.5"), "m.csv:7: id 'zz' is not one of the 5 dev examples; remove it, or give"),
-        (lines("id,p", "zz,0.5", *GOOD, "yy,1"), "m.csv:2: id 'zz' is not one of the 5 dev examples; remove it, or give labels that have it (2 such rows)"),
+        (lines("id,p", "zz,0.5", *GOOD, "yy,1"), "m.csv:2: id 'zz' is not one of the 5 dev examples; remove it, or "
+         "give labels that have it (2 such rows)"),
         (lines("id,p", "a,0.5", "b,0.4"), "m.csv: none of its ids is one of the 5 dev examples: 'a' here, 'q7' there"),
         (lines("id,p", *GOOD, "q9,0.5"), "m.csv:7: id 'q9' is already at"),
         (lines("id,p", *GOOD, ",0.5"), "m.csv:7: the id is ''; each row needs its own"),
@@ -751,7 +752,7 @@ def test_labels_that_are_wrong(home: Path, fails: Callable[..., str], kind: str,
 
 def test_labels_out_of_range(home: Path, fails: Callable[..., str]) -> None:
     path = table(home / "m.csv", ["id", *NAMES[:2]], [(i, 1, 2) for i in IDS])
-    says = ["multiclass.csv:4: column 'label' is 'pos'; expected one of neg, neu; if there are others, name all with --label-names"]
+    says = ["multiclass.csv:4: column 'label' is 'pos'; expected one of neg, neu; if", "name all with --label-names"]
     fails("multiclass", path, "--label-names", "neg", "neu", says=says)
 
 

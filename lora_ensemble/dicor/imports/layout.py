@@ -17,10 +17,10 @@ from lora_ensemble.dicor.imports.sources import Cells, Source
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task, class_reader, number
 
-_NAMES = "p prob proba probs probability probabilities logit logits output pred prediction".split()
+_NAMES = ["p", "prob", "proba", "probs", "probability", "probabilities", "logit", "logits", "output", "pred"]
 # What a lone column of outputs may be called, and what may stand before a label: p_0, prob.neg, logit 3, class_2.
-_LONE = {*_NAMES, "preds", "predictions", "predicted", "outputs"}
-_PREFIXES = {*_NAMES, "", "pr", "score", "scores", "class", "label"}
+_LONE = {*_NAMES, "preds", "prediction", "predictions", "predicted", "outputs"}
+_PREFIXES = {*_NAMES, "", "pr", "prediction", "score", "scores", "class", "label"}
 
 
 def pick(source: Source, task: Task, request: Request, notices: list[str]) -> list[str]:

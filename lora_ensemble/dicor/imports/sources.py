@@ -161,28 +161,27 @@ def read_source(path: Path, request: Request) -> Source:
     and R write the names of rows). ``UserError`` where the file cannot be read.
     """
     start = _start(path)
-    if not start.startswith((_NPY, _ZIP)):
-        table = _table(path)
-        columns: dict[str, Cells] = dict(table.columns)
-        names = (n for n in columns if n == request.id or n.lower() in ("id", "ids") or n == table.found[0] == "")
-        name = min(names, key=lambda n: (n != request.id, n == ""), default=None)
-        ids = None if name is None else [_id(cell) for cell in columns.pop(name)]
+    table = None if start.startswith((_NPY, _ZIP)) else _table(path)
+    columns: dict[str, Cells] = _arrays(path, start) if table is None else dict(table.columns)
+    rows = range(len(next(iter(columns.values())))) if table else ()
+    if table and table.found[0]:
         columns.pop("", None)
-        return Source(path, columns, ids, table, range(len(next(iter(table.columns.values())))))
-    arrays = _arrays(path, start)
-    name = next((n for n in (request.id, "ids", "id") if n in arrays), None)
-    rest: dict[str, Cells] = {n: a for n, a in arrays.items() if n not in (request.id, "ids", "id")}
-    if name is None:
-        return Source(path, rest, None)
-    array = vector(path, arrays[name])
-    if array.dtype.kind == "S":
-        array = np.char.decode(array, "utf-8", "backslashreplace")
-    if array.dtype.kind not in "Uiu":
-        raise UserError(f"{path}: array {name!r} is {array.dtype}; expected ids: text or whole numbers")
-    return Source(path, rest, [_id(cell) for cell in array.tolist()])
+    names = [n for n in columns if n == request.id or n.lower() in ("id", "ids") or (table and not n)]
+    rest = {n: cells for n, cells in columns.items() if n not in names}
+    if not names:
+        return Source(path, rest, None, table, rows)
+    name = min(names, key=lambda n: (n != request.id, not n))
+    cells = columns[name]
+    if isinstance(cells, np.ndarray):
+        cells = vector(path, cells)
+        if cells.dtype.kind not in "SUiu":
+            raise UserError(f"{path}: array {name!r} is {cells.dtype}; expected ids: text or whole numbers")
+    return Source(path, rest, [_id(cell) for cell in cells], table, rows)
 
 
 def _id(cell: Any) -> str:
+    if isinstance(cell, bytes):
+        cell = cell.decode("utf-8", "backslashreplace")
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)  # whole numbers that pandas made floats of
     return "" if cell is None or isinstance(cell, list | dict) else str(cell).strip()
