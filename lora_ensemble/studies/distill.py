@@ -89,7 +89,7 @@ class Distillation:
     def defaults(self) -> dict[str, Any]:
         """Settings of the run, by option: those of the ensemble's best LoRA member, whose base model, task and pool."""
         records = chosen_records(self.record, self.pool)
-        trained = [(m.score, r) for m, r in zip(self.record.members, records, strict=True) if r.base_model]
+        trained = [(m.score or 0.0, r) for m, r in zip(self.record.members, records, strict=True) if r.base_model]
         adapted = [(score, r) for score, r in trained if r.finetune == "lora"]
         options: dict[str, Any] = {"data.tasks": (self.record.task,), "pool.dir": str(self.pool)}
         if trained:

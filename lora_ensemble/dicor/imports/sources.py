@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import gzip
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lora_ensemble.dicor.imports.request import Request
 from lora_ensemble.errors import UserError
@@ -32,7 +33,7 @@ class Source:
     """N rows of a file: all of it, or one model's part."""
 
     path: Path
-    columns: dict[str, Cells]
+    columns: Mapping[str, Cells]
     """Cells as they stand, by column; of a file that is no table its arrays (N,) or (N, K), an .npy file's as ''."""
     ids: list[str] | None
     """None where the file has none."""
@@ -61,7 +62,7 @@ class Source:
         shown = "empty" if cell in ("", None) else f"{cell:g}" if isinstance(cell, float) else repr(cell)[:80]
         return f"column {name!r} is {shown}" if self.table else f"found {shown}"
 
-    def refuse(self, bad: Sequence[bool] | np.ndarray, why: Callable[[int], str]) -> None:
+    def refuse(self, bad: ArrayLike, why: Callable[[int], str]) -> None:
         """``UserError`` for the first of the N rows that is ``bad``."""
         if np.any(bad):
             row, more = int(np.argmax(bad)), f" ({np.sum(bad)} such rows)" if np.sum(bad) > 1 else ""
@@ -162,7 +163,7 @@ def read_source(path: Path, request: Request) -> Source:
     """
     start = _start(path)
     table = None if start.startswith((_NPY, _ZIP)) else _table(path)
-    columns: dict[str, Cells] = _arrays(path, start) if table is None else dict(table.columns)
+    columns: dict[str, Cells] = {**(_arrays(path, start) if table is None else table.columns)}
     rows = range(len(next(iter(columns.values())))) if table else ()
     if table and table.found[0]:
         columns.pop("", None)
