@@ -238,7 +238,13 @@ def test_a_record_edited_by_hand(changes, says, home, fails):
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"name": "../m00"}, "member name"), ({"score": None}, "score is None"), ({"rank": "4"}, "rank is '4'")],
+    [
+        ({"name": "../m00"}, "member name"),
+        ({"score": None}, "score is None"),
+        ({"rank": "4"}, "rank is '4'"),
+        ({"weight": 0}, "weight is 0; expected a number above 0"),
+        ({"temperature": -1}, "temperature is -1; expected a number above 0, or null"),
+    ],
 )
 def test_a_members_entry_edited_by_hand(changes, says, home, fails):
     members = json.loads((home / "sst.json").read_text())["members"]

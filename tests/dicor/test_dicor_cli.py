@@ -477,6 +477,12 @@ def test_help_and_version_leave_with_zero(args, capsys):
     assert "dicor" in capsys.readouterr().out
 
 
+def test_options_are_called_as_their_fields(capsys):
+    assert main(["import", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name} " in shown for name in ("--from", "--task-kind", "--member-columns", "--by-row"))
+
+
 def test_as_a_process(pool, tmp_path):
     program = [sys.executable, "-m", "lora_ensemble.dicor"]
     done = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True)

@@ -434,6 +434,7 @@ def test_overwriting_the_only_member_may_change_the_labels(home: Path, importing
     importing("binary", path)
     table(home / "binary.csv", ["id", "label"], list(zip(IDS, [0, 1, 0, 0, 1], strict=True)))
     assert "accuracy 0.2000" in importing("binary", path, "--overwrite")[0]
+    assert read_record(home / "pool", "binary", "m").score == 0.2
 
 
 def test_test_predictions_are_added(home: Path, importing: Importer, fails: Callable[..., str]) -> None:
