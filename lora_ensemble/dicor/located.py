@@ -89,11 +89,11 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
-        for name, one in value.items():
-            yield from _texts(one, key if key == "weight_map" else name)
+        for name, part in value.items():
+            yield from _texts(part, key if key == "weight_map" else name)
     elif isinstance(value, list):
-        for one in value:
-            yield from _texts(one, key)
+        for part in value:
+            yield from _texts(part, key)
 
 
 def leads_out(name: str) -> bool:

@@ -127,7 +127,7 @@ class Ensemble:
         return json.dumps({"schema": SCHEMA, **content}, indent=1, allow_nan=False) + "\n"
 
 
-def figures(one: Estimate) -> dict[str, Any]:
+def figures(estimate: Estimate) -> dict[str, Any]:
     """What is known of one method's choice; a number is None where it is undefined or cannot be estimated.
 
     ``in_sample`` score on dev; ``honest`` score and its interval from ``low`` to ``high`` at ``level``; ``at_part``:
@@ -138,15 +138,15 @@ def figures(one: Estimate) -> dict[str, Any]:
     def difference(interval: Interval | None) -> dict[str, Any] | None:
         return None if interval is None else {**vars(interval), "beyond_noise": interval.beyond_noise}
 
-    undefined = math.isnan(one.in_sample)
+    undefined = math.isnan(estimate.in_sample)
     return {
-        "in_sample": None if undefined else one.in_sample,
-        "honest": None if one.honest is None else vars(one.honest),
+        "in_sample": None if undefined else estimate.in_sample,
+        "honest": None if estimate.honest is None else vars(estimate.honest),
         "level": LEVEL,
-        "at_part": one.at_part,
-        "optimism": None if undefined else one.optimism,
-        "to_best": difference(one.against_best),
-        "to_omni": difference(one.against_omni),
+        "at_part": estimate.at_part,
+        "optimism": None if undefined else estimate.optimism,
+        "to_best": difference(estimate.against_best),
+        "to_omni": difference(estimate.against_omni),
     }
 
 
