@@ -16,5 +16,6 @@ def replacing(path: Path) -> Iterator[Path]:
         yield beside
         os.replace(beside, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong counts, not that nothing can be removed
+            beside.unlink()
         raise

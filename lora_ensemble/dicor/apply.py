@@ -35,30 +35,28 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
     Only its own members are looked at. Raises ``UserError`` naming the member that is missing, that was trained again
     since the selection, that has no logits for the split, or whose logits were damaged or belong to other examples.
     """
-    records = chosen_records(ensemble, pool)
-    missing = [r.name for r in records if split not in r.examples or logits_file(split) not in r.files]
-    if missing:
+    records, file = chosen_records(ensemble, pool), logits_file(split)
+    folders = [member_folder(pool, ensemble.task, r.name) for r in records]
+    lacking = [f for f, r in zip(folders, records, strict=True) if split not in r.examples or file not in r.files]
+    if lacking:
         raise UserError(
-            f"{member_folder(pool, ensemble.task, missing[0])}: no logits for the {split} split ({len(missing)} of "
-            f"{len(records)} members of the ensemble lack them); run lora-ensemble predict first, or dicor import "
-            f"--split {split} for one that was imported"
+            f"{lacking[0]}: no logits for the {split} split ({len(lacking)} of {len(records)} members of the ensemble "
+            f"lack them); run lora-ensemble predict first, or dicor import --split {split} for one that was imported"
         )
-    print_ = records[0].examples[split]
-    for r in records:
-        if r.examples[split] != print_:
+    fingerprint = records[0].examples[split]
+    for folder, r in zip(folders, records, strict=True):
+        if r.examples[split] != fingerprint:
             raise UserError(
-                f"{member_folder(pool, ensemble.task, r.name)} and {records[0].name} have predicted other {split} "
-                "examples; run lora-ensemble predict for both"
+                f"{folder} and {records[0].name} have predicted other {split} examples; run lora-ensemble predict for "
+                "both"
             )
-    examples = read_examples(pool, ensemble.task, split, print_)
+    examples = read_examples(pool, ensemble.task, split, fingerprint)
     shape = (len(examples.ids), len(ensemble.labels) if ensemble.kind == "multiclass" else 1)
-    logits = []
-    for r in records:
-        one = read_array(pool, r, logits_file(split))
-        if one.shape != shape:
-            path = member_folder(pool, ensemble.task, r.name) / logits_file(split)
-            raise UserError(f"{path}: shape {one.shape}; expected {shape}: the examples by the outputs of the task")
-        logits.append(one)
+    logits = [read_array(pool, r, file) for r in records]
+    for folder, array in zip(folders, logits, strict=True):
+        if array.shape != shape:
+            expected = f"{shape}: the examples by the outputs of the task"
+            raise UserError(f"{folder / file}: shape {array.shape}; expected {expected}")
     decided = ensemble.decide(np.stack(logits))
     score = None if examples.labels is None else score_decisions(decided, examples.labels, ensemble.kind)
     return Prediction(examples, decided, score)

@@ -7,18 +7,19 @@ import contextlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.choose.settings import MethodName, Similarity, Strategy
-from lora_ensemble.dicor.imports import command as import_command
+from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
+from lora_ensemble.dicor.imports.request import Request
+from lora_ensemble.dicor.options import METHODS, Options, add_options, options_of, refuse_unheard
 from lora_ensemble.dicor.report import command as report_command
 from lora_ensemble.errors import Parser, UserError
+from lora_ensemble.tasks import score_name
 
 if TYPE_CHECKING:
-    from lora_ensemble.dicor.options import Options
     from lora_ensemble.pool import TaskPool
 
 
@@ -30,43 +31,22 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"dicor {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    import_command.add_parser(commands)
+    import_ = commands.add_parser("import", help="predictions of any model become members", description=Request.__doc__)
+    import_.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="predictions of one split, of one model or several"
+    )
+    add_options(import_, Request)
 
     settings = Parser(add_help=False)
     settings.add_argument("--pool", type=Path, required=True, metavar="DIR", help="the folder that training wrote")
-    settings.add_argument(
-        "--size",
-        type=_size,
-        metavar="N|auto",
-        help="members in the ensemble (dicor: multiclass 11, binary 4, regression 10; dicor-auto: auto), "
-        "steps of a greedy search, or the most members that exhaustive tries",
-    )
-    settings.add_argument(
-        "--top-k", type=int, metavar="K", help="choose among the K best by dev score (default: 30, greedy 50)"
-    )
-    settings.add_argument(
-        "--similarity",
-        choices=get_args(Similarity),
-        help="between members (dicor: cosine, or pearson for regression; dicor-auto: error)",
-    )
-    settings.add_argument(
-        "--strategy",
-        choices=get_args(Strategy),
-        help="how members decide together (dicor: majority, or mean for regression; others: mean-probability)",
-    )
-    settings.add_argument(
-        "--trade-off", type=float, metavar="X", help="dicor-auto: 0 for the score alone to 1 for similarity alone (0.5)"
-    )
-    settings.add_argument(
-        "--temperature", action="store_true", default=None, help="divide each classifier's logits by its own first"
-    )
+    add_options(settings, Options)
 
     select = commands.add_parser(
         "select", parents=[settings], help="choose an ensemble", description="Choose an ensemble and write its record."
     )
     select.add_argument("--task", required=True, help="a task of the pool: sst, quora, sts or your own")
     select.add_argument("--output", type=Path, required=True, metavar="FILE", help="the record to write: dicor.json")
-    select.add_argument("--method", choices=get_args(MethodName), help="how to choose (default: depends on the task)")
+    select.add_argument("--method", choices=METHODS, help="how to choose (default: depends on the task)")
 
     compare = commands.add_parser(
         "compare",
@@ -76,7 +56,7 @@ def _parser() -> Parser:
     )
     compare.add_argument("--task", help="one task only (default: all tasks of the pool)")
     compare.add_argument(
-        "--method", choices=get_args(MethodName), action="append", help="only this one; may be repeated (default: all)"
+        "--method", choices=METHODS, action="append", help="only this one; may be repeated (default: all)"
     )
     compare.add_argument(
         "--split",
@@ -100,29 +80,22 @@ def _parser() -> Parser:
     return parser
 
 
-def _size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
-_size.__name__ = "number"  # what argparse calls it: invalid number value: 'many'
-
-
-def _options(given: argparse.Namespace) -> Options:
-    from lora_ensemble.dicor.options import Options
-
-    return Options(
-        size=given.size,
-        top_k=given.top_k,
-        similarity=given.similarity,
-        strategy=given.strategy,
-        trade_off=given.trade_off,
-        temperature=given.temperature,
-    )
-
-
-def _say(task: str, notices: Sequence[str]) -> None:
+def _notify(notices: Iterable[str], task: str = "") -> None:
     for notice in notices:
-        print(f"dicor: notice: task {task}: {notice}", file=sys.stderr)
+        print(f"dicor: notice: {f'task {task}: ' if task else ''}{notice}", file=sys.stderr)
+
+
+def _import(given: argparse.Namespace) -> None:
+    from lora_ensemble.dicor.imports.importing import import_predictions
+    from lora_ensemble.dicor.table import number
+
+    members, truth, notices = import_predictions(options_of(given, Request))
+    _notify(notices)
+    width = max(len(member.name) for member in members)
+    for member in members:
+        score = "no labels" if member.score is None else f"{truth.task.score_name} {number(member.score)}"
+        state = "was there already, unchanged" if member.unchanged else f"{member.form} from {member.source.path.name}"
+        print(f"{member.name:<{width}}  {given.split} {score}, {len(member.logits)} examples ({state})")
 
 
 def _head(task_pool: TaskPool) -> str:
@@ -133,44 +106,37 @@ def _head(task_pool: TaskPool) -> str:
     )
 
 
-def _score_name(task_pool: TaskPool) -> str:
-    return "Pearson r" if task_pool.kind == "regression" else "accuracy"
-
-
 def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
-    from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
     from lora_ensemble.dicor.compare import compare
-    from lora_ensemble.dicor.options import refuse_unheard
     from lora_ensemble.dicor.report import words
     from lora_ensemble.dicor.table import about, number, table, verdict
     from lora_ensemble.pool import TaskPool
 
     with record.whole(given.output) as f:
-        task_pool, options = TaskPool(given.pool, given.task), _options(given)
+        task_pool, options = TaskPool(given.pool, given.task), options_of(given, Options)
         method = given.method or DEFAULT_METHOD[task_pool.kind]
         refuse_unheard(options, [method])
         comparison = compare(task_pool, [method], options)
-        _say(given.task, comparison.notices)
+        _notify(comparison.notices, given.task)
         ensemble = record.make(comparison, method, folder=given.output.resolve().parent)
         f.write(ensemble.to_json())
-    width = max(len(m.name) for m in ensemble.members)
+    rows, score, estimates = ensemble.rows(), score_name(task_pool.kind), comparison.estimates
+    width = max(len(row["name"]) for row in rows)
     settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in ensemble.settings.items() if v is not None)
     print(f"{_head(task_pool)}\n{method}{f' ({settings})' if settings else ''}; strategy {ensemble.strategy}\n")
-    print(f"{'member':<{width}} {_score_name(task_pool):>10} {'weight':>7} {'mean similarity to those above':>32}")
-    for m in ensemble.members:
-        print(f"{m.name:<{width}} {m.score:>10.4f} {m.weight:>7.4f} {number(m.mean_similarity):>32}")
+    print(f"{'member':<{width}} {score:>10} {'weight':>7} {'mean similarity to those above':>32}")
+    for row in rows:
+        similarity = number(row["mean_similarity"])
+        print(f"{row['name']:<{width}} {row['score']:>10.4f} {row['weight']:>7.4f} {similarity:>32}")
     if ensemble.offsets is not None:
         print(words.offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
-    found = comparison.estimates
-    print(f"\n{table(found, _score_name(task_pool))}\n\n{verdict(method, found.of[method])}\n{about(found)}")
+    print(f"\n{table(estimates, score)}\n\n{verdict(method, estimates.of[method])}\n{about(estimates)}")
     print(f"saved {given.output}")
 
 
 def _compare(given: argparse.Namespace) -> None:
-    from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
     from lora_ensemble.dicor.compare import compare, overall, test_scores
-    from lora_ensemble.dicor.options import METHODS, refuse_unheard
     from lora_ensemble.dicor.table import about, number, table, verdict
     from lora_ensemble.pool import TaskPool, task_names
 
@@ -183,62 +149,62 @@ def _compare(given: argparse.Namespace) -> None:
     tasks = [given.task] if given.task is not None else task_names(given.pool)
     if not tasks:
         raise UserError(f"{given.pool}: no task in this folder; give the folder that training wrote")
-    methods, options = given.method or list(METHODS), _options(given)
+    methods, options = given.method or list(METHODS), options_of(given, Options)
     refuse_unheard(options, methods)
     comparisons = {}
     for task in tasks:
         task_pool = TaskPool(given.pool, task)
         comparison = comparisons[task] = compare(task_pool, methods, options, probabilities=bool(given.plots))
-        found = comparison.estimates
+        estimates = comparison.estimates
         test = test_scores(comparison) if given.split == "test" else None
-        _say(task, comparison.notices)
-        print(f"{_head(task_pool)}\n\n{table(found, _score_name(task_pool), test)}\n")
+        _notify(comparison.notices, task)
+        print(f"{_head(task_pool)}\n\n{table(estimates, score_name(task_pool.kind), test)}\n")
         default = DEFAULT_METHOD[task_pool.kind]
-        method = default if default in found.of else list(found.of)[-1]
-        print(verdict(method, found.of[method]))
+        method = default if default in estimates.of else list(estimates.of)[-1]
+        print(verdict(method, estimates.of[method]))
         if given.plots:
             for path in plots.save(drawings(gather(comparison, method)).values(), task, given.plots):
                 print(f"saved {path}")
         print()
     if scores := overall(comparisons):
         print(f"overall: the mean of sst, quora and (sts + 1) / 2\n{'':<17} {'in-sample':>9} {'honest':>9}")
-        rows = (f"{method:<17} {number(one):>9} {number(other):>9}" for method, (one, other) in scores.items())
-        print("\n".join(rows), end="\n\n")
-    print(about(found))
+        for method, (in_sample, honest) in scores.items():
+            print(f"{method:<17} {number(in_sample):>9} {number(honest):>9}")
+        print()
+    print(about(estimates))
 
 
 def _report(given: argparse.Namespace) -> None:
-    report_command.run(given, _options(given))
+    report_command.run(given, options_of(given, Options))
 
 
-def _apply(options: argparse.Namespace) -> None:
+def _apply(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
     from lora_ensemble.dicor.apply import predict, write_predictions
     from lora_ensemble.dicor.located import locate
     from lora_ensemble.dicor.table import IN_SAMPLE, number
     from lora_ensemble.scores import one_label
 
-    with record.whole(options.output) as f:
-        found = locate(options.ensemble, options.pool)
-        ensemble, prediction = found.ensemble, predict(found.ensemble, found.pool, options.split)
+    with record.whole(given.output) as f:
+        located = locate(given.ensemble, given.pool)
+        ensemble, prediction = located.ensemble, predict(located.ensemble, located.pool, given.split)
         write_predictions(f, ensemble, prediction.examples.ids, prediction.decided)
     if prediction.score is not None:
-        _say(ensemble.task, one_label(prediction.examples.labels, ensemble.labels, f"{options.split} labels"))
-        name = "Pearson r" if ensemble.kind == "regression" else "accuracy"
-        print(f"{ensemble.task} {options.split} {name} {number(prediction.score)}")
-        if options.split == "dev":
+        _notify(one_label(prediction.examples.labels, ensemble.labels, f"{given.split} labels"), ensemble.task)
+        print(f"{ensemble.task} {given.split} {score_name(ensemble.kind)} {number(prediction.score)}")
+        if given.split == "dev":
             print(IN_SAMPLE)
-    print(f"saved {len(prediction.decided)} predictions of {ensemble.size} members in {options.output}")
+    print(f"saved {len(prediction.decided)} predictions of {ensemble.size} members in {given.output}")
+
+
+_RUN = {"import": _import, "select": _select, "compare": _compare, "report": _report, "apply": _apply}
 
 
 def main(args: list[str] | None = None) -> int:
     """Run ``dicor`` with ``args`` (None: those of the process); returns the exit code, 2 for a user's mistake."""
     try:
-        options = _parser().parse_args(args)
-        run = {
-            "import": import_command.run, "select": _select, "compare": _compare, "report": _report, "apply": _apply,
-        }  # fmt: skip
-        run[options.command](options)
+        given = _parser().parse_args(args)
+        _RUN[given.command](given)
         sys.stdout.flush()
     except SystemExit as e:  # --help and --version
         return int(e.code or 0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ensemble.dicor import record
+from lora_ensemble.dicor.record import Ensemble, read
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord, logits_file, member_folder, read_record
 
@@ -28,7 +28,7 @@ _LARGE = ("tokenizer.json", "vocab.json")  # they hold words, and name no files
 class Located:
     """A record, and what lies where."""
 
-    ensemble: record.Ensemble
+    ensemble: Ensemble
     home: Path
     """The folder that the record is in."""
     pool: Path
@@ -55,7 +55,7 @@ def locate(path: Path, pool: Path | None = None) -> Located:
         raise UserError(f"{home}: not a folder that lora-ensemble export wrote: it lacks its {CONFIG}; export it again")
     else:
         home = path.resolve().parent
-    ensemble = record.read(path / RECORD if given else path)
+    ensemble = read(path / RECORD if given else path)
     where = home / ensemble.pool if pool is None else pool
     return Located(ensemble=ensemble, home=home, pool=where, config=config, inside=config is not None and pool is None)
 
@@ -89,11 +89,11 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
-        for name, one in value.items():
-            yield from _texts(one, key if key == "weight_map" else name)
+        for name, part in value.items():
+            yield from _texts(part, key if key == "weight_map" else name)
     elif isinstance(value, list):
-        for one in value:
-            yield from _texts(one, key)
+        for part in value:
+            yield from _texts(part, key)
 
 
 def leads_out(name: str) -> bool:
@@ -101,29 +101,29 @@ def leads_out(name: str) -> bool:
     return name.startswith(("/", "\\", "~")) or name[1:2] == ":" or ".." in re.split(r"[/\\]", name)
 
 
-def chosen_records(ensemble: record.Ensemble, pool: Path) -> list[MemberRecord]:
+def chosen_records(ensemble: Ensemble, pool: Path) -> list[MemberRecord]:
     """The pool's records of the ensemble's members; ``UserError`` unless they are still those that were chosen."""
     for folder, what in ((pool, "the ensemble's pool is not there; say where it is"), (pool / ensemble.task, None)):
         if not folder.is_dir():
             what = what or f"no task {ensemble.task!r} in this pool; say where the ensemble's is"
             raise UserError(f"{os.path.normpath(pool)}: {what} with --pool (distill: --ensemble_pool)")
-    return [_chosen_record(ensemble, pool, chosen) for chosen in ensemble.members]
-
-
-def _chosen_record(ensemble: record.Ensemble, pool: Path, chosen: record.Chosen) -> MemberRecord:
-    folder = member_folder(pool, ensemble.task, chosen.name)
-    found = read_record(pool, ensemble.task, chosen.name)
-    if found is None:
-        raise UserError(f"{folder}: no such member, though the ensemble needs it; copy it back, or select again")
-    for what, now, then in (
-        ("dev logits", found.files.get(logits_file("dev")), chosen.dev_logits),
-        ("dev examples", found.examples.get("dev"), ensemble.examples),
-        ("kind", found.kind, ensemble.kind),
-        ("labels", found.labels, ensemble.labels),
-    ):
-        if now != then:
-            raise UserError(
-                f"{folder}: not the member that was chosen: its {what} are others, it was trained again since; "
-                "run dicor select again"
-            )
-    return found
+    records = []
+    for chosen in ensemble.members:
+        folder = member_folder(pool, ensemble.task, chosen.name)
+        record = read_record(pool, ensemble.task, chosen.name)
+        if record is None:
+            raise UserError(f"{folder}: no such member, though the ensemble needs it; copy it back, or select again")
+        dev = logits_file("dev")
+        for what, now, then in (
+            ("dev logits", record.files.get(dev), chosen.files[dev]),
+            ("dev examples", record.examples.get("dev"), ensemble.examples),
+            ("kind", record.kind, ensemble.kind),
+            ("labels", record.labels, ensemble.labels),
+        ):
+            if now != then:
+                raise UserError(
+                    f"{folder}: not the member that was chosen: its {what} are others, it was trained again since; "
+                    "run dicor select again"
+                )
+        records.append(record)
+    return records

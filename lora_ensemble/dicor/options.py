@@ -1,18 +1,24 @@
-"""From what the user asked for to a method with every parameter decided."""
+"""From what the user asked for to a method with every parameter decided.
+
+Nothing heavy is imported before a method is made: ``dicor --help`` needs the options.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from lora_ensemble.dicor.choose import settings as s
-from lora_ensemble.dicor.choose.greedy import Greedy
-from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Method, Omni, Weighted
 from lora_ensemble.dicor.choose.settings import MethodName, Similarity, Strategy
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Kind
 
+if TYPE_CHECKING:
+    from lora_ensemble.dicor.choose.methods import Method
+
+T = TypeVar("T")
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 
 # Which options each method listens to.
@@ -30,16 +36,65 @@ LISTENS: dict[MethodName, tuple[str, ...]] = {
 }
 
 
+def option(
+    text: str,
+    default: Any = None,
+    *,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    nargs: str | None = None,
+    required: bool = False,
+    type: Callable[[str], Any] | None = None,
+) -> Any:
+    """A field of a dataclass that is an option: its help, and what argparse must know besides. False: a flag."""
+    argument = {"choices": choices, "metavar": metavar, "nargs": nargs, "required": required, "type": type}
+    if default is False:
+        argument["action"] = "store_true"
+    known = {key: value for key, value in argument.items() if value}
+    return field(default=default, metadata={"help": text, "default": default, **known})
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Add those fields of a dataclass that are options; a field ``from_`` is --from."""
+    for f in fields(options):
+        if f.metadata:
+            parser.add_argument("--" + f.name.rstrip("_").replace("_", "-"), dest=f.name, **f.metadata)
+
+
+def options_of(given: argparse.Namespace, options: type[T]) -> T:
+    """The dataclass with what was given for its fields."""
+    return options(**{f.name: getattr(given, f.name) for f in fields(options)})  # type: ignore[arg-type]
+
+
+def _size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_size.__name__ = "number"  # what argparse calls it: invalid number value: 'many'
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the user asked for; None: nothing."""
+    """What is asked of the methods; None: nothing."""
 
-    size: int | Literal["auto"] | None = None
-    top_k: int | None = None
-    similarity: Similarity | None = None
-    strategy: Strategy | None = None
-    trade_off: float | None = None
-    temperature: bool | None = None
+    size: int | Literal["auto"] | None = option(
+        "members in the ensemble (dicor: multiclass 11, binary 4, regression 10; dicor-auto: auto), steps of a greedy "
+        "search, or the most members that exhaustive tries",
+        metavar="N|auto",
+        type=_size,
+    )
+    top_k: int | None = option("choose among the K best by dev score (default: 30, greedy 50)", metavar="K", type=int)
+    similarity: Similarity | None = option(
+        "between members (dicor: cosine, or pearson for regression; dicor-auto: error)", choices=get_args(Similarity)
+    )
+    strategy: Strategy | None = option(
+        "how members decide together (dicor: majority, or mean for regression; others: mean-probability)",
+        choices=get_args(Strategy),
+    )
+    trade_off: float | None = option(
+        "dicor-auto: 0 for the score alone to 1 for similarity alone (0.5)", metavar="X", type=float
+    )
+    temperature: bool = option("divide each classifier's logits by its own first", False)
 
 
 def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> tuple[Method, list[str]]:
@@ -47,6 +102,9 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
 
     Options that it does not listen to are not looked at here; that they make sense, ``check`` has seen.
     """
+    from lora_ensemble.dicor.choose.greedy import Greedy
+    from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Omni, Weighted
+
     o = options
     top_k = None if o.top_k is None else min(o.top_k, members)
     most = None if o.size == "auto" else o.size
@@ -55,7 +113,14 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
     if name == "omni":
         return Omni(strategy=o.strategy if o.strategy not in (None, "weighted") else s.OMNI_STRATEGY[kind]), []
     if name == "dicor":
-        return _paper(kind, members, o)
+        size, notices = _paper_size(kind, members, o)
+        return Dicor(
+            size=size,
+            top_k=top_k or min(max(s.DEFAULT_TOP_K, 0 if size == "auto" else size), members),
+            similarity=o.similarity or s.DEFAULT_SIMILARITY[kind],
+            strategy=o.strategy or s.DEFAULT_STRATEGY[kind],
+            temperature=o.temperature,
+        ), notices
     if name == "dicor-auto":
         return Dicor(
             size=o.size or "auto",
@@ -63,11 +128,11 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
             similarity=o.similarity or "error",
             strategy=o.strategy or "mean-probability",
             trade_off=s.DEFAULT_TRADE_OFF if o.trade_off is None else o.trade_off,
-            temperature=bool(o.temperature),
+            temperature=o.temperature,
         ), []
     if name in ("weighted", "weighted-offset"):
         offset = name == "weighted-offset"
-        return Weighted(top_k=top_k or s.DEFAULT_TOP_K, temperature=bool(o.temperature), offset=offset), []
+        return Weighted(top_k=top_k or s.DEFAULT_TOP_K, temperature=o.temperature, offset=offset), []
     if name == "exhaustive":
         return Exhaustive(size=most, top_k=top_k or s.EXHAUSTIVE_TOP_K, strategy=o.strategy or "mean-probability"), []
     return Greedy(
@@ -80,25 +145,18 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
     ), []
 
 
-def _paper(kind: Kind, members: int, o: Options) -> tuple[Dicor, list[str]]:
-    """The paper's rule. A default gives way to what is there, and a notice says so."""
+def _paper_size(kind: Kind, members: int, o: Options) -> tuple[int | Literal["auto"], list[str]]:
+    """The size by the paper's rule. A default gives way to what is there, and a notice says so."""
     notices = []
     if o.top_k is not None and o.top_k > members:
         notices.append(f"--top-k {o.top_k}: the pool has {members} finished members, all of them are candidates")
-    size = o.size
-    if size is None:
-        size = min(s.DEFAULT_SIZE[kind], members, o.top_k or members)
-        if size < s.DEFAULT_SIZE[kind]:
-            limit = f"--top-k is {o.top_k}" if size == o.top_k else f"the pool has {members} finished members"
-            notices.append(f"size is {size} instead of the default {s.DEFAULT_SIZE[kind]}: {limit}")
-    top_k = o.top_k or max(s.DEFAULT_TOP_K, 0 if size == "auto" else size)
-    return Dicor(
-        size=size,
-        top_k=min(top_k, members),
-        similarity=o.similarity or s.DEFAULT_SIMILARITY[kind],
-        strategy=o.strategy or s.DEFAULT_STRATEGY[kind],
-        temperature=bool(o.temperature),
-    ), notices
+    if o.size is not None:
+        return o.size, notices
+    size = min(s.DEFAULT_SIZE[kind], members, o.top_k or members)
+    if size < s.DEFAULT_SIZE[kind]:
+        limit = f"--top-k is {o.top_k}" if size == o.top_k else f"the pool has {members} finished members"
+        notices.append(f"size is {size} instead of the default {s.DEFAULT_SIZE[kind]}: {limit}")
+    return size, notices
 
 
 def check(options: Options, kind: Kind, members: int) -> None:
@@ -119,7 +177,7 @@ def check(options: Options, kind: Kind, members: int) -> None:
 
 def refuse_unheard(options: Options, methods: Sequence[MethodName]) -> None:
     """``UserError`` for an option that none of the methods listens to."""
-    for name in ("size", "top_k", "similarity", "strategy", "trade_off", "temperature"):
+    for name in vars(options):
         if getattr(options, name) not in (None, False) and not any(name in LISTENS[m] for m in methods):
             heard = ", ".join(m for m in METHODS if name in LISTENS[m])
             option = "--" + name.replace("_", "-")

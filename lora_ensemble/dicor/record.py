@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
@@ -21,37 +20,22 @@ from lora_ensemble.dicor.compare import Comparison
 from lora_ensemble.dicor.estimate.honest import Estimate
 from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import check_name, logits_file
+from lora_ensemble.files import replacing
+from lora_ensemble.pool import MemberRecord, check_name, logits_file
 from lora_ensemble.tasks import Kind, check_task_name
 
 SCHEMA = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """One member of the ensemble."""
-
-    name: str
-    rank: int | None
-    scaling: float | None
-    targets: str | None
-    score: float
-    """On dev, recomputed from its logits."""
-    weight: float
-    """Its part in the mean, of sum 1; a vote for the majority."""
-    temperature: float | None
-    """What its logits are divided by before probabilities are taken; None: they are not."""
-    mean_similarity: float | None
-    """To the members before it; None for the first, and where the method does not look at similarities."""
-    similarities: list[float]
-    """To each member before it."""
-    dev_logits: str
-    """Checksum of the dev.logits.npy that it was chosen by; another one means that it was trained again since."""
+_KEYS = [
+    *("version", "task", "kind", "labels", "method", "settings", "strategy", "size", "members", "estimate", "best"),
+    *("omni", "folds", "repeats", "considered", "left_out", "notices", "examples", "pool", "scale", "offsets"),
+]
+"""Of the file after its schema, in this order; old files have neither scale nor offsets."""
+_DEV = logits_file("dev")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """The content of ``dicor.json``, keys in this order."""
+    """The content of ``dicor.json``."""
 
     version: str
     """Of the program that wrote it."""
@@ -61,10 +45,11 @@ class Ensemble:
     method: str
     settings: dict[str, Any]
     """The method's parameters."""
-    strategy: Strategy
-    size: int
-    members: list[Chosen]
-    """In the order of choice."""
+    members: list[MemberRecord]
+    """In the order of choice, as they were then; the score is that of their dev logits. Of members that were read only
+    what the file says is known: see ``rows``."""
+    choice: Choice
+    """How they decide together; it counts them as they stand in ``members``."""
     estimate: dict[str, Any]
     """Of the ensemble: see ``figures``."""
     best: dict[str, Any]
@@ -84,27 +69,49 @@ class Ensemble:
     """Fingerprint of the dev examples."""
     pool: str
     """Path of the pool, relative to the folder of this file."""
-    scale: float = 1.0
-    """Of the logarithm of the weighted mean's probabilities, where there are ``offsets``; old records have neither."""
-    offsets: list[float] | None = None
-    """Of the classes, added to it after that; None: the mean decides as it is."""
 
     @property
-    def choice(self) -> Choice:
-        """What was chosen, members counted as they stand in ``members``."""
-        degrees = [m.temperature for m in self.members]
-        return Choice(
-            members=list(range(self.size)),
-            strategy=self.strategy,
-            weights=np.array([m.weight for m in self.members]) if self.strategy == "weighted" else None,
-            temperatures=None if all(t is None for t in degrees) else np.array([t or 1.0 for t in degrees]),
-            scale=self.scale,
-            offsets=None if self.offsets is None else np.array(self.offsets),
-        )
+    def size(self) -> int:
+        return len(self.members)
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.choice.strategy
+
+    @property
+    def scale(self) -> float:
+        return self.choice.scale
+
+    @property
+    def offsets(self) -> list[float] | None:
+        return None if self.choice.offsets is None else self.choice.offsets.tolist()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What the file says of each member and of its part in the choice.
+
+        ``weight``: its part in the mean, of sum 1, or of the votes. ``temperature``: what its logits are divided by
+        first, or None. ``similarities``: to each member before it, where the method looks at them. ``dev_logits``: the
+        checksum of what it was chosen by; another one means that it was trained again since.
+        """
+        k, choice = self.size, self.choice
+        weights = [1 / k] * k if choice.weights is None else choice.weights.tolist()
+        temperatures = [None] * k if choice.temperatures is None else choice.temperatures.tolist()
+        similarities = choice.similarities or [[]] * k
+        return [
+            {
+                **{key: getattr(member, key) for key in ("name", "rank", "scaling", "targets", "score")},
+                "weight": weights[i],
+                "temperature": temperatures[i],
+                "mean_similarity": float(np.mean(similarities[i])) if similarities[i] else None,
+                "similarities": similarities[i],
+                "dev_logits": member.files[_DEV],
+            }
+            for i, member in enumerate(self.members)
+        ]
 
     def decide(self, logits: np.ndarray) -> np.ndarray:
         """What its members' logits (M, N, C), in the order of ``members``, decide together: (N,), as
-        ``tasks.decisions``."""
+        ``scores.decisions``."""
         return decide(
             logits,
             self.choice,
@@ -116,10 +123,11 @@ class Ensemble:
 
     def to_json(self) -> str:
         """JSON text."""
-        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
+        content = {key: self.rows() if key == "members" else getattr(self, key) for key in _KEYS}
+        return json.dumps({"schema": SCHEMA, **content}, indent=1, allow_nan=False) + "\n"
 
 
-def figures(one: Estimate) -> dict[str, Any]:
+def figures(estimate: Estimate) -> dict[str, Any]:
     """What is known of one method's choice; a number is None where it is undefined or cannot be estimated.
 
     ``in_sample`` score on dev; ``honest`` score and its interval from ``low`` to ``high`` at ``level``; ``at_part``:
@@ -127,53 +135,25 @@ def figures(one: Estimate) -> dict[str, Any]:
     ``to_best`` and ``to_omni``: the honest difference, its interval, and whether it is ``beyond_noise``.
     """
 
-    def span(interval: Interval | None) -> dict[str, Any] | None:
-        if interval is None:
-            return None
-        return {"value": interval.value, "low": interval.low, "high": interval.high}
-
     def difference(interval: Interval | None) -> dict[str, Any] | None:
-        found = span(interval)
-        return None if found is None or interval is None else {**found, "beyond_noise": interval.beyond_noise}
+        return None if interval is None else {**vars(interval), "beyond_noise": interval.beyond_noise}
 
-    undefined = math.isnan(one.in_sample)
+    undefined = math.isnan(estimate.in_sample)
     return {
-        "in_sample": None if undefined else one.in_sample,
-        "honest": span(one.honest),
+        "in_sample": None if undefined else estimate.in_sample,
+        "honest": None if estimate.honest is None else vars(estimate.honest),
         "level": LEVEL,
-        "at_part": one.at_part,
-        "optimism": None if undefined else one.optimism,
-        "to_best": difference(one.against_best),
-        "to_omni": difference(one.against_omni),
+        "at_part": estimate.at_part,
+        "optimism": None if undefined else estimate.optimism,
+        "to_best": difference(estimate.against_best),
+        "to_omni": difference(estimate.against_omni),
     }
 
 
 def make(comparison: Comparison, method: str, *, folder: Path) -> Ensemble:
     """The record of what ``method`` chose, for a file in ``folder``."""
-    task_pool, found = comparison.task_pool, comparison.estimates
-    one = found.of[method]
-    size = len(one.names)
-    weights = [1 / size] * size if one.choice.weights is None else one.choice.weights.tolist()
-    temperatures = [None] * size if one.choice.temperatures is None else one.choice.temperatures.tolist()
-    chosen = []
-    for i, name in enumerate(one.names):
-        record = task_pool.record(name)
-        similarities = one.choice.similarities[i] if one.choice.similarities else []
-        chosen.append(
-            Chosen(
-                name=name,
-                rank=record.rank,
-                scaling=record.scaling,
-                targets=record.targets,
-                score=found.scores[name],
-                weight=weights[i],
-                temperature=temperatures[i],
-                mean_similarity=float(np.mean(similarities)) if similarities else None,
-                similarities=similarities,
-                dev_logits=record.files[logits_file("dev")],
-            )
-        )
-    omni = found.of["omni"]
+    task_pool, estimates = comparison.task_pool, comparison.estimates
+    chosen, best, omni = (estimates.of[name] for name in (method, "best", "omni"))
     return Ensemble(
         version=__version__,
         task=task_pool.name,
@@ -181,21 +161,18 @@ def make(comparison: Comparison, method: str, *, folder: Path) -> Ensemble:
         labels=task_pool.labels,
         method=method,
         settings=comparison.methods[method].get_params(),
-        strategy=one.choice.strategy,
-        size=size,
-        members=chosen,
-        estimate=figures(one),
-        best={"name": found.of["best"].names[0], **figures(found.of["best"])},
+        members=[replace(task_pool.record(name), score=estimates.scores[name]) for name in chosen.names],
+        choice=replace(chosen.choice, members=list(range(len(chosen.names)))),
+        estimate=figures(chosen),
+        best={"name": best.names[0], **figures(best)},
         omni={"members": len(omni.names), "strategy": omni.choice.strategy, **figures(omni)},
-        folds=found.folds,
-        repeats=found.repeats,
+        folds=estimates.folds,
+        repeats=estimates.repeats,
         considered=len(omni.names),
         left_out=task_pool.left_out,
-        notices=found.notices,
+        notices=estimates.notices,
         examples=task_pool.members[0].examples["dev"],
         pool=os.path.relpath(task_pool.pool.resolve(), folder.resolve()),
-        scale=one.choice.scale,
-        offsets=None if one.choice.offsets is None else one.choice.offsets.tolist(),
     )
 
 
@@ -211,55 +188,75 @@ def read(path: Path) -> Ensemble:
     if (schema := raw.pop("schema")) != SCHEMA:
         raise UserError(f"{path}: schema {schema!r}; this version reads schema {SCHEMA}; select again")
     try:
-        ensemble = Ensemble(**{**raw, "members": [Chosen(**m) for m in raw["members"]]})
-        _check(ensemble)
-    except (TypeError, KeyError, ValueError) as e:
+        raw = {"scale": 1.0, "offsets": None, **raw}
+        _check(raw)
+        return _ensemble_of(raw)
+    except (TypeError, KeyError, ValueError, UserError) as e:
         why = f"lacks {e}" if isinstance(e, KeyError) else str(e).replace("__init__()", "record")
         raise UserError(f"{path}: not a whole record of dicor select ({why}); select again") from e
-    return ensemble
 
 
-def _check(ensemble: Ensemble) -> None:
-    """``ValueError`` where a value that ``apply`` relies on cannot be right."""
-    for key, choices in (("kind", Kind), ("strategy", Strategy)):
-        if getattr(ensemble, key) not in get_args(choices):
-            raise ValueError(f"{key} is {getattr(ensemble, key)!r}; expected one of {', '.join(get_args(choices))}")
+def _ensemble_of(raw: dict[str, Any]) -> Ensemble:
+    """The ensemble of a file's content, which ``_check`` has seen."""
+    rows, strategy, offsets = raw.pop("members"), raw.pop("strategy"), raw.pop("offsets")
+    weights, degrees, similarities, checksums, _ = (
+        [row.pop(key) for row in rows]
+        for key in ("weight", "temperature", "similarities", "dev_logits", "mean_similarity")
+    )
+    choice = Choice(
+        members=list(range(raw.pop("size"))),
+        strategy=strategy,
+        weights=np.array(weights) if strategy == "weighted" else None,
+        temperatures=np.array([degree or 1.0 for degree in degrees]) if any(degrees) else None,
+        scale=raw.pop("scale"),
+        offsets=None if offsets is None else np.array(offsets),
+        similarities=similarities,
+    )
+    task = {"task": raw["task"], "kind": raw["kind"], "labels": raw["labels"], "examples": {"dev": raw["examples"]}}
+    members = [
+        MemberRecord(**row, **task, finished=True, files={_DEV: checksum})
+        for row, checksum in zip(rows, checksums, strict=True)
+    ]
+    return Ensemble(**raw, members=members, choice=choice)
+
+
+def _check(raw: dict[str, Any]) -> None:
+    """``ValueError``, ``KeyError`` or ``UserError`` where a value that ``apply`` relies on cannot be right."""
+
+    def expect(right: Any, where: dict[str, Any], key: str, expected: str) -> None:
+        if not right:
+            who = f"member {where['name']}: " if where is not raw else ""
+            raise ValueError(f"{who}{key} is {where[key]!r}; expected {expected}")
+
+    kind, strategy, labels, offsets, rows = (raw[k] for k in ("kind", "strategy", "labels", "offsets", "members"))
+    expect(kind in get_args(Kind), raw, "kind", f"one of {', '.join(get_args(Kind))}")
+    expect(strategy in get_args(Strategy), raw, "strategy", f"one of {', '.join(get_args(Strategy))}")
     for key in ("task", "pool", "examples"):
-        if not isinstance(getattr(ensemble, key), str):
-            raise ValueError(f"{key} is {getattr(ensemble, key)!r}; expected text")
-    try:
-        check_task_name(ensemble.task)
-        for name in (ensemble.examples, *(member.name for member in ensemble.members)):
-            check_name(name)
-    except UserError as e:
-        raise ValueError(str(e)) from e
-    labels = ensemble.labels
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"labels is {labels!r}; expected a list of texts")
-    if ensemble.kind == "multiclass" and len(labels) < 2:
-        raise ValueError(f"labels is {labels!r}; multiclass needs them all")
-    if not _finite(ensemble.scale):
-        raise ValueError(f"scale is {ensemble.scale!r}; expected a number")
-    if (offsets := ensemble.offsets) is not None:
-        if ensemble.kind == "regression" or ensemble.strategy != "weighted":
-            raise ValueError("offsets are for a classifier of strategy weighted")
-        classes = 2 if ensemble.kind == "binary" else len(labels)
-        if not isinstance(offsets, list) or len(offsets) != classes or not all(_finite(b) for b in offsets):
-            raise ValueError(f"offsets is {offsets!r}; expected {classes} numbers, one for each class")
-    if not ensemble.members or ensemble.size != len(ensemble.members):
-        raise ValueError(f"size is {ensemble.size!r}, but there are {len(ensemble.members)} members")
-    if len({member.name for member in ensemble.members}) < ensemble.size:
+        expect(isinstance(raw[key], str), raw, key, "text")
+    texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    expect(texts and (kind != "multiclass" or len(labels) > 1), raw, "labels", "texts; multiclass needs them all")
+    expect(_is_number(raw["scale"]), raw, "scale", "a number")
+    if offsets is not None:
+        may_be = kind != "regression" and strategy == "weighted"
+        expect(may_be, raw, "offsets", "null: offsets are for a classifier of strategy weighted")
+        classes = 2 if kind == "binary" else len(labels)
+        numbers = isinstance(offsets, list) and len(offsets) == classes and all(_is_number(b) for b in offsets)
+        expect(numbers, raw, "offsets", f"{classes} numbers, one for each class")
+    expect(rows and raw["size"] == len(rows), raw, "size", f"the number of members, {len(rows)}")
+    check_task_name(raw["task"])
+    for name in (raw["examples"], *(row["name"] for row in rows)):
+        check_name(name)
+    if len({row["name"] for row in rows}) < len(rows):
         raise ValueError("a member is there twice")
-    for member in ensemble.members:
-        if not isinstance(member.score, int | float) or not isinstance(member.rank, int | None):
-            raise ValueError(f"member {member.name}: score is {member.score!r}, rank is {member.rank!r}")
-        for key, value in (("weight", member.weight), ("temperature", member.temperature)):
-            right = (value is None and key == "temperature") or (isinstance(value, int | float) and value > 0)
-            if not right:
-                raise ValueError(f"member {member.name}: {key} is {value!r}; expected a number above 0")
+    for row in rows:
+        expect(_is_number(row["score"]), row, "score", "a number")
+        expect(isinstance(row["rank"], int | None), row, "rank", "a whole number or null")
+        expect(_is_number(row["weight"]) and row["weight"] > 0, row, "weight", "a number above 0")
+        degree = row["temperature"]
+        expect(degree is None or (_is_number(degree) and degree > 0), row, "temperature", "a number above 0, or null")
 
 
-def _finite(value: object) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -272,19 +269,13 @@ def whole(path: Path) -> Iterator[TextIO]:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; give the name of a file to write")
     special = path.exists() and not path.is_file()  # /dev/stdout, a pipe: nothing to replace
-    target = path if special else path.resolve()  # what a symbolic link points to is replaced, not the link
-    beside = target if special else target.parent / f".{target.name}.{os.getpid()}"
-    if not special and target.exists() and not os.access(target, os.W_OK):
+    if not special and path.exists() and not os.access(path, os.W_OK):
         raise UserError(f"{path}: cannot be written: the file is there and read-only")
-    try:
-        f = open(beside, "w", encoding="utf-8", newline="\n")  # noqa: SIM115  (closed below)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written: {e.strerror}; give a file in a folder that exists") from e
-    try:
-        with f:
-            yield f
-        if not special:
-            os.replace(beside, target)
-    finally:
-        if not special:
-            beside.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            # What a symbolic link points to is replaced, not the link.
+            target = path if special else stack.enter_context(replacing(path.resolve()))
+            f = stack.enter_context(open(target, "w", encoding="utf-8", newline="\n"))
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written: {e.strerror}; give a file in a folder that exists") from e
+        yield f

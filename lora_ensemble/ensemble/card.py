@@ -201,11 +201,11 @@ def _estimates(chosen: record.Ensemble, *, title: bool = True) -> str:
 def _members(chosen: record.Ensemble, records: Sequence[MemberRecord]) -> str:
     rows = [f"| member | rank r | scaling c | targets | lr | {_SCORE[chosen.kind]} on dev, in-sample | weight |"]
     rows.append("| " + " | ".join(["---"] * 7) + " |")
-    for m, r in zip(chosen.members, records, strict=True):
+    for row, m, r in zip(chosen.rows(), chosen.members, records, strict=True):
         known = ["-" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in (m.rank, m.scaling)]
         lr = "-" if r.lr is None else f"{r.lr:g}"
         what = "full fine-tuning" if r.finetune == "full" else m.targets or "head only"
-        rows.append(f"| {m.name} | {known[0]} | {known[1]} | {what} | {lr} | {m.score:.4f} | {m.weight:.4f} |")
+        rows.append(f"| {m.name} | {known[0]} | {known[1]} | {what} | {lr} | {m.score:.4f} | {row['weight']:.4f} |")
     return "\n".join(rows)
 
 

@@ -89,7 +89,7 @@ class Distillation:
     def defaults(self) -> dict[str, Any]:
         """Settings of the run, by option: those of the ensemble's best LoRA member, whose base model, task and pool."""
         records = chosen_records(self.record, self.pool)
-        trained = [(m.score, r) for m, r in zip(self.record.members, records, strict=True) if r.base_model]
+        trained = [(m.score or 0.0, r) for m, r in zip(self.record.members, records, strict=True) if r.base_model]
         adapted = [(score, r) for score, r in trained if r.finetune == "lora"]
         options: dict[str, Any] = {"data.tasks": (self.record.task,), "pool.dir": str(self.pool)}
         if trained:
@@ -237,7 +237,7 @@ def mixed(soft: np.ndarray, labels: np.ndarray | None, kind: Kind, weight: float
 
 def _identity(ensemble: record.Ensemble) -> str:
     """16 hex digits over what decides an ensemble's predictions; estimates and where its pool is do not."""
-    members = [[m.name, m.weight, m.temperature, m.dev_logits] for m in ensemble.members]
+    members = [[row[key] for key in ("name", "weight", "temperature", "dev_logits")] for row in ensemble.rows()]
     what = [ensemble.task, ensemble.kind, ensemble.labels, ensemble.strategy, ensemble.scale, ensemble.offsets, members]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 

@@ -180,7 +180,7 @@ def test_an_unwritable_output_is_told_before_the_work(home, fails, monkeypatch):
 
     monkeypatch.setattr("lora_ensemble.pool.TaskPool", work)
     fails(*select(home), "--output", home / "nowhere" / "x", says=["cannot be written"])
-    monkeypatch.setattr("lora_ensemble.dicor.record.read", work)
+    monkeypatch.setattr("lora_ensemble.dicor.located.read", work)
     fails(*apply(home), "--output", home / "nowhere" / "x", says=["cannot be written"])
 
 
@@ -202,8 +202,8 @@ def test_unwritable_plots(home, fails):
         ("{}", "it has no schema"),
         ('{"schema": 99}', "schema 99; this version reads schema 2; select again"),
         ('{"schema": 1}', "schema 1; this version reads schema 2; select again"),
-        ('{"schema": 2}', "lacks 'members'"),
-        ('{"schema": 2, "members": []}', "missing"),
+        ('{"schema": 2}', "lacks 'kind'"),
+        ('{"schema": 2, "members": []}', "lacks 'kind'"),
         ('{"schema": 2, "members": 3}', "not a whole record"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_record_that_is_none(content, says, home, fails):
         ({"pool": None}, "pool is None; expected text"),
         ({"labels": "01234"}, "labels is '01234'"),
         ({"labels": []}, "multiclass needs them all"),
-        ({"size": 2}, "size is 2, but there are 3 members"),
+        ({"size": 2}, "size is 2; expected the number of members, 3"),
         ({"scale": None}, "scale is None; expected a number"),
         ({"strategy": "weighted", "offsets": [0.1, 0.2]}, "offsets is [0.1, 0.2]; expected 5 numbers"),
         ({"strategy": "weighted", "offsets": [0, 0, 0, 0, None]}, "expected 5 numbers, one for each class"),
@@ -238,7 +238,13 @@ def test_a_record_edited_by_hand(changes, says, home, fails):
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"name": "../m00"}, "member name"), ({"score": None}, "score is None"), ({"rank": "4"}, "rank is '4'")],
+    [
+        ({"name": "../m00"}, "member name"),
+        ({"score": None}, "score is None"),
+        ({"rank": "4"}, "rank is '4'"),
+        ({"weight": 0}, "weight is 0; expected a number above 0"),
+        ({"temperature": -1}, "temperature is -1; expected a number above 0, or null"),
+    ],
 )
 def test_a_members_entry_edited_by_hand(changes, says, home, fails):
     members = json.loads((home / "sst.json").read_text())["members"]

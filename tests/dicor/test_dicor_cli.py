@@ -7,11 +7,12 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
-from pool_factory import add_member, make_pool, random_labels, random_logits
+from pool_factory import IDS, TRUTH, add_member, make_pool, random_labels, random_logits, two_members
 from scipy.special import softmax
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score
@@ -399,6 +400,22 @@ def test_a_record_with_offsets_applies_as_the_method_predicts(task, pool, tmp_pa
         )
 
 
+@pytest.mark.parametrize(("name", "decided"), [("majority", "0100"), ("weighted", "0110")])
+def test_a_record_that_an_earlier_version_wrote_is_read_as_it_stands(name, decided, tmp_path):
+    """With temperatures, offsets and similarities: version 0.1.0 wrote it of the three members made here."""
+    text = (Path(__file__).parent / "records" / f"{name}.json").read_text(encoding="utf-8")
+    (tmp_path / "dicor.json").write_text(text, encoding="utf-8")
+    two_members(tmp_path / "pool")
+    third = {"dev": np.array([[-0.5], [0.75], [-0.25], [-1.0]])}
+    lora = {"rank": 4, "scaling": 3.0, "targets": "qv"}
+    add_member(tmp_path / "pool", "quora", "binary", "m2", third, {"dev": IDS}, {"dev": TRUTH}, **lora)
+    args = ("--ensemble", tmp_path / "dicor.json", "--split", "dev", "--output", tmp_path / "p.csv")
+    assert run("apply", *args) == 0
+    rows = (tmp_path / "p.csv").read_text().splitlines()[1:]
+    assert rows == [f"{i} , {float(d)} " for i, d in zip(IDS, decided, strict=True)]
+    assert read(tmp_path / "dicor.json").to_json() == text
+
+
 def test_a_record_from_before_offsets_is_read(pool, tmp_path, capsys):
     record = selected(pool, tmp_path / "d.json", "--method", "weighted")
     assert (record.pop("scale"), record.pop("offsets")) == (1, None)
@@ -458,6 +475,12 @@ def test_a_device_can_be_written_to(pool, tmp_path):
 def test_help_and_version_leave_with_zero(args, capsys):
     assert main(args) == 0
     assert "dicor" in capsys.readouterr().out
+
+
+def test_options_are_called_as_their_fields(capsys):
+    assert main(["import", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name} " in shown for name in ("--from", "--task-kind", "--member-columns", "--by-row"))
 
 
 def test_as_a_process(pool, tmp_path):

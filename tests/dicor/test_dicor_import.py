@@ -31,10 +31,9 @@ from pool_factory import add_member, make_pool, random_labels
 from scipy.special import expit, log_softmax, logit, softmax
 
 from lora_ensemble.dicor.cli import main
-from lora_ensemble.dicor.imports import command as import_command
-from lora_ensemble.dicor.imports.outputs import Form
+from lora_ensemble.dicor.imports.request import Form
 from lora_ensemble.pool import TaskPool, read_record
-from lora_ensemble.tasks import PRESETS, Kind
+from lora_ensemble.tasks import PRESETS
 
 IDS = ["q7", "q2", "q9", "q4", "é5"]
 LABELS = [1, 0, 1, 1, 0]  # binary
@@ -349,11 +348,6 @@ def test_auto_of_several_columns(home: Path, importing: Importer, fails: Callabl
     assert "(logits from" in importing("multiclass", home / "named.csv", "--from", "logits")[0]
 
 
-def test_the_help_knows_the_forms_and_kinds() -> None:
-    assert get_args(Form) == import_command.FORMS
-    assert get_args(Kind) == import_command.KINDS
-
-
 # Members beside others
 
 
@@ -440,6 +434,7 @@ def test_overwriting_the_only_member_may_change_the_labels(home: Path, importing
     importing("binary", path)
     table(home / "binary.csv", ["id", "label"], list(zip(IDS, [0, 1, 0, 0, 1], strict=True)))
     assert "accuracy 0.2000" in importing("binary", path, "--overwrite")[0]
+    assert read_record(home / "pool", "binary", "m").score == 0.2
 
 
 def test_test_predictions_are_added(home: Path, importing: Importer, fails: Callable[..., str]) -> None:
@@ -598,6 +593,7 @@ def test_constant_values_are_told(home: Path, importing: Importer) -> None:
     out, err = importing("regression", table(home / "c.csv", ["id", "v"], [(i, 2) for i in IDS]))
     assert "Pearson r undefined" in out
     assert "c: its predictions are constant, so that it has no score" in err
+    assert "never wrong" not in err
     assert read_record(home / "pool", "regression", "c").score is None
 
 
@@ -614,12 +610,13 @@ GOOD = [f"{i},{p}" for i, p in zip(IDS, P, strict=True)]
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (lines("id,p", *GOOD[:3]), "m.csv: no prediction for 2 of the 5 dev examples, the first with id 'q4'; every"),
+        (lines("id,p", *GOOD[:3]), "m.csv: no row for 2 of the 5 dev examples, the first with id 'q4'; every"),
         (lines("id,p", *GOOD, "zz,0.5"), "m.csv:7: id 'zz' is not one of the 5 dev examples; remove it, or give"),
-        (lines("id,p", "zz,0.5", *GOOD, "yy,1"), "m.csv:2: id 'zz' is not one of the 5 dev examples (2 such rows)"),
+        (lines("id,p", "zz,0.5", *GOOD, "yy,1"), "m.csv:2: id 'zz' is not one of the 5 dev examples; remove it, or "
+         "give labels that have it (2 such rows)"),
         (lines("id,p", "a,0.5", "b,0.4"), "m.csv: none of its ids is one of the 5 dev examples: 'a' here, 'q7' there"),
         (lines("id,p", *GOOD, "q9,0.5"), "m.csv:7: id 'q9' is already at"),
-        (lines("id,p", *GOOD, ",0.5"), "m.csv:7: the id in column 'id' is ''; each row needs its own"),
+        (lines("id,p", *GOOD, ",0.5"), "m.csv:7: the id is ''; each row needs its own"),
         (lines("id,p", *GOOD[:4], "é5,nan"), "m.csv:6: column 'p' is 'nan'; expected a finite number"),
         (lines("id,p", *GOOD[:4], "é5,inf"), "m.csv:6: column 'p' is 'inf'; expected a finite number"),
         (lines("id,p", *GOOD[:4], "é5,"), "m.csv:6: column 'p' is empty; expected a finite number"),
@@ -663,7 +660,7 @@ def test_a_repeated_id_may_mean_several_models(home: Path, fails: Callable[..., 
 @pytest.mark.parametrize(
     ("array", "says"),
     [
-        (P3[:4], "m.npy: 4 rows without ids; expected 5, one for each dev example in the order of the labels"),
+        (P3[:4], "m.npy: 4 rows without ids; expected 5, one for each of the dev examples in the order of the labels"),
         (P3[:, :2], "m.npy: 2 columns of outputs; expected 3, one for each label (neg, neu, pos); if there are others"),
         (P, "m.npy: 1 column of outputs; expected 3"),
         (np.stack([P3, P3]), "m.npy: float64 of shape (2, 5, 3); expected (N,) or (N, C)"),
@@ -722,7 +719,7 @@ def test_archives_that_are_wrong(home: Path, fails: Callable[..., str]) -> None:
     np.savez(path, ids=np.array(P), m=P)
     fails("binary", path, says=["m.npz: array 'ids' is float64; expected ids: text or whole numbers"])
     np.savez(path, ids=IDS, a=-P, b=P * np.nan)
-    fails("binary", path, says=["m.npz: array 'b', row 0: found nan; expected a finite number (5 such rows)"])
+    fails("binary", path, says=["m.npz: array 'b': row 0: found nan; expected a finite number (5 such rows)"])
     raw = path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2])
     fails("binary", path, says=["m.npz: cannot be read as an .npz archive ("])
@@ -743,7 +740,7 @@ def test_archives_that_are_wrong(home: Path, fails: Callable[..., str]) -> None:
         ("regression", "id,label\nq7,1\nq2,inf\n", "l.csv:3: label 'inf'; expected a finite number"),
         ("regression", "id,label\nq7,\nq2,\n", "l.csv: all labels are empty; dev needs them"),
         ("regression", "id,label\nq7,1\nq7,2\n", "l.csv:3: id 'q7' is already at"),
-        ("regression", "id,y\nq7,1\n", "l.csv: no labels: no column 'label'; columns found: id, y; name it with"),
+        ("regression", "id,y\nq7,1\n", "l.csv: no labels: no column 'label'; columns found: 'id', 'y'; name it"),
         ("regression", "key,label\nq7,1\n", "l.csv: no column of ids; columns found: 'key', 'label'; name it"),
         ("regression", "id,label\n", "l.csv: no rows; expected a header line"),
         ("regression", "", "l.csv: empty file; expected predictions or labels"),
@@ -757,7 +754,7 @@ def test_labels_that_are_wrong(home: Path, fails: Callable[..., str], kind: str,
 
 def test_labels_out_of_range(home: Path, fails: Callable[..., str]) -> None:
     path = table(home / "m.csv", ["id", *NAMES[:2]], [(i, 1, 2) for i in IDS])
-    says = ["multiclass.csv:4: label 'pos'; expected one of neg, neu; if there are others, name all with --label-names"]
+    says = ["multiclass.csv:4: column 'label' is 'pos'; expected one of neg, neu; if", "name all with --label-names"]
     fails("multiclass", path, "--label-names", "neg", "neu", says=says)
 
 
@@ -766,8 +763,8 @@ def test_labels_that_the_pool_knows_otherwise(home: Path, importing: Importer, f
     importing("binary", path)
     for name, rows, says in (
         ("differ", list(zip(IDS, LABELS[::-1], strict=True)), "differ.csv:2: the label of 'q7' is 0, but 1 in"),
-        ("more", [*zip(IDS, LABELS, strict=True), ("x", 1)], "more.csv:7: id 'x' is not among the 5 dev examples of"),
-        ("fewer", list(zip(IDS, LABELS, strict=True))[1:], "fewer.csv: 1 of the 5 dev examples of"),
+        ("more", [*zip(IDS, LABELS, strict=True), ("x", 1)], "more.csv:7: id 'x' is not one of the 5 dev examples of"),
+        ("fewer", list(zip(IDS, LABELS, strict=True))[1:], "fewer.csv: no row for 1 of the 5 dev examples of"),
     ):
         table(home / f"{name}.csv", ["id", "label"], rows)
         fails("binary", path, "--name", "n", labels=f"{name}.csv", says=[says, "leave out --labels: the pool has them"])
@@ -810,7 +807,7 @@ def test_what_the_command_lacks_or_has_twice(
 def test_one_bad_file_of_several_and_nothing_is_written(home: Path, fails: Callable[..., str]) -> None:
     good = table(home / "good.csv", ["id", "p"], list(zip(IDS, P, strict=True)))
     bad = table(home / "bad.csv", ["id", "p"], list(zip(IDS[1:], P[1:], strict=True)))
-    fails("binary", good, bad, says=["bad.csv: no prediction for 1 of the 5"])
+    fails("binary", good, bad, says=["bad.csv: no row for 1 of the 5"])
 
 
 def test_a_large_file_is_read_in_a_time_that_grows_with_its_rows(home: Path, importing: Importer) -> None:

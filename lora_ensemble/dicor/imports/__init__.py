@@ -1,5 +1,5 @@
 """``dicor import``: what somebody else's models predicted, as members of a pool.
 
-``sources`` reads files as they stand, ``layout`` finds the columns of outputs, ``outputs`` makes logits of them,
-``truth`` brings ids and labels; ``importing`` writes the member; ``command`` has the options.
+``request`` is what was asked for; ``sources`` reads files as they stand; ``layout`` finds the columns of outputs,
+``outputs`` makes logits of them; ``truth`` knows ids and labels; ``importing`` writes the members.
 """

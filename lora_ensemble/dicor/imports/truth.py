@@ -9,289 +9,227 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from lora_ensemble.dicor.imports.sources import Source, read_labels
+from lora_ensemble.dicor.imports.layout import read_classes
+from lora_ensemble.dicor.imports.request import Request
+from lora_ensemble.dicor.imports.sources import Source, check_ids, read_source, vector
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import Examples, MemberRecord, read_examples
-from lora_ensemble.tasks import PRESETS, Kind, class_reader, number
-
-_LONGEST_ID = 1000  # ids are an array of fixed width: one endless id would cost its length for every row
+from lora_ensemble.pool import Examples, MemberRecord, fingerprint, read_examples
+from lora_ensemble.tasks import PRESETS, Kind, Task, number
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
     """The examples that predictions must cover, in the order that the pool has or will have."""
 
-    kind: Kind
-    labels: list[str]
-    """Label values in the order of the outputs; empty for regression."""
+    task: Task
+    """Its kind and its labels; of its files nothing is known."""
     examples: Examples
     row_ids: list[str]
     """The ids (N,) in the order of the rows of predictions that have none: that of the labels file if there is one."""
     source: str
     """What that order is called in a notice."""
-    notices: list[str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.examples.ids, self.examples.labels)
 
 
-def find(
-    pool: Path,
-    task: str,
-    split: str,
-    members: Sequence[MemberRecord],
-    file: Path | None,
-    *,
-    kind: Kind | None = None,
-    label_names: Sequence[str] = (),
-    id_column: str | None = None,
-    label_column: str | None = None,
-    by_row: bool = False,
-) -> Truth:
-    """The truth about a split of a task, from the pool's ``members`` and from a ``file`` of labels, or from either.
+def find_truth(request: Request, members: Sequence[MemberRecord], notices: list[str]) -> Truth:
+    """The truth about a split of a task, from the pool's ``members`` and from a file of labels, or from either.
 
-    ``by_row``: a table of labels without ids numbers its rows from 0, as tasks without an id column do (an array
-    always does). ``UserError`` where nothing says it, or where what says it disagrees.
+    ``UserError`` where nothing says it, or where what says it disagrees.
     """
-    members = [m for m in members if m.finished] or members  # others are not selected, and may be left over
-    kind = _kind(pool / task, task, members, kind)
-    if label_names and kind == "regression":
-        raise UserError("--label-names has no meaning for regression: its labels are numbers")
-    few = len(label_names) != 2 if kind == "binary" else len(label_names) < 2
-    if label_names and (few or len(set(label_names)) < len(label_names)):
-        expected = "two different names" if kind == "binary" else "two names or more, all different"
-        raise UserError(f"--label-names {' '.join(label_names)}: expected {expected}")
-    known = _known_labels(pool / task, task, members, label_names)
-    in_pool = _in_pool(pool, task, split, members)
-    if file is None:
+    members = [m for m in members if m.finished] or list(members)  # others are not selected, and may be left over
+    kind, labels = _known(request, members)
+    in_pool = _in_pool(request, members)
+    if request.labels is None:
         if in_pool is None:
             raise UserError(
-                f"{pool / task}: no {split} examples in this pool yet; give a file of their ids and labels with "
-                "--labels FILE"
+                f"{request.pool / request.task}: no {request.split} examples in this pool yet; give a file of their "
+                "ids and labels with --labels FILE"
             )
-        return Truth(kind, known or [], in_pool, in_pool.ids.tolist(), "the pool's examples", [])
-    column = label_column or (PRESETS[task].label if task in PRESETS else "label")
-    source = read_labels(file, id_column=id_column, label_column=column)
-    notices = list(source.notices)
-    ids = _ids(source, by_row, notices)
-    if "labels" not in source.columns and (label_column or split == "dev"):
-        shown = f"; columns found: {', '.join(n for n in source.table.found if n)[:300]}" if source.table else ""
-        raise UserError(f"{file}: no labels: no column {column!r}{shown}; name it with --label")
-    cells = _complete(source)
-    if cells is None and split == "dev" and in_pool is None:
-        raise UserError(f"{file}: all labels are empty; dev needs them: members are chosen by their dev score")
-    if known is None and kind != "regression":
+        task = Task(name=request.task, kind=kind, text=["text"], label_names=labels or [])
+        return Truth(task, in_pool, in_pool.ids.tolist(), "the pool's examples")
+    source, column = read_source(request.labels, request), request.label_column
+    notices += source.table.notices if source.table else []
+    if source.table is None:
+        column = next((name for name in ("", column) if name in source.columns), "labels")
+    cells = _label_cells(source, column, request)
+    if cells is None and request.split == "dev" and in_pool is None:
+        raise UserError(f"{source.path}: all labels are empty; dev needs them: members are chosen by their dev score")
+    ids = source.ids
+    if ids is None:
+        notices.append(f"{source.path.name}: it has no ids; its rows are numbered from 0")
+        ids = [str(i) for i in range(len(source))]
+    if labels is None and kind != "regression":
         if cells is None:
-            raise UserError(f"{file}: no labels to tell the classes; name them with --label-names")
-        known = _distinct(source, cells, kind, label_column or column)
+            raise UserError(f"{source.path}: no labels to tell the classes; name them with --label-names")
+        labels = _labels_of(source, column, cells, kind)
         if kind == "multiclass":
-            notices.append(f"{file.name}: the labels are {', '.join(known)}, in this order; --label-names says others")
-    values = None if cells is None else _numbers(source, cells, kind, known or [])
+            order = f"the labels are {', '.join(labels)}, in this order"
+            notices.append(f"{source.path.name}: {order}; --label-names says others")
+    task = Task(name=request.task, kind=kind, text=["text"], label_names=labels or [])
+    values = None if cells is None else _values(source, column, cells, task)
     if in_pool is None:
-        return Truth(kind, known or [], Examples(np.array(ids), values), ids, file.name, notices)
-    _agree(pool / task, split, in_pool, source, ids, values)
-    return Truth(kind, known or [], in_pool, ids, file.name, notices)
+        in_pool = Examples(np.array(ids), values)
+    else:
+        _check_against(in_pool, request, source, ids, values)
+    return Truth(task, in_pool, ids, source.path.name)
 
 
-def _kind(where: Path, task: str, members: Sequence[MemberRecord], kind: Kind | None) -> Kind:
-    there = members[0].kind if members else PRESETS[task].kind if task in PRESETS else None
-    if kind is None and there is None:
+def _known(request: Request, members: Sequence[MemberRecord]) -> tuple[Kind, list[str] | None]:
+    """The task's kind and, where they are known without a file of labels, its labels."""
+    where, names = request.pool / request.task, list(request.label_names)
+    known = members[0] if members else PRESETS.get(request.task)
+    kind = request.task_kind or (known.kind if known else None)
+    if kind is None:
         raise UserError(f"{where}: a new task; say --task-kind multiclass, binary or regression")
-    if kind is not None and there is not None and kind != there:
-        who = f"its member {members[0].name} is" if members else "the preset is"
-        raise UserError(f"{where}: --task-kind {kind}, but {who} {there}; leave it out, or give another --task")
-    return kind or there  # type: ignore[return-value]
-
-
-def _known_labels(
-    where: Path, task: str, members: Sequence[MemberRecord], label_names: Sequence[str]
-) -> list[str] | None:
-    there = members[0].labels if members else PRESETS[task].labels if task in PRESETS else None
-    if label_names and there is not None and list(label_names) != there:
+    if known is not None and kind != known.kind:
+        who = f"its member {known.name} is" if members else "the preset is"
+        raise UserError(f"{where}: --task-kind {kind}, but {who} {known.kind}; leave it out, or give another --task")
+    if names and kind == "regression":
+        raise UserError("--label-names has no meaning for regression: its labels are numbers")
+    if names and (len(set(names)) < max(2, len(names)) or (kind == "binary" and len(names) > 2)):
+        expected = "two different names" if kind == "binary" else "two names or more, all different"
+        raise UserError(f"--label-names {' '.join(names)}: expected {expected}")
+    if names and known is not None and names != known.labels:
         raise UserError(
-            f"{where}: --label-names {' '.join(label_names)}, but the task has {' '.join(there)} in this order; leave "
+            f"{where}: --label-names {' '.join(names)}, but the task has {' '.join(known.labels)} in this order; leave "
             "it out, or give another --task"
         )
-    return list(label_names) or there
+    return kind, names or (known.labels if known else None)
 
 
-def _in_pool(pool: Path, task: str, split: str, members: Sequence[MemberRecord]) -> Examples | None:
+def _in_pool(request: Request, members: Sequence[MemberRecord]) -> Examples | None:
     """The split's examples that the members were made on."""
-    prints = {m.examples[split]: m.name for m in reversed(members) if split in m.examples}
-    if len(prints) > 1:
+    fingerprints = {m.examples[request.split]: m.name for m in reversed(members) if request.split in m.examples}
+    if len(fingerprints) > 1:
         raise UserError(
-            f"{pool / task}: members {' and '.join(list(prints.values())[:2])} are of different {split} examples; "
-            "nothing can be chosen from such a pool; delete the folders of one kind"
+            f"{request.pool / request.task}: members {' and '.join(list(fingerprints.values())[:2])} are of different "
+            f"{request.split} examples; nothing can be chosen from such a pool; delete the folders of one kind"
         )
-    return read_examples(pool, task, split, next(iter(prints))) if prints else None
+    return read_examples(request.pool, request.task, request.split, *fingerprints) if fingerprints else None
 
 
-def _ids(source: Source, by_row: bool, notices: list[str]) -> list[str]:
-    if source.ids is None:
-        if source.table is not None and not by_row:
-            raise UserError(
-                f"{source.path}: no column of ids; columns found: {source.found}; name it with --id, or number the "
-                "rows with --by-row"
-            )
-        notices.append(f"{source.path.name}: it has no ids; its rows are numbered from 0")
-        return [str(i) for i in range(len(source.rows))]
-    _check_ids(source, source.ids)
-    return source.ids
+def _label_cells(source: Source, column: str, request: Request) -> Sequence[Any] | None:
+    """The true labels in a file as they stand; None where there are none at all.
 
-
-def _check_ids(source: Source, ids: Sequence[str]) -> None:
-    """``UserError`` for an id that is empty, endless or there twice."""
-    seen: dict[str, int] = {}
-    for row, name in enumerate(ids):
-        if not name or len(name) > _LONGEST_ID or "\0" in name:
-            raise UserError(f"{source.at(row)}: the id {name[:40]!r} is empty, endless or has a NUL; mend it")
-        if name in seen:
-            raise UserError(
-                f"{source.at(row)}: id {name!r} is already at {source.at(seen[name])}; each example once"
-                + ("" if source.name else "; several models in one file: name their column with --model-column")
-            )
-        seen[name] = row
-
-
-def _is_empty(cell: Any) -> bool:
-    return cell is None or (cell.strip() == "" if isinstance(cell, str) else bool(cell != cell))
-
-
-def _distinct(source: Source, cells: Sequence[Any], kind: Kind, column: str) -> list[str]:
-    """Class labels found in a file: numbers by value, words by the alphabet, as scikit-learn orders them."""
-    found = list(dict.fromkeys(str(c).strip() for c in cells))
-    # Words are no numbers: each is its own key.
-    numbers = {text if (n := number(text)) != n else n: text for text in reversed(found)}
-    if kind == "binary":
-        if set(numbers) <= {0.0, 1.0} or {text.lower() for text in found} <= {"false", "true"}:
-            return ["0", "1"]
-        example = f"--label-names {' '.join(sorted(found)[:2])}, the positive one last"
-        if len(found) != 2:
-            raise UserError(
-                f"{source.path}: column {column!r} has {len(found)} different labels ({', '.join(found[:5])}); "
-                f"expected two for a binary task; say --task-kind multiclass, or name two: {example}"
-            )
-        raise UserError(f"{source.path}: labels {found[0]!r} and {found[1]!r}: which is positive? say {example}")
-    if len(numbers) < 2:
-        raise UserError(
-            f"{source.path}: column {column!r} has one label only ({', '.join(found)}); name all with --label-names"
-        )
-    values = [n for n in numbers if isinstance(n, float) and math.isfinite(n)]
-    if len(values) == len(numbers):
-        whole = all(n.is_integer() for n in values)
-        return [str(int(n)) if whole else numbers[n] for n in sorted(values)]
-    return sorted(found)
-
-
-def _complete(source: Source) -> Sequence[Any] | None:
-    """The cells of the labels; None where there are none at all. ``UserError`` where some rows have none."""
-    cells = source.columns.get("labels")
-    if cells is None:
+    ``UserError`` where a file that must have labels has none, where only some rows have one, and for its ids.
+    """
+    if source.table is None and source.ids is None and column:
+        raise UserError(f"{source.path}: no array 'ids'; {source.shown}; save ids and labels in it")
+    check_ids(source, request)
+    if column not in source.columns:
+        if request.label or request.split == "dev":
+            raise UserError(f"{source.path}: no labels: no column {column!r}; {source.shown}; name it with --label")
         return None
-    cells = cells.tolist() if isinstance(cells, np.ndarray) else cells
-    empty = [row for row, cell in enumerate(cells) if _is_empty(cell)]
-    if empty and len(empty) < len(cells):
+    cells = source.columns[column]
+    if isinstance(cells, np.ndarray):
+        cells = vector(source.path, cells).tolist()
+    if source.ids is not None and len(cells) != len(source.ids):
+        raise UserError(f"{source.path}: {len(source.ids)} ids, but {len(cells)} labels; expected one for each")
+    empty = [cell is None or cell != cell or not str(cell).strip() for cell in cells]
+    if all(empty):
+        return None
+    advice = "add it, or leave the row out here and in the predictions"
+    source.refuse(empty, lambda _: f"no label ({sum(empty)} of {len(cells)} rows have none); {advice}")
+    return cells
+
+
+def _labels_of(source: Source, column: str, cells: Sequence[Any], kind: Kind) -> list[str]:
+    """Class labels that a file has: numbers by value, words by the alphabet, as scikit-learn orders them."""
+    texts = list(dict.fromkeys(str(cell).strip() for cell in cells))
+    # Of 1 and 1.0, the first counts. A word is no number, and so its own key.
+    by_value = {text if math.isnan(n := number(text)) else n: text for text in reversed(texts)}
+    if kind == "binary":
+        if set(by_value) <= {0.0, 1.0} or {text.lower() for text in texts} <= {"false", "true"}:
+            return ["0", "1"]
+        example = f"--label-names {' '.join(sorted(texts)[:2])}, the positive one last"
+        if len(texts) == 2:
+            raise UserError(f"{source.path}: labels {texts[0]!r} and {texts[1]!r}: which is positive? say {example}")
         raise UserError(
-            f"{source.at(empty[0])}: no label ({len(empty)} of {len(cells)} rows have none); add it, or leave the row "
-            "out here and in the predictions"
+            f"{source.path}: column {column!r} has {len(texts)} different labels ({', '.join(texts[:5])}); expected "
+            f"two for a binary task; say --task-kind multiclass, or name two: {example}"
         )
-    return None if empty else cells
+    if len(by_value) < 2:
+        only = ", ".join(texts)
+        raise UserError(f"{source.path}: column {column!r} has one label only ({only}); name all with --label-names")
+    values = sorted(n for n in by_value if isinstance(n, float) and math.isfinite(n))
+    if len(values) < len(by_value):
+        return sorted(texts)
+    whole = all(n.is_integer() for n in values)
+    return [str(int(n)) if whole else by_value[n] for n in values]
 
 
-def _numbers(source: Source, cells: Sequence[Any], kind: Kind, labels: list[str]) -> np.ndarray:
+def _values(source: Source, column: str, cells: Sequence[Any], task: Task) -> np.ndarray:
     """(N,) labels as class numbers or values."""
-    if kind != "regression":
-        read = class_reader(labels, truth=labels == ["0", "1"])
-        found = [read(cell) for cell in cells]
-        bad = next((row for row, value in enumerate(found) if value is None), None)
-        if bad is not None:
-            raise UserError(
-                f"{source.at(bad)}: label {cells[bad]!r}; expected one of {', '.join(labels)}; if there are others, "
-                "name all with --label-names"
-            )
-        return np.array(found, np.int64)
-    values = np.array([math.nan if isinstance(c, bool) else number(str(c)) for c in cells])
-    if not np.isfinite(values).all():
-        bad = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise UserError(f"{source.at(bad)}: label {cells[bad]!r}; expected a finite number")
+    if task.kind != "regression":
+        return read_classes(source, column, cells, task)
+    values = np.array([math.nan if isinstance(cell, bool) else number(str(cell)) for cell in cells])
+    source.refuse(~np.isfinite(values), lambda row: f"label {cells[row]!r}; expected a finite number")
     return values
 
 
-def _agree(
-    where: Path, split: str, in_pool: Examples, source: Source, ids: Sequence[str], values: np.ndarray | None
+def _check_against(
+    in_pool: Examples, request: Request, source: Source, ids: Sequence[str], values: np.ndarray | None
 ) -> None:
     """``UserError`` unless the labels file says of the pool's examples what the pool says, and of no others."""
-    way_out = "leave out --labels: the pool has them; or give another --task"
-    position = {name: i for i, name in enumerate(in_pool.ids.tolist())}
-    extra = [row for row, name in enumerate(ids) if name not in position]
-    if extra:
-        raise UserError(
-            f"{source.at(extra[0])}: id {ids[extra[0]]!r} is not among the {len(position)} {split} examples of {where} "
-            f"({len(extra)} such rows); {way_out}"
-        )
-    if len(ids) < len(position):
-        named = set(ids)
-        missing = next(name for name in position if name not in named)
-        raise UserError(
-            f"{source.path}: {len(position) - len(ids)} of the {len(position)} {split} examples of {where} are not in "
-            f"it, the first with id {missing!r}; {way_out}"
-        )
-    if values is not None and in_pool.labels is None:
-        raise UserError(f"{source.path}: the {split} examples of {where} have no labels; {way_out}")
-    if values is not None and in_pool.labels is not None:
-        there = in_pool.labels[[position[name] for name in ids]]
-        differ = np.flatnonzero(there != values)
-        if len(differ):
-            row = int(differ[0])
-            raise UserError(
-                f"{source.at(row)}: the label of {ids[row]!r} is {values[row]}, but {there[row]} in {where} "
-                f"({len(differ)} differ); {way_out}"
-            )
+    where, way_out = request.pool / request.task, "leave out --labels: the pool has them; or give another --task"
+    rows = _rows_of(in_pool, source, ids, f"{request.split} examples of {where}", extra=way_out, missing=way_out)
+    if values is None:
+        return
+    if in_pool.labels is None:
+        raise UserError(f"{source.path}: the {request.split} examples of {where} have no labels; {way_out}")
+    there = np.empty_like(in_pool.labels)
+    there[rows] = in_pool.labels
+    source.refuse(
+        there != values,
+        lambda row: f"the label of {ids[row]!r} is {values[row]}, but {there[row]} in {where}; {way_out}",
+    )
 
 
-def rows_of_examples(source: Source, found: Truth, split: str, *, by_row: bool, notices: list[str]) -> np.ndarray:
+def rows_of_examples(source: Source, truth: Truth, request: Request, notices: list[str]) -> np.ndarray:
     """(N,) for each example, in the pool's order, the row of the source that is of it, by id.
 
-    A source without ids must have as many rows, in the order of ``found.row_ids`` (which a notice says); a table only
-    where ``by_row`` says so. ``UserError`` for ids that are missing, too many, there twice or of something else.
+    A source without ids must have as many rows, in the order of ``truth.row_ids`` (which a notice says). ``UserError``
+    for ids that are missing, or of something else.
     """
-    wanted = found.examples.ids.tolist()
-    if source.ids is None:
-        if source.table is not None and not by_row:
-            raise UserError(
-                f"{source.path}: no column of ids; columns found: {source.found}; name it with --id, or say --by-row "
-                "if its rows are in the order of the labels"
-            )
-        if len(source.rows) != len(wanted):
-            raise UserError(
-                f"{source.where}: {len(source.rows)} rows without ids; expected {len(wanted)}, one for each "
-                f"{split} example in the order of the labels"
-            )
-        notices.append(f"{source.where}: no ids; its rows are taken in the order of {found.source}")
-        ids = found.row_ids
-    else:
-        ids = source.ids
-        _check_ids(source, ids)
-    position = {name: i for i, name in enumerate(wanted)}
-    extra = [row for row, name in enumerate(ids) if name not in position]
-    if len(extra) == len(ids):
+    what, ids = f"{request.split} examples", source.ids
+    if ids is None:
+        if len(source) != len(truth.row_ids):
+            expected = f"{len(truth.row_ids)}, one for each of the {what} in the order of the labels"
+            raise UserError(f"{source.where}: {len(source)} rows without ids; expected {expected}")
+        notices.append(f"{source.where}: no ids; its rows are taken in the order of {truth.source}")
+        ids = truth.row_ids
+    extra, missing = "remove it, or give labels that have it", "every example needs one"
+    return _rows_of(truth.examples, source, ids, what, extra=extra, missing=missing)
+
+
+def _rows_of(
+    examples: Examples, source: Source, ids: Sequence[str], what: str, *, extra: str, missing: str
+) -> np.ndarray:
+    """(N,) where each example's id stands among ``ids``, which has none twice.
+
+    ``UserError`` where ids are of no example (``extra``: what to do) or examples have no row (``missing``).
+    """
+    wanted, row_of = examples.ids.tolist(), {name: row for row, name in enumerate(ids)}
+    known = set(wanted)
+    if known.isdisjoint(ids):
         raise UserError(
-            f"{source.where}: none of its ids is one of the {len(wanted)} {split} examples: {ids[0]!r} here, "
-            f"{wanted[0]!r} there; is it another split, or another column of ids (--id)?"
+            f"{source.where}: none of its ids is one of the {len(wanted)} {what}: {ids[0]!r} here, {wanted[0]!r} "
+            "there; is it another split, or another column of ids (--id)?"
         )
-    if extra:
-        raise UserError(
-            f"{source.at(extra[0])}: id {ids[extra[0]]!r} is not one of the {len(wanted)} {split} examples"
-            f"{f' ({len(extra)} such rows)' if len(extra) > 1 else ''}; remove it, or give labels that have it"
-        )
-    rows = np.full(len(wanted), -1)
-    rows[[position[name] for name in ids]] = np.arange(len(ids))
-    missing = np.flatnonzero(rows < 0)
-    if len(missing):
-        raise UserError(
-            f"{source.where}: no prediction for {len(missing)} of the {len(wanted)} {split} examples, the "
-            f"first with id {wanted[missing[0]]!r}; every example needs one"
-        )
-    return rows
+    source.refuse(
+        [name not in known for name in ids],
+        lambda row: f"id {ids[row]!r} is not one of the {len(wanted)} {what}; {extra}",
+    )
+    lacking = [name for name in wanted if name not in row_of]
+    if lacking:
+        first = f"the first with id {lacking[0]!r}"
+        raise UserError(f"{source.where}: no row for {len(lacking)} of the {len(wanted)} {what}, {first}; {missing}")
+    return np.array([row_of[name] for name in wanted])

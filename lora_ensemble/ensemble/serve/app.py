@@ -98,8 +98,8 @@ def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: S
     async def about() -> messages.About:
         """Which ensemble it is."""
         members = [
-            messages.Member(name=m.name, rank=m.rank, scaling=m.scaling, targets=m.targets, weight=m.weight)
-            for m in record.members
+            messages.Member(**{key: row[key] for key in ("name", "rank", "scaling", "targets", "weight")})
+            for row in record.rows()
         ]
         return messages.About(
             task=record.task,
