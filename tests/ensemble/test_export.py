@@ -20,7 +20,9 @@ from trained_pool import ENTRIES, peft_logits, texts_of, write_pool
 
 from lora_ensemble import Ensemble
 from lora_ensemble.bank.lora import MemberConfig
-from lora_ensemble.ensemble import export, folder
+from lora_ensemble.ensemble import export
+from lora_ensemble.ensemble.card import SIGNED
+from lora_ensemble.ensemble.folder import whole_folder
 from lora_ensemble.errors import UserError
 from lora_ensemble.main import main
 from lora_ensemble.tasks import Kind
@@ -374,10 +376,19 @@ def test_the_card_says_what_the_record_says(tiny: Callable[[str], Path], tmp_pat
     ran("--ensemble", file, "--output", tmp_path / "tickets")
     card = (tmp_path / "tickets" / "README.md").read_text()
     front, page = card.split("---\n")[1:]
+    honest = raw["estimate"]["honest"]
+    interval = f"90% interval {honest['low']:.4f} to {honest['high']:.4f}"
+    metric = {"type": "accuracy", "value": round(honest["value"], 4), "name": f"accuracy, honest estimate ({interval})"}
+    result = {
+        "task": {"type": "text-classification"},
+        "dataset": {"name": "mine", "type": "mine", "split": "dev"},
+        "metrics": [metric],
+    }
     assert yaml.safe_load(front) == {
         "library_name": "lora-ensemble",
         "pipeline_tag": "text-classification",
         "tags": ["lora", "ensemble", "peft"],
+        "model-index": [{"name": "tickets", "results": [result]}],
     }
     for side in ("estimate", "best", "omni"):
         f = raw[side]
@@ -538,8 +549,8 @@ def test_a_kill_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     out = tmp_path / "out"
 
     def write(version: str) -> None:
-        with folder.whole_folder(out, overwrite=True) as new:
-            (new / "README.md").write_text(f"{folder.SIGNED} {version}")
+        with whole_folder(out, overwrite=True) as new:
+            (new / "README.md").write_text(f"{SIGNED} {version}")
             if renames == 0 and version == "new":
                 os._exit(9)
 
@@ -558,14 +569,14 @@ def test_a_kill_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.Monkey
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     if out.exists():
-        assert (out / "README.md").read_text() == f"{folder.SIGNED} {'new' if renames == 2 else 'old'}"
+        assert (out / "README.md").read_text() == f"{SIGNED} {'new' if renames == 2 else 'old'}"
     else:
         assert renames == 1
-        with pytest.raises(UserError, match="is there already"), folder.whole_folder(out, overwrite=False):
+        with pytest.raises(UserError, match="is there already"), whole_folder(out, overwrite=False):
             pass
-        assert (out / "README.md").read_text() == f"{folder.SIGNED} old"  # put back
+        assert (out / "README.md").read_text() == f"{SIGNED} old"  # put back
     write("third")
-    assert (out / "README.md").read_text() == f"{folder.SIGNED} third"
+    assert (out / "README.md").read_text() == f"{SIGNED} third"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
