@@ -22,15 +22,7 @@ from lora_ensemble import __version__, pool
 from lora_ensemble.bank.member_files import load_base
 from lora_ensemble.dicor.located import CONFIG, FORMAT, RECORD
 from lora_ensemble.ensemble.card import CARD, SIGNED, Contents
-from lora_ensemble.ensemble.sources import (
-    VERSION,
-    Base,
-    Source,
-    find_bases,
-    known_columns,
-    longest_text,
-    told_apart,
-)
+from lora_ensemble.ensemble.sources import VERSION, Base, Source, find_bases, known_columns, longest_text, told_apart
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task

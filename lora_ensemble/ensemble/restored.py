@@ -186,7 +186,7 @@ def _passes(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     """Numbers of the texts of each pass: sorted by length, about ``budget`` tokens together, at least one text."""
     order = np.argsort(lengths, kind="stable")[::-1]  # the longest first: what memory it takes shows at once
     number = np.cumsum(lengths[order]) // max(budget, 1)
-    return np.split(order, np.flatnonzero(np.diff(number)) + 1) if len(order) else []
+    return np.split(order, np.flatnonzero(np.diff(number)) + 1)
 
 
 def _device(name: str) -> torch.device:
