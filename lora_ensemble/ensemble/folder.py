@@ -91,15 +91,10 @@ def write_ensemble(target: Path, source: Source, *, with_base: bool, with_exampl
     for called, base in bases.items():
         inside = None
         if with_base:
-            taken = [entry["folder"].removeprefix(f"{BASE}/") for entry in entries.values()]
-            inside = f"{BASE}/{told_apart(base.name.split('/')[-1], taken)}"
             over = [r for r in source.members if r.base_model == called]
-            # Two outputs are transformers' own default: the configuration then says nothing of a head.
-            classifier, _, tokenizer = load_base(
-                over, source.pool, base.where, base.revision, outputs=2, any_base=any_base
-            )
-            save_pretrained(classifier.base_model, target / inside)
-            tokenizer.save_pretrained(target / inside)
+            taken = [entry["folder"] for entry in entries.values()]
+            inside = told_apart(f"{BASE}/{base.name.split('/')[-1]}", taken)
+            _write_base(target / inside, base, over, source.pool, any_base=any_base)
         entries[base.name] = {"folder": inside, "on_hub": base.on_hub, "revision": base.revision}
     moved = dataclasses.replace(ensemble, pool=MEMBERS)
     (target / RECORD).write_text(moved.to_json(), encoding="utf-8")
@@ -130,6 +125,14 @@ def write_ensemble(target: Path, source: Source, *, with_base: bool, with_exampl
     }
     (target / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return contents
+
+
+def _write_base(target: Path, base: Base, members: list[MemberRecord], folder: Path, *, any_base: bool) -> None:
+    """Encoder and tokeniser of ``members`` of the pool at ``folder``."""
+    # Two outputs are transformers' own default: the configuration then says nothing of a head.
+    classifier, _, tokenizer = load_base(members, folder, base.where, base.revision, outputs=2, any_base=any_base)
+    save_pretrained(classifier.base_model, target)
+    tokenizer.save_pretrained(target)
 
 
 def _write_member(target: Path, source: Path, r: MemberRecord, base: Base) -> None:

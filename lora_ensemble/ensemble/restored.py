@@ -204,10 +204,7 @@ def _device(name: str) -> torch.device:
 def _part(source: Source, places: list[int], device: torch.device, any_base: bool) -> _Part:
     """A bank of the source's members at these places on the device, ready to answer."""
     ensemble, records = source.ensemble, [source.members[i] for i in places]
-    base_model, full = records[0].base_model, records[0].finetune == "full"
-    if base_model is None:
-        folder = source.pool / ensemble.task / records[0].name
-        raise UserError(f"{folder}: it does not say what its base model is")
+    base_model, full = str(records[0].base_model), records[0].finetune == "full"
     where = source.bases[base_model].where if base_model in source.bases else base_model
     revision = None if any_base else records[0].revision
     task = Task(name=ensemble.task, kind=ensemble.kind, text=source.text or ["text"], label_names=ensemble.labels)

@@ -18,7 +18,7 @@ from lora_ensemble.bank.lora import Adapter, from_peft, linear_layers
 from lora_ensemble.bank.member_files import load_base
 from lora_ensemble.ensemble.card import Contents
 from lora_ensemble.ensemble.folder import copy_files, save_pretrained
-from lora_ensemble.ensemble.sources import Base, check_weights, find_bases, known_columns, longest_text
+from lora_ensemble.ensemble.sources import Base, check_readers, find_bases, known_columns, longest_text
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
@@ -32,7 +32,7 @@ def write_member(target: Path, folder: Path, member: MemberRecord, *, merged: bo
     with C outputs. Both with a tokeniser. ``UserError`` where weights or base model cannot be had, unless ``any_base``
     for another base model than in training, and for PEFT where the member was fully fine-tuned.
     """
-    check_weights([member], folder)
+    check_readers([member], folder)
     (base,) = find_bases([member], {}, any_base=any_base).values()
     columns = known_columns(member.task, member.kind, member.text)
     task = Task(name=member.task, kind=member.kind, text=columns or ["text"], label_names=member.labels)

@@ -53,7 +53,7 @@ def read_source(path: Path, pool: Path | None) -> Source:
     """
     located = locate(path, pool)
     members = chosen_records(located.ensemble, located.pool)
-    check_weights(members, located.pool)
+    check_readers(members, located.pool)
     return Source(
         ensemble=located.ensemble,
         pool=located.pool,
@@ -63,15 +63,19 @@ def read_source(path: Path, pool: Path | None) -> Source:
     )
 
 
-def check_weights(members: Sequence[MemberRecord], folder: Path) -> None:
-    """``UserError`` where members of the pool at ``folder`` have predictions alone; it names them."""
+def check_readers(members: Sequence[MemberRecord], folder: Path) -> None:
+    """``UserError`` where members of the pool at ``folder`` can read no text, for want of weights or a base model."""
+    where = folder / members[0].task
     without = [r.name for r in members if not {pool.ADAPTER, pool.FULL} & set(r.files)]
     if without:
         raise UserError(
-            f"{folder / members[0].task}: {len(without)} of {len(members)} members have no weights, only predictions "
+            f"{where}: {len(without)} of {len(members)} members have no weights, only predictions "
             f"({', '.join(without[:3])}{', ...' * (len(without) > 3)}), and cannot read new text; select from a pool "
             "without them"
         )
+    for r in members:
+        if r.base_model is None:
+            raise UserError(f"{where / r.name}: it does not say what its base model is; select from a pool without it")
 
 
 def _text_columns(members: Sequence[MemberRecord], folder: Path) -> list[str]:
@@ -119,7 +123,7 @@ def _exported_bases(located: Located, members: Sequence[MemberRecord]) -> dict[s
         raise UserError(f"{path}: damaged ({type(e).__name__}: {e}); export again") from e
     # A folder of the reader's, or another model of the hub, is nothing that an export writes there.
     for r in members if located.inside else ():
-        if r.base_model not in {None, *bases}:
+        if r.base_model not in bases:
             file = pool.member_folder(located.pool, r.task, r.name) / pool.RECORD
             raise UserError(f"{file}: base_model is {r.base_model!r}, which {CONFIG} does not name; export it again")
     return bases
@@ -129,23 +133,22 @@ def find_bases(members: Sequence[MemberRecord], known: Mapping[str, Base], *, an
     """The members' base models by what the pool calls them. ``known``: those of an exported folder.
 
     ``any_base``: the hub's newest, not those that the members were trained over. Local folders are called by their own
-    names, told apart where two have the same. ``UserError`` for a member that does not say what its base model is.
+    names, told apart where two have the same.
     """
     bases: dict[str, Base] = {}
     for r in members:
-        if r.base_model is None:
-            raise UserError(f"member {r.name}: it does not say what its base model is, so it cannot be exported")
-        if r.base_model in bases:
+        called = str(r.base_model)
+        local = Path(called).expanduser()
+        if called in bases:
             continue
-        local, name = Path(r.base_model).expanduser(), hub_id(r.base_model)
-        if r.base_model in known:
-            bases[r.base_model] = known[r.base_model]
+        if called in known:
+            bases[called] = known[called]
         elif local.is_dir():
             name = told_apart(local.resolve().name, [base.name for base in bases.values()])
-            bases[r.base_model] = Base(name=name, where=str(local), on_hub=False)
+            bases[called] = Base(name=name, where=str(local), on_hub=False)
         else:
-            revision = None if any_base else r.revision
-            bases[r.base_model] = Base(name=name, where=name, on_hub=True, revision=revision)
+            name, revision = hub_id(called), None if any_base else r.revision
+            bases[called] = Base(name=name, where=name, on_hub=True, revision=revision)
     return bases
 
 

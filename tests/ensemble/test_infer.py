@@ -229,7 +229,7 @@ def test_a_pipe_of_lines_is_answered_as_it_comes(record: Path) -> None:
 
 def test_whoever_reads_may_stop(record: Path, tmp_path: Path) -> None:
     """``| head -1`` is no error."""
-    (tmp_path / "in.txt").write_text("good\n" * 50_000)
+    (tmp_path / "in.txt").write_text(("good " * 100 + "\n") * 1100)  # three blocks
     command = [sys.executable, "-m", "lora_ensemble", "infer", "--ensemble", str(record), "--output", "-"]
     with open(tmp_path / "err", "w") as err:
         program = subprocess.Popen(

@@ -75,8 +75,8 @@ def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: S
     @app.get("/ensemble", response_model=messages.About)
     async def about() -> dict[str, Any]:
         """Which ensemble it is."""
-        decided_by = decides(record.strategy, record.kind)
-        return {**vars(record), "text": columns, "decides": decided_by, "limits": limits}
+        described = {key: getattr(record, key) for key in ("task", "kind", "labels", "method", "members")}
+        return {**described, "text": columns, "decides": decides(record.strategy, record.kind), "limits": limits}
 
     _add_health(app, batcher, metrics)
     app.get("/", include_in_schema=False)(lambda: FileResponse(_PAGE / "index.html"))
