@@ -57,7 +57,6 @@ def write_card(folder: Path, name: str, contents: Contents) -> None:
         model_name=name if results else None,
         eval_results=results,
     )
-    scaled = ensemble is not None and ensemble.offsets is not None
     versions = {", ".join(f"{k} {v}" for k, v in sorted(r.versions.items())) for r in members if r.versions}
     card = ModelCard.from_template(
         data,
@@ -66,8 +65,8 @@ def write_card(folder: Path, name: str, contents: Contents) -> None:
         name=name,
         rows=ensemble.members if ensemble else [],
         score=contents.task.score_name,
-        decides=decides(ensemble.strategy, ensemble.kind) if ensemble else "",
-        offsets=offsets(ensemble.scale, ensemble.offsets, ensemble.labels) if scaled else "",
+        decides=decides,
+        offsets=offsets,
         train=sorted({r.train_fingerprint for r in members if r.train_fingerprint}),
         trained_with=sorted(versions),
         signed=SIGNED,

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
@@ -217,7 +217,7 @@ class _Infer:
                 self._report(block)
                 new = block[skip:]
                 skip -= len(block) - len(new)
-                lines = self._answer(new, lambda share, read=read: bar.update(int(read * share)))
+                lines = self._answer(new, bar, read)
                 if not new:
                     bar.update(read)
                 output.rows += len(new)
@@ -236,10 +236,10 @@ class _Infer:
                 if self.bad <= _SHOWN:
                     print(f"{self.rows.name}:{row.line}: {row.error}; no decision", file=sys.stderr)
 
-    def _answer(self, block: list[Row], progress: Callable[[float], object]) -> list[str]:
-        """A line for each row of the block; ``progress``: told the share of it that each pass has answered."""
+    def _answer(self, block: list[Row], bar: Any, size: int) -> list[str]:
+        """A line for each row of the block, which was ``size`` bytes; the bar goes on with each pass."""
         texts = [row.texts for row in block if row.texts is not None]
-        logits = self.ensemble.logits(texts, progress=lambda n: progress(n / len(texts)))
+        logits = self.ensemble.logits(texts, progress=lambda n: bar.update(size * n // len(texts)))
         values = [[decided] for decided in self.ensemble.named(self.ensemble.record.decide(logits)).tolist()]
         if len(self.added) > 1:
             for row, p in zip(values, self.ensemble.probabilities(logits).tolist(), strict=True):
