@@ -37,33 +37,27 @@ def run(argv: Sequence[str]) -> int:
         limits = Limits(**{field.name: getattr(args, f"max_{field.name}") for field in fields(Limits)})
         columns = columns_read(ensemble, args.columns)
         ensemble.logits(["" if len(columns) == 1 else ("", "")])  # what is made once is made before the first client
-        address = listening.getsockname()
-        host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+        address, port, *_ = listening.getsockname()
+        host = f"[{address}]" if ":" in address else address
+        local = ipaddress.ip_address(address.partition("%")[0]).is_loopback
         if not local:
-            print(
-                f"warning: --host {args.host}: whoever reaches this machine may ask: no password, no encryption",
-                file=sys.stderr,
-            )
+            why = "whoever reaches this machine may ask: no password, no encryption"
+            print(f"warning: --host {args.host}: {why}", file=sys.stderr)
         # On loopback, a page of another site could reach it under a name of its own that it lets point here.
         hosts = (*_LOOPBACK, host) if local else ("*",)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(ensemble, columns, limits, hosts=hosts),
-                log_config=None,  # warnings and errors go to stderr
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                ws="none",
-                lifespan="on",
-                timeout_graceful_shutdown=_GRACE_S,
-            )
+        config = uvicorn.Config(
+            make_app(ensemble, columns, limits, hosts=hosts),
+            log_config=None,  # warnings and errors go to stderr
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=_GRACE_S,
         )
-        print(
-            f"{ensemble.record.task}, {ensemble.record.size} members: http://{host}:{address[1]}/ (Ctrl+C stops it)",
-            flush=True,
-        )
-        server.run(sockets=[listening])
+        record = ensemble.record
+        print(f"{record.task}, {record.size} members: http://{host}:{port}/ (Ctrl+C stops it)", flush=True)
+        uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 
@@ -82,17 +76,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     parser.add_argument("--port", type=_port, default=8000, help="0: any that is free (default: %(default)s)")
-    for name, about in (
-        ("texts", "texts of a request"),
-        ("chars", "characters of a text"),
-        ("bytes", "bytes of a request"),
-        ("batch", "texts of several requests that are answered in one call; 1: none are put together"),
-        ("waiting", "texts that may wait; beyond, requests are told to come again"),
-    ):
-        default = getattr(Limits, name)
-        parser.add_argument(
-            f"--max-{name}", type=_positive, default=default, metavar="N", help=f"{about} (default: %(default)s)"
-        )
+    for limit in fields(Limits):
+        about = f"{limit.metadata['help']} (default: %(default)s)"
+        parser.add_argument(f"--max-{limit.name}", type=_positive, default=limit.default, metavar="N", help=about)
     return parser
 
 
