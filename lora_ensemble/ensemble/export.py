@@ -13,10 +13,6 @@ from lora_ensemble.errors import ANY_BASE, Parser, UserError
 if TYPE_CHECKING:
     from lora_ensemble.ensemble.card import Contents
 
-DESCRIPTION = """\
-A whole ensemble as a folder that Ensemble.load reads anywhere (--ensemble FILE), or one member (--member NAME --pool
-DIR --task T). Each has a model card, README.md."""
-
 
 def run(argv: Sequence[str]) -> int:
     """Write the folder, and say what is in it; returns the exit code. ``UserError`` for a mistake of the user's."""
@@ -47,7 +43,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="lora-ensemble export", description=DESCRIPTION)
+    parser = Parser(
+        prog="lora-ensemble export",
+        description="A whole ensemble as a folder that Ensemble.load reads anywhere (--ensemble FILE), or one member "
+        "(--member NAME --pool DIR --task T). Each has a model card, README.md.",
+    )
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     add("--ensemble", type=Path, metavar="FILE", help="what dicor select wrote, or an exported folder")

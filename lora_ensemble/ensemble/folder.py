@@ -161,19 +161,18 @@ def copy_files(source: Path, r: MemberRecord, names: list[str], target: Path, ba
                 f"{folder / name}: not what {pool.RECORD} says: damaged, or replaced while it was read; run it again"
             )
         if name in (pool.ADAPTER_CONFIG, pool.FULL_CONFIG):
-            _name_base(target / name, base)
+            _name_base(target / name, base, r.revision)
         checksums[name] = pool.checksum(target / name)
     return checksums
 
 
-def _name_base(path: Path, base: Base) -> None:
+def _name_base(path: Path, base: Base, revision: str | None) -> None:
     """Let a member's configuration name its base model as the export does, never by a path."""
     before = json.loads(path.read_text(encoding="utf-8"))
     config = {key: value for key, value in before.items() if key != "_name_or_path"}
     if "base_model_name_or_path" in config:
-        config["base_model_name_or_path"] = base.name
-        if base.revision is None and config.get("revision"):  # --any-base: the newest
-            config["revision"] = None
+        # With --any-base it is the hub's newest. The member's own otherwise: of one name several may be in an ensemble.
+        config |= {"base_model_name_or_path": base.name, "revision": revision if base.revision else None}
     if config != before:
         path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 

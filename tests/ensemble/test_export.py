@@ -154,6 +154,11 @@ def test_without_base(
     assert "base_model:\n- someone/encoder\n" in card
     assert "not in this folder: `someone/encoder` at abc123" in card
     assert Ensemble.load(tmp_path / "out").logits(["good"]).shape == (2, 1, 5)
+    member = ("--pool", pool, "--task", "mine", "--member", FIRST, "--output")
+    for name, more, revision in (("pinned", (), "abc123"), ("newest", ("--any-base",), None)):
+        ran(*member, tmp_path / name, *more)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == ("someone/encoder", revision)
 
 
 def test_what_is_missing_is_named(trained: Callable[..., Path], tmp_path: Path) -> None:

@@ -64,34 +64,33 @@ async function ask(event) {
 }
 
 function show({ decision, probabilities, members }) {
+  const valued = ensemble.kind === "regression";
   const said = members.map((m) => m.decision);
   const agree = said.filter((d) => d === decision).length;
-  const settings = (i) => [ensemble.members[i].rank ?? "–", number(ensemble.members[i].weight)];
-  at("answer").hidden = false;
-  if ((at("classes").hidden = ensemble.kind === "regression")) {
-    const range = `${number(Math.min(...said))} to ${number(Math.max(...said))}`;
-    at("status").textContent = `The ensemble says ${number(decision)}; its members say ${range}.`;
-    const rows = members.map((m, i) => [m.name, number(m.decision), number(m.decision - decision), ...settings(i)]);
-    table("members", "The members, and their difference to the ensemble", ["says", "difference"], rows);
-    return;
-  }
-  at("status").textContent = `The ensemble decides ${decision}; ${agree} of ${said.length} members agree.`;
+  const range = () => `${number(Math.min(...said))} to ${number(Math.max(...said))}`;
+  at("status").textContent = valued
+    ? `The ensemble says ${number(decision)}; its members say ${range()}.`
+    : `The ensemble decides ${decision}; ${agree} of ${said.length} members agree.`;
   const what = ensemble.decides.startsWith("the majority") ? "share of the votes" : "probability";
-  fill("classes", "The ensemble", ["Label", what], ensemble.labels.map((label) => [label, number(probabilities[label])]));
+  const classes = valued ? [] : ensemble.labels.map((label) => [label, number(probabilities[label])]);
+  fill("classes", "The ensemble", ["label", what], classes);
   const rows = members.map((m, i) => {
-    const agrees = m.decision === decision ? "yes" : "no";
-    return [m.name, m.decision, number(m.probabilities[m.decision]), agrees, ...settings(i)];
+    const { rank, weight } = ensemble.members[i];
+    const own = valued ? m.decision - decision : m.probabilities[m.decision];
+    return [m.name, valued ? number(m.decision) : m.decision, number(own), rank ?? "–", number(weight)];
   });
-  table("members", "The members, and their own probability of what they say", ["says", "probability", "agrees"], rows);
+  const own = valued ? "difference" : "own probability";
+  fill("members", "The members", ["member", "says", own, "rank r", "weight"], rows);
+  at("classes").hidden = valued;
+  at("answer").hidden = false;
 }
-
-const table = (id, title, says, rows) => fill(id, title, ["Member", ...says, "rank r", "weight"], rows);
 
 /** Fill a table; the first cell of a row is its heading. */
 function fill(id, title, header, rows) {
   at(id).replaceChildren();
   at(id).createCaption().textContent = title;
-  const heading = (row, scope, textContent) => row.append(Object.assign(document.createElement("th"), { scope, textContent }));
+  const heading = (row, scope, textContent) =>
+    row.append(Object.assign(document.createElement("th"), { scope, textContent }));
   const head = at(id).createTHead().insertRow();
   header.forEach((text) => heading(head, "col", text));
   const body = at(id).createTBody();
