@@ -230,8 +230,8 @@ def test_who_waits_when_it_stops_is_answered(ensembles: dict[str, Ensemble]) -> 
 
 
 def test_a_batcher_that_stops_takes_nothing_more() -> None:
-    """And answers what it has taken, in calls as before."""
-    calls = []
+    """And answers what it has taken, in calls as before: each question with its own texts' answers."""
+    questions, calls = [["0"], ["1", "2"], ["3"], ["4"], ["5"], ["6", "7"]], []
 
     def logits(texts: list[str]) -> np.ndarray:
         calls.append(len(texts))
@@ -239,15 +239,15 @@ def test_a_batcher_that_stops_takes_nothing_more() -> None:
         return np.array([[[float(t)] for t in texts]])
 
     async def stop() -> list[Any]:
-        async with Batcher(logits, batch=2, waiting=100, taken=lambda n: None) as batcher:
-            asked = [asyncio.create_task(batcher.ask([str(i)])) for i in range(5)]
+        async with Batcher(logits, batch=3, waiting=100, taken=lambda n: None) as batcher:
+            asked = [asyncio.create_task(batcher.ask(texts)) for texts in questions]
             await asyncio.sleep(0.01)
         with pytest.raises(BusyError):
-            await batcher.ask(["6"])
-        return [(await one).item() for one in asked]
+            await batcher.ask(["8"])
+        return [(await answer).ravel().tolist() for answer in asked]
 
-    assert asyncio.run(asyncio.wait_for(stop(), 60)) == [0, 1, 2, 3, 4]
-    assert calls == [2, 2, 1]
+    assert asyncio.run(asyncio.wait_for(stop(), 60)) == [[float(text) for text in texts] for texts in questions]
+    assert calls == [3, 3, 2]
 
 
 ASKED = json.dumps({"texts": ["good"]})
