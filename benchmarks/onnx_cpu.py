@@ -33,7 +33,7 @@ from lora_ensemble.bank.base_model import load_classifier, load_tokenizer
 from lora_ensemble.bank.lora import MemberConfig, expand_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.ensemble.restored import TOKENS
-from lora_ensemble.ensemble.single import Single, plain_model
+from lora_ensemble.ensemble.single import merge
 from lora_ensemble.tasks import Task
 from lora_ensemble.text.packing import fill, layout
 from machine import describe
@@ -74,20 +74,7 @@ def merged_member(bank: Bank, base_model: str) -> Any:
     """The bank's first member as a plain transformers model."""
     adapter, heads = bank.member_state(0)
     classifier, _ = load_classifier(base_model, num_labels=_TASK.num_outputs)
-    single = Single(
-        name="first",
-        task=_TASK,
-        base_model=base_model,
-        revision=None,
-        max_length=512,
-        classifier=classifier.eval(),
-        tokenizer=None,
-        scaling=1.0,
-        adapter=adapter,
-        head=heads[_TASK.name],
-        encoder={},
-    )
-    return plain_model(single).requires_grad_(False)
+    return merge(classifier, adapter, heads[_TASK.name], scaling=1.0).requires_grad_(False)
 
 
 def padded(texts: Sequence[np.ndarray]) -> list[dict[str, torch.Tensor]]:

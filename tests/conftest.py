@@ -118,3 +118,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, demo_root: Path) -> Callable[
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Family, kind and more of ``trained_pool.write_pool`` to its pool, made once: for reading, or to be copied."""
+    from trained_pool import ENTRIES, write_pool
+
+    made: dict[Any, Path] = {}
+
+    def get(family: str, kind: Any, *, columns: int = 1, members: int = len(ENTRIES), n: int = 24) -> Path:
+        key = (family, kind, columns, members, n)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("trained") / "pool"
+            write_pool(made[key], tiny(family), kind, columns=columns, entries=ENTRIES[:members], n=n)
+        return made[key]
+
+    return get

@@ -84,13 +84,13 @@ def test_an_ensemble_answers_without_what_training_needs(tiny, tmp_path):
     select = ["select", "--pool", str(pool), "--task", "mine", "--method", "omni", "--output", str(record)]
     assert dicor_main(select) == 0
     bring = loaded("import torch\nfrom transformers import AutoModelForSequenceClassification as A, BertModel", ALL)
-    predict = "from lora_ensemble import Ensemble\nassert len(Ensemble.load({!r}).predict(['good', 'bad'])) == 2"
-    export = (
-        f"from lora_ensemble.main import main\nassert main({['export', '--ensemble', str(record)]!r} + {{!r}}) == 0"
-    )
-    assert set(loaded(predict.format(str(record)), ALL)) == set(bring)
-    assert set(loaded(export.format(["--output", str(out)]), ALL)) == set(bring)
-    assert set(loaded(predict.format(str(out)), ALL)) == set(bring)
+    answer = f"""
+from lora_ensemble import Ensemble
+from lora_ensemble.main import main
+assert len(Ensemble.load({str(record)!r}).predict(['good', 'bad'])) == 2
+assert main(['export', '--ensemble', {str(record)!r}, '--output', {str(out)!r}]) == 0
+assert len(Ensemble.load({str(out)!r}).predict(['good', 'bad'])) == 2"""
+    assert set(loaded(answer, ALL)) == set(bring)
     assert not {*TRAINING, "pyarrow"} & set(bring)
 
 

@@ -1,4 +1,4 @@
-"""``lora-ensemble export``: an ensemble, or one of its members, as a folder to take away."""
+"""``lora-ensemble export``: an ensemble, or one of its members, as a folder to take away, and on the hub."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_ensemble.errors import ANY_BASE, Parser, UserError
 
 if TYPE_CHECKING:
-    pass
-
-DESCRIPTION = """\
-A whole ensemble as a folder that Ensemble.load reads anywhere (--ensemble FILE), or one member (--member NAME --pool
-DIR --task T). Each has a model card, README.md."""
+    from lora_ensemble.ensemble.card import Contents
 
 
 def run(argv: Sequence[str]) -> int:
@@ -27,26 +23,31 @@ def run(argv: Sequence[str]) -> int:
         )
     args = _parser().parse_args(list(argv))
     _check(args)
-    api = None
-    if args.push:
-        from lora_ensemble.ensemble import push
+    hub = _hub(args.push) if args.push else None
 
-        api = push.check(args.push)
-
+    from lora_ensemble.ensemble.card import write_card
     from lora_ensemble.ensemble.folder import whole_folder
 
     with whole_folder(args.output, overwrite=args.overwrite) as folder:
-        said = _member(args, folder) if args.member else _ensemble(args, folder)
-    for line in said:
-        print(line)
+        contents = _write_member(args, folder) if args.member else _write_ensemble(args, folder)
+        write_card(folder, args.output.name, contents)
+    if ensemble := contents.ensemble:
+        print(f"{ensemble.size} members of {ensemble.task}, chosen by {ensemble.method}")
+    else:
+        what = "merged into its base model" if contents.form == "merged" else "a PEFT adapter"
+        print(f"{args.member}: {what} over {contents.bases[0].name}")
     print(f"saved {args.output} ({sum(f.stat().st_size for f in args.output.rglob('*') if f.is_file()) / 1e6:.1f} MB)")
-    if api is not None:
-        print(f"pushed to {push.push(api, args.output, args.push, private=args.private)}")
+    if hub is not None:
+        print(f"pushed to {_push(hub, args.output, args.push, private=args.private)}")
     return 0
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="lora-ensemble export", description=DESCRIPTION)
+    parser = Parser(
+        prog="lora-ensemble export",
+        description="A whole ensemble as a folder that Ensemble.load reads anywhere (--ensemble FILE), or one member "
+        "(--member NAME --pool DIR --task T). Each has a model card, README.md.",
+    )
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     add("--ensemble", type=Path, metavar="FILE", help="what dicor select wrote, or an exported folder")
@@ -69,91 +70,73 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("export: expected either --ensemble FILE, or --member NAME with --pool DIR and --task T")
     if args.member and not (args.pool and args.task):
         raise UserError(f"--member {args.member}: also needs --pool DIR and --task T")
-    for names, wanted, why in (
-        (("without_base", "with_examples"), args.ensemble, "is for --ensemble"),
-        (("task", "format"), args.member, "is for --member"),
-        (("private",), args.push, "is for --push"),
+    for names, wanted in (
+        (("without-base", "with-examples"), "ensemble"),
+        (("task", "format"), "member"),
+        (("private",), "push"),
     ):
         for name in names:
-            if getattr(args, name) and not wanted:
-                raise UserError(f"--{name.replace('_', '-')}: {why}")
+            if getattr(args, name.replace("-", "_")) and not getattr(args, wanted):
+                raise UserError(f"--{name}: is for --{wanted}")
 
 
-def _member(args: argparse.Namespace, folder: Path) -> list[str]:
+def _write_ensemble(args: argparse.Namespace, folder: Path) -> Contents:
+    from lora_ensemble.ensemble.folder import write_ensemble
+    from lora_ensemble.ensemble.sources import read_source
+
+    source = read_source(args.ensemble, args.pool)
+    with_base, with_examples = not args.without_base, args.with_examples
+    return write_ensemble(folder, source, with_base=with_base, with_examples=with_examples, any_base=args.any_base)
+
+
+def _write_member(args: argparse.Namespace, folder: Path) -> Contents:
     from lora_ensemble import pool
-    from lora_ensemble.ensemble import card
-    from lora_ensemble.ensemble.folder import CARD, find_bases
-    from lora_ensemble.ensemble.restored import check_weights
-    from lora_ensemble.ensemble.single import known_columns, member_of, plain_model, write_merged, write_peft
-    from lora_ensemble.tasks import Task
+    from lora_ensemble.ensemble.single import write_member
 
     r = pool.read_record(args.pool, args.task, args.member)
     if r is None:
         names = [r.name for r in pool.read_records(args.pool, args.task)]
-        found = ", ".join(names[:3]) + ", ..." * (len(names) > 3) or "none"
+        members = ", ".join(names[:3]) + ", ..." * (len(names) > 3) or "none"
         where = pool.member_folder(args.pool, args.task, args.member)
-        raise UserError(f"{where}: no such member; members of this task: {found}")
-    check_weights([r], args.pool)
-    (base,) = find_bases([r], {}, any_base=args.any_base).values()
-    text = known_columns(r.task, r.kind, r.text)
-    task = Task(name=r.task, kind=r.kind, text=text or ["text"], label_names=r.labels)
-    single = member_of(args.pool, r, task, base, any_base=args.any_base)
-    merged = args.format == "merged"
-    if merged:
-        write_merged(folder, single, plain_model(single))
-    else:
-        write_peft(folder, single)
+        raise UserError(f"{where}: no such member; members of this task: {members}")
+    contents = write_member(folder, args.pool, r, merged=args.format == "merged", any_base=args.any_base)
     if not r.finished:
         why = "it diverged" if r.diverged else "its training had not ended"
         print(f"lora-ensemble: notice: {r.name} is not finished: {why}", file=sys.stderr)
-    page = card.single_card(
-        args.output.name,
-        task,
-        base,
-        [r],
-        text=text,
-        merged_format=merged,
-        max_length=single.max_length,
-        examples=r.examples.get("dev"),
-        about=card.about_member(r),
-    )
-    (folder / CARD).write_text(page, encoding="utf-8")
-    return [f"{r.name}: {'merged into its base model' if merged else 'a PEFT adapter'} over {base.name}"]
+    return contents
 
 
-def _ensemble(args: argparse.Namespace, folder: Path) -> list[str]:
-    from lora_ensemble.dicor.located import chosen_records, locate
-    from lora_ensemble.ensemble import bundle, card
-    from lora_ensemble.ensemble.folder import CARD, find_bases, read_bases
-    from lora_ensemble.ensemble.restored import check_weights, text_columns
-    from lora_ensemble.ensemble.single import known_columns
+def _hub(repo: str) -> Any:
+    """The hub's client, to be asked for before the work: ``UserError`` for a wrong name, offline or not logged in."""
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
-    found = locate(args.ensemble, args.pool)
-    chosen, members = found.ensemble, found.pool
-    records = chosen_records(chosen, members)
-    check_weights(records, members)
-    bases = find_bases(records, read_bases(found, records), any_base=args.any_base)
-    text = known_columns(chosen.task, chosen.kind, text_columns(records, members))
-    bundle.write_ensemble(
-        folder,
-        chosen,
-        members,
-        records,
-        text=text,
-        bases=bases,
-        with_base=not args.without_base,
-        with_examples=args.with_examples,
-        any_base=args.any_base,
-    )
-    page = card.ensemble_card(
-        args.output.name,
-        chosen,
-        records,
-        text=text,
-        max_length=min(bundle.longest_of(r, bases) for r in records),
-        bases=bases,
-        with_base=not args.without_base,
-        with_examples=args.with_examples,
-    )
-    (folder / CARD).write_text(page, encoding="utf-8")
-    return [f"{chosen.size} members of {chosen.task}, chosen by {chosen.method}"]
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as e:
+        raise UserError(f"--push {repo!r}: not the name of a repository ({e}); expected USER/NAME") from e
+    if constants.is_offline_mode():
+        raise UserError(f"--push {repo}: HF_HUB_OFFLINE is set, so nothing can be sent; unset it, or push later")
+    if get_token() is None:
+        raise UserError(f"--push {repo}: not logged in to the Hugging Face hub; run `hf auth login`, or set HF_TOKEN")
+    return HfApi()
+
+
+def _push(hub: Any, folder: Path, repo: str, *, private: bool) -> str:
+    """Send a whole folder to ``repo``, made if need be; returns its address.
+
+    ``UserError`` where the hub refuses or cannot be reached; the folder stays.
+    """
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        # None keeps a repository that is there as visible as it is.
+        address = hub.create_repo(repo, private=private or None, exist_ok=True)
+        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="lora-ensemble export")
+    except (OSError, HTTPError) as e:
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise UserError(
+            f"--push {repo}: {reason[:300]}; {folder} is written: send it later with `hf upload {repo} {folder}`"
+        ) from e
+    return str(address)

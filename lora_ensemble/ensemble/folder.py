@@ -1,4 +1,4 @@
-"""An exported folder: the names in it, its ``config.json``, where base models lie, and how it is put in place whole.
+"""An exported folder is put in place whole; and what is in that of a whole ensemble:
 
 dicor.json        what dicor select wrote, its pool the folder members beside it
 config.json       what is in the folder, for programs; never a path of the machine that wrote it
@@ -10,101 +10,24 @@ README.md         the model card
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from lora_ensemble.bank.base_model import hub_id
-from lora_ensemble.dicor.located import CONFIG, Located, leads_out
+from lora_ensemble import __version__, pool
+from lora_ensemble.bank.member_files import load_base
+from lora_ensemble.dicor.located import CONFIG, FORMAT, RECORD
+from lora_ensemble.ensemble.card import CARD, SIGNED, Contents
+from lora_ensemble.ensemble.sources import VERSION, Base, Source, find_bases, known_columns, longest_text, told_apart
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import RECORD as MEMBER
-from lora_ensemble.pool import MemberRecord, member_folder
+from lora_ensemble.pool import MemberRecord
+from lora_ensemble.tasks import Task
 
-VERSION = 1
-MEMBERS, BASE, CARD = "members", "base", "README.md"
-SIGNED = "lora-ensemble export"
-"""Stands in every card: a folder whose card lacks it is never overwritten."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Base:
-    """A base model: what files call it, and where it is here."""
-
-    name: str
-    """A hub id, or the name of a folder; never a path."""
-    where: str
-    """What ``load_classifier`` gets."""
-    on_hub: bool
-    revision: str | None = None
-
-
-def read_bases(found: Located, records: Sequence[MemberRecord]) -> dict[str, Base]:
-    """The base models that an exported folder speaks of, by the name its members have for them; else none.
-
-    ``records``: its members'. ``UserError`` where its ``config.json`` is of a later version or names what is not in the
-    folder, or where a member in it has a base model that is not named there.
-    """
-    config, path = found.config, found.home / CONFIG
-    if config is None:
-        return {}
-    if config.get("format_version") != VERSION:
-        raise UserError(
-            f"{path}: format_version is {config.get('format_version')!r}; this version of lora-ensemble reads {VERSION}"
-        )
-    bases = {}
-    try:
-        for name, entry in config["bases"].items():
-            inside = entry["folder"]
-            if leads_out(name):
-                raise UserError(f"{path}: a base model is called {name!r}; expected a name of the hub or of a folder")
-            if inside is not None and not (found.home / inside).is_dir():
-                raise UserError(
-                    f"{found.home / inside}: missing, though {CONFIG} says that {name} lies there; copy it again"
-                )
-            # transformers would load an adapter and the base model that it names, or weights out of a pickle.
-            for odd in ("adapter_config.json", "pytorch_model*") if inside is not None else ():
-                if there := next((found.home / inside).glob(odd), None):
-                    raise UserError(f"{there}: no file that an export writes; delete it, or get the folder elsewhere")
-            where = name if inside is None else str((found.home / inside).resolve())
-            bases[name] = Base(name=name, where=where, on_hub=entry["on_hub"], revision=entry["revision"])
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: damaged ({type(e).__name__}: {e}); export again") from e
-    # A folder of the reader's, or another model of the hub, is nothing that an export writes there.
-    other = next((r for r in records if found.inside and r.base_model not in {None, *bases}), None)
-    if other is not None:
-        where = member_folder(found.pool, other.task, other.name) / MEMBER
-        raise UserError(f"{where}: base_model is {other.base_model!r}, which {CONFIG} does not name; export it again")
-    return bases
-
-
-def find_bases(records: Sequence[MemberRecord], known: Mapping[str, Base], *, any_base: bool) -> dict[str, Base]:
-    """The members' base models by what the pool calls them. ``known``: those of an exported folder. ``any_base``: the
-    hub's newest, not those that the members were trained over.
-
-    Local folders are called by their own names, told apart where two have the same. ``UserError`` for a member that
-    does not say what its base model is.
-    """
-    found: dict[str, Base] = {}
-    for r in records:
-        if r.base_model is None:
-            raise UserError(f"member {r.name}: it does not say what its base model is, so it cannot be exported")
-        if r.base_model in found:
-            continue
-        if r.base_model in known:
-            found[r.base_model] = known[r.base_model]
-            continue
-        local = Path(r.base_model).expanduser()
-        if not local.is_dir():
-            name = hub_id(r.base_model)
-            found[r.base_model] = Base(name=name, where=name, on_hub=True, revision=None if any_base else r.revision)
-            continue
-        taken = {base.name for base in found.values()}
-        names = (local.resolve().name + end for end in ("", *(f"-{i}" for i in range(2, len(records) + 2))))
-        name = next(n for n in names if n not in taken)
-        found[r.base_model] = Base(name=name, where=str(local), on_hub=False)
-    return found
+MEMBERS, BASE = "members", "base"
 
 
 @contextlib.contextmanager
@@ -116,32 +39,152 @@ def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     it is not an exported folder.
     """
     target = target.resolve()
-    new, old = (target.parent / f".{target.name}.{word}" for word in ("new", "old"))
+    new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
     if old.exists() and not target.exists():  # killed between the two renames
         os.rename(old, target)
     if target.exists() and not overwrite:
         raise UserError(f"{target}: is there already; choose another --output, or replace it with --overwrite")
-    if target.exists() and not _is_ours(target):
+    if target.exists() and not _is_exported(target):
         raise UserError(f"{target}: not a folder that lora-ensemble export wrote, so it is not overwritten; delete it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     for left in (new, old):
         if left.exists():
             shutil.rmtree(left)
-    new.mkdir()
+    new.mkdir(parents=True)
     try:
         yield new
         if target.exists():
             os.rename(target, old)
         os.rename(new, target)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)  # gone, where all went well
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_exported(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     with contextlib.suppress(OSError, ValueError):
         return SIGNED in (folder / CARD).read_text(encoding="utf-8")
     return not any(folder.iterdir())
+
+
+def write_ensemble(target: Path, source: Source, *, with_base: bool, with_examples: bool, any_base: bool) -> Contents:
+    """Fill the empty folder ``target``, but for its card.
+
+    ``with_base``: also with weights and tokenisers of base models; without, a local one is a ``UserError``.
+    ``with_examples``: also with ids and labels of dev. Raises ``UserError`` naming what is missing or damaged, and,
+    unless ``any_base``, for a base model that is not the one that a member was trained over.
+    """
+    ensemble = source.ensemble
+    bases = find_bases(source.members, source.bases, any_base=any_base)
+    local = [base.name for base in bases.values() if not base.on_hub]
+    if local and not with_base:
+        raise UserError(
+            f"--without-base: the base model {local[0]} is a local folder, which nobody else has; leave it out"
+        )
+    for r in source.members:
+        _write_member(target / MEMBERS, source.pool, r, bases[str(r.base_model)])
+    if with_examples:
+        examples = pool.read_examples(source.pool, ensemble.task, "dev", ensemble.examples)
+        pool.write_examples(target / MEMBERS, ensemble.task, "dev", examples.ids, examples.labels)
+    entries: dict[str, dict[str, Any]] = {}
+    for called, base in bases.items():
+        inside = None
+        if with_base:
+            over = [r for r in source.members if r.base_model == called]
+            taken = [entry["folder"] for entry in entries.values()]
+            inside = told_apart(f"{BASE}/{base.name.split('/')[-1]}", taken)
+            _write_base(target / inside, base, over, source.pool, any_base=any_base)
+        entries[base.name] = {"folder": inside, "on_hub": base.on_hub, "revision": base.revision}
+    moved = dataclasses.replace(ensemble, pool=MEMBERS)
+    (target / RECORD).write_text(moved.to_json(), encoding="utf-8")
+    columns = known_columns(ensemble.task, ensemble.kind, source.text)
+    pairs = [(r, bases[str(r.base_model)]) for r in source.members]
+    contents = Contents(
+        form="ensemble",
+        task=Task(name=ensemble.task, kind=ensemble.kind, text=columns or ["text"], label_names=ensemble.labels),
+        columns=columns,
+        bases=list(bases.values()),
+        members=source.members,
+        max_length=min(longest_text(r, base.where, base.revision) for r, base in pairs),
+        ensemble=ensemble,
+        with_base=with_base,
+        with_examples=with_examples,
+    )
+    config = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "version": __version__,
+        "task": ensemble.task,
+        "kind": ensemble.kind,
+        "labels": ensemble.labels,
+        "text": columns,
+        "members": [m.name for m in ensemble.members],
+        "max_length": contents.max_length,
+        "bases": entries,
+    }
+    (target / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return contents
+
+
+def _write_base(target: Path, base: Base, members: list[MemberRecord], folder: Path, *, any_base: bool) -> None:
+    """Encoder and tokeniser of ``members`` of the pool at ``folder``."""
+    # Two outputs are transformers' own default: the configuration then says nothing of a head.
+    classifier, _, tokenizer = load_base(members, folder, base.where, base.revision, outputs=2, any_base=any_base)
+    save_pretrained(classifier.base_model, target)
+    tokenizer.save_pretrained(target)
+
+
+def _write_member(target: Path, source: Path, r: MemberRecord, base: Base) -> None:
+    """A member in the pool at ``target``: its weights, the logits it was chosen by, and a record that lists no more."""
+    home = pool.member_folder(target, r.task, r.name)
+    home.mkdir(parents=True)
+    names = (pool.ADAPTER_CONFIG, pool.ADAPTER, pool.FULL_CONFIG, pool.FULL, pool.logits_file("dev"))
+    files = copy_files(source, r, [name for name in names if name in r.files], home, base)
+    kept = dataclasses.replace(r, files=files, base_model=base.name, examples={"dev": r.examples["dev"]})
+    (home / pool.RECORD).write_text(kept.to_json(), encoding="utf-8")
+
+
+def copy_files(source: Path, r: MemberRecord, names: list[str], target: Path, base: Base) -> dict[str, str]:
+    """Copy a member's files from the pool at ``source``; returns their checksums in the folder ``target``.
+
+    Its configuration then names its base model as the export does. ``UserError`` for a file that is missing or damaged.
+    """
+    folder, checksums = pool.member_folder(source, r.task, r.name), {}
+    for name in names:
+        try:
+            shutil.copyfile(folder / name, target / name)
+        except FileNotFoundError as e:
+            raise UserError(f"{folder}: half-written member: {name} is missing; copy it again whole") from e
+        if pool.checksum(target / name) != r.files[name]:
+            raise UserError(
+                f"{folder / name}: not what {pool.RECORD} says: damaged, or replaced while it was read; run it again"
+            )
+        if name in (pool.ADAPTER_CONFIG, pool.FULL_CONFIG):
+            _name_base(target / name, base, r.revision)
+        checksums[name] = pool.checksum(target / name)
+    return checksums
+
+
+def _name_base(path: Path, base: Base, revision: str | None) -> None:
+    """Let a member's configuration name its base model as the export does, never by a path."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    config = {key: value for key, value in before.items() if key != "_name_or_path"}
+    if "base_model_name_or_path" in config:
+        # With --any-base it is the hub's newest. The member's own otherwise: of one name several may be in an ensemble.
+        config |= {"base_model_name_or_path": base.name, "revision": revision if base.revision else None}
+    if config != before:
+        path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_pretrained(model: Any, folder: Path) -> None:
+    """``model.save_pretrained`` without its progress bar."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if bars:
+            logging.enable_progress_bar()

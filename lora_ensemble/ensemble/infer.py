@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
-from lora_ensemble.errors import ANY_BASE, Parser, UserError
+from lora_ensemble.ensemble.options import add_options, load_ensemble
+from lora_ensemble.errors import Parser, UserError
 from lora_ensemble.text.streams import Row, Rows
 from lora_ensemble.text.tables import DAMAGED, GZIP, Format, format_of
 
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         "the decision added; of plain lines, the decision alone. A row that cannot be read keeps its place without "
         "one, and is reported with its line. Interrupted, the same command goes on, where input and output are files.",
     )
-    p.add_argument("--ensemble", type=Path, required=True, metavar="FILE", help="what dicor select or export wrote")
+    add_options(p)
     p.add_argument(
         "--input", required=True, metavar="FILE", help="CSV, TSV, JSON lines, Parquet or plain lines, .gz too; -: stdin"
     )
@@ -42,92 +43,69 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--header", nargs="+", default=[], metavar="COLUMN", help="columns of CSV or TSV that names none")
     p.add_argument("--column", default="prediction", help="name of what is added (default: prediction)")
     p.add_argument("--probabilities", action="store_true", help="add each label's probability too")
-    p.add_argument("--pool", type=Path, metavar="DIR", help="the pool, if it is no longer where the record says")
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
-    p.add_argument("--precision", choices=("32", "bf16"), default="32", help="of the matrix products")
-    p.add_argument("--any-base", action="store_true", help=ANY_BASE)
     return p
 
 
-def run(args: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """Run the command; returns 0, or 1 where rows could not be read. ``UserError`` for what the user can put right."""
-    try:
-        given = _parser().parse_args(args)
-    except SystemExit as e:  # --help
-        return int(e.code or 0)
-    if len(given.text) > 2:
-        raise UserError(f"--text: {len(given.text)} columns; expected one, or two for a pair")
-    with _source(given.input) as source, _sink(given) as sink:
-        from lora_ensemble.bank.precision import advice
-        from lora_ensemble.ensemble.restored import Ensemble
-
-        ensemble = Ensemble.load(
-            given.ensemble,
-            pool=given.pool,
-            device=given.device,
-            precision=given.precision,
-            any_base=given.any_base,
-        )
-        if note := advice(given.precision, ensemble.device.type, instead="--precision 32"):
-            print(note, file=sys.stderr)
-        if given.probabilities and ensemble.record.kind == "regression":
+    args = _parser().parse_args(argv)
+    if len(args.text) > 2:
+        raise UserError(f"--text: {len(args.text)} columns; expected one, or two for a pair")
+    with _open_input(args.input) as file, _open_output(args) as output:
+        ensemble = load_ensemble(args)
+        if args.probabilities and ensemble.record.kind == "regression":
             raise UserError("--probabilities: a regression has values, not probabilities; leave it out")
-        if given.text and ensemble.text and len(given.text) != len(ensemble.text):
-            reads = ", ".join(ensemble.text)
-            raise UserError(f"--text: {len(given.text)} columns; the ensemble reads {len(ensemble.text)} ({reads})")
-        name = "stdin" if given.input == "-" else given.input
-        stream, start = _unpacked(source, name)
-        kind = given.format or format_of(name, start)
-        if given.output != "-" and (kind == "parquet") != (format_of(given.output) == "parquet"):
-            raise UserError(f"--output {given.output}: the output is {kind}, as the input is; let its name say so")
-        if given.header and kind != "csv":
-            raise UserError(f"--header: {name} is {kind}; it is for CSV and TSV without a header line")
-        rows = Rows(stream, name, kind, given.text or ensemble.text, given.header)
-        done = _Infer(ensemble, rows, column=given.column, probabilities=given.probabilities)
+        rows = _rows(args, file, ensemble.text)
+        # Its bytes are known where it is a file, and not packed.
+        size = os.path.getsize(args.input) if args.input != "-" and rows.stream is file else None
+        infer = _Infer(ensemble, rows, column=args.column, probabilities=args.probabilities)
         try:
-            known = given.input != "-" and stream is source
-            done.run(sink, size=os.path.getsize(given.input) if known else None)
+            infer.run(output, size=size)
         except UserError:  # of the input: there is nothing to go on with
-            sink.begun = False
+            output.begun = False
             raise
         except BrokenPipeError:  # whoever read has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except KeyboardInterrupt:
-            if sink.partial is not None and sink.begun:
-                print(f"\ninterrupted after {sink.rows} rows: the same command goes on", file=sys.stderr)
+            if output.partial is not None and output.begun:
+                print(f"\ninterrupted after {output.rows} rows: the same command goes on", file=sys.stderr)
             raise
-        sink.finish()
-    done.say()
-    return 1 if done.bad else 0
+        output.finish()
+    infer.say()
+    return 1 if infer.bad else 0
 
 
-@contextlib.contextmanager
-def _source(name: str) -> Iterator[Any]:
+def _open_input(name: str) -> contextlib.AbstractContextManager[Any]:
     if name == "-":
-        yield sys.stdin.buffer
-        return
+        return contextlib.nullcontext(sys.stdin.buffer)
     try:
-        f = open(name, "rb")  # noqa: SIM115  (closed below)
+        return open(name, "rb")
     except OSError as e:
         raise UserError(f"{name}: cannot be read ({e.strerror}); expected a file of texts, or - for stdin") from e
-    with f:
-        yield f
 
 
-def _unpacked(stream: Any, name: str) -> tuple[Any, bytes]:
-    """The stream, or what gzip packed into it, and its first bytes."""
+def _rows(args: argparse.Namespace, file: Any, reads: list[str]) -> Rows:
+    """The rows of the input, unpacked; ``reads``: the ensemble's columns. ``UserError`` for options it contradicts."""
+    if args.text and reads and len(args.text) != len(reads):
+        raise UserError(f"--text: {len(args.text)} columns; the ensemble reads {len(reads)} ({', '.join(reads)})")
+    name, stream = "stdin" if args.input == "-" else args.input, file
     try:
-        if not (start := stream.peek(len(GZIP))).startswith(GZIP):
-            return stream, start
-        unpacked = gzip.GzipFile(fileobj=stream)
-        return unpacked, unpacked.peek(1)
+        if (start := file.peek(len(GZIP))).startswith(GZIP):
+            stream = gzip.GzipFile(fileobj=file)
+            start = stream.peek(1)
     except DAMAGED as e:
         raise UserError(f"{name}: damaged gzip file ({e}); write it again") from e
+    kind = args.format or format_of(name, start)
+    if args.output != "-" and (kind == "parquet") != (format_of(args.output) == "parquet"):
+        raise UserError(f"--output {args.output}: the output is {kind}, as the input is; let its name say so")
+    if args.header and kind != "csv":
+        raise UserError(f"--header: {name} is {kind}; it is for CSV and TSV without a header line")
+    return Rows(stream, name, kind, args.text or reads, args.header)
 
 
 @dataclass(kw_only=True)
-class _Sink:
+class _Output:
     """Where the rows go: standard output, or a partial file that gets its name at the end.
 
     What it holds is noted beside it after each block, so that the same command goes on behind it.
@@ -135,80 +113,87 @@ class _Sink:
 
     stream: BinaryIO
     partial: Path | None = None
-    target: Path | None = None
+    target: Path = Path()
     rows: int = 0
     """How many are there already."""
     begun: bool = False
     """Whether anything is."""
 
     @property
-    def _note(self) -> Path:
+    def note(self) -> Path:
+        """The file with the numbers of rows and bytes that the partial file holds."""
         assert self.partial is not None
         return self.partial.with_name(self.partial.name + ".json")
 
-    def write(self, what: bytes) -> None:
+    def write(self, content: bytes) -> None:
         """Add some rows, and a note of it."""
-        if self.target is not None and self.target.suffix.lower() == ".gz":
-            what = gzip.compress(what)  # a file of several such parts is one that gzip reads, and may end at each
-        self.stream.write(what)
+        if self.target.suffix.lower() == ".gz":
+            content = gzip.compress(content)  # a file of several such parts is one that gzip reads, and may end at each
+        self.stream.write(content)
         self.stream.flush()
         self.begun = True
-        if self.partial is None:
-            return
-        new = self._note.with_name(self._note.name + ".new")
-        new.write_text(json.dumps({"rows": self.rows, "bytes": self.stream.tell()}), encoding="utf-8")
-        os.replace(new, self._note)
+        if self.partial is not None:
+            new = self.note.with_name(self.note.name + ".new")
+            new.write_text(json.dumps({"rows": self.rows, "bytes": self.stream.tell()}), encoding="utf-8")
+            os.replace(new, self.note)
+
+    def go_on(self) -> None:
+        """Put the end where the note says that the last whole block ended, or at the start."""
+        noted: dict[str, int] = {}
+        with contextlib.suppress(OSError, ValueError):
+            noted = json.loads(self.note.read_text(encoding="utf-8"))
+        size = noted.get("bytes", 0)
+        if 0 < size <= os.fstat(self.stream.fileno()).st_size:
+            self.rows, self.begun = noted["rows"], True
+            print(f"going on after {self.rows} rows", file=sys.stderr)
+        self.stream.truncate(size if self.begun else 0)
+        self.stream.seek(0, os.SEEK_END)
 
     def finish(self) -> None:
         """Give the file its name."""
-        if self.partial is None or self.target is None:
-            return
-        self.stream.close()
-        os.replace(self.partial, self.target)
-        self._note.unlink(missing_ok=True)
+        if self.partial is not None:
+            self.stream.close()
+            os.replace(self.partial, self.target)
+            self.note.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _sink(given: argparse.Namespace) -> Iterator[_Sink]:
-    if given.output == "-":
-        yield _Sink(stream=sys.stdout.buffer)
+def _open_output(args: argparse.Namespace) -> Iterator[_Output]:
+    if args.output == "-":
+        yield _Output(stream=sys.stdout.buffer)
         return
-    target = Path(given.output).resolve()
+    target = Path(args.output).resolve()
     if target.is_dir():
-        raise UserError(f"{given.output}: is a folder; give the name of a file to write")
-    if given.input != "-" and target.exists() and target.samefile(given.input):
-        raise UserError(f"{given.output}: is the input; give another name")
-    # Its name says what it was made from: another question does not go on with it.
-    settings = {k: str(v) for k, v in vars(given).items() if k not in ("device", "output")}
-    if given.input != "-":
-        about = os.stat(given.input)
-        settings["input"] = f"{about.st_size} {about.st_mtime_ns}"
-    record = given.ensemble / "dicor.json" if given.ensemble.is_dir() else given.ensemble  # or an exported folder
-    settings["ensemble"] = record.read_text(encoding="utf-8") if record.is_file() else ""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    partial = target.with_name(f".{target.name}.{digest}.partial")
+        raise UserError(f"{args.output}: is a folder; give the name of a file to write")
+    again = args.input != "-"  # whether the input can be read a second time
+    if again and target.exists() and target.samefile(args.input):
+        raise UserError(f"{args.output}: is the input; give another name")
+    partial = target.with_name(f".{target.name}.{_digest(args)}.partial")
     try:
-        stream = open(partial, "r+b" if partial.exists() and given.input != "-" else "w+b")  # noqa: SIM115
+        stream = open(partial, "r+b" if partial.exists() and again else "w+b")  # noqa: SIM115  (closed below)
     except OSError as e:
-        raise UserError(f"{given.output}: cannot be written: {e.strerror}; give a file in a folder that exists") from e
+        raise UserError(f"{args.output}: cannot be written: {e.strerror}; give a file in a folder that exists") from e
     with stream:
-        sink = _Sink(stream=stream, partial=partial, target=target)
-        noted: dict[str, int] = {}
-        with contextlib.suppress(OSError, ValueError):
-            noted = json.loads(sink._note.read_text(encoding="utf-8"))
-        if given.input != "-" and 0 < noted.get("bytes", 0) <= partial.stat().st_size:
-            sink.rows, sink.begun = noted["rows"], True
-            stream.truncate(noted["bytes"])
-            stream.seek(noted["bytes"])
-            print(f"going on after {sink.rows} rows", file=sys.stderr)
-        else:
-            stream.truncate(0)
+        output = _Output(stream=stream, partial=partial, target=target)
+        if again:
+            output.go_on()
         try:
-            yield sink
+            yield output
         finally:
-            if not sink.begun:
+            if not output.begun:
                 partial.unlink(missing_ok=True)
-                sink._note.unlink(missing_ok=True)
+                output.note.unlink(missing_ok=True)
+
+
+def _digest(args: argparse.Namespace) -> str:
+    """Eight hex digits of all that decides the output: another question does not go on with a partial file."""
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("device", "output")}
+    if args.input != "-":
+        about = os.stat(args.input)
+        settings["input"] = f"{about.st_size} {about.st_mtime_ns}"
+    record = args.ensemble / "dicor.json" if args.ensemble.is_dir() else args.ensemble  # or an exported folder
+    settings["ensemble"] = record.read_text(encoding="utf-8") if record.is_file() else ""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 class _Infer:
@@ -220,54 +205,52 @@ class _Infer:
         self.count = self.answered = self.bad = 0
         self.started = time.monotonic()
 
-    def run(self, sink: _Sink, *, size: int | None) -> None:
+    def run(self, output: _Output, *, size: int | None) -> None:
         """All rows of the stream; ``size``: its bytes, where they are known."""
-        skip = before = sink.rows
-        with _bar(size) as bar:
+        from tqdm import tqdm
+
+        skip = before = output.rows
+        shown = sys.stderr.isatty()
+        with tqdm(total=size, unit="B", unit_scale=True, disable=not shown, leave=False) as bar:
             for read, block in self.rows:
-                head = "" if sink.begun else self.rows.head(self.added)
+                head = "" if output.begun else self.rows.head(self.added)
                 self._report(block)
-                done, block = block[:skip], block[skip:]
-                skip -= len(done)
-                lines = self._answer(block, lambda share, read=read: bar.update(int(read * share)))
-                if not block:
+                new = block[skip:]
+                skip -= len(block) - len(new)
+                lines = self._answer(new, bar, read)
+                if not new:
                     bar.update(read)
-                sink.rows += len(block)
+                output.rows += len(new)
                 if out := "".join([head, *lines]):
-                    sink.write(out.encode())
-        if self.bad and not self.answered and not before and sink.partial is not None:
+                    output.write(out.encode())
+        if self.bad and not self.answered and not before and output.partial is not None:
             raise UserError(f"{self.rows.name}: none of its {self.count} rows could be read as {self.rows.kind}")
         if tail := self.rows.tail(self.added):
-            sink.write(tail)
+            output.write(tail)
 
     def _report(self, block: list[Row]) -> None:
+        self.count += len(block)
         for row in block:
-            self.count += 1
             if row.error:
                 self.bad += 1
                 if self.bad <= _SHOWN:
                     print(f"{self.rows.name}:{row.line}: {row.error}; no decision", file=sys.stderr)
 
-    def _answer(self, block: list[Row], progress: Any) -> list[str]:
-        """A line for each row of the block."""
-        asked = [row for row in block if row.texts is not None]
-        texts = [row.texts for row in asked if row.texts is not None]
-        logits = self.ensemble.logits(texts, progress=lambda n: progress(n / len(texts)))
-        found = self.ensemble.named(self.ensemble.record.decide(logits)).tolist() if texts else []
-        values = [[decided] for decided in found]
-        if len(self.added) > 1 and texts:
-            for one, p in zip(values, self.ensemble.probabilities(logits).tolist(), strict=True):
-                one += [round(x, 6) for x in p]
-        self.answered += len(asked)
+    def _answer(self, block: list[Row], bar: Any, size: int) -> list[str]:
+        """A line for each row of the block, which was ``size`` bytes; the bar goes on with each pass."""
+        texts = [row.texts for row in block if row.texts is not None]
+        logits = self.ensemble.logits(texts, progress=lambda n: bar.update(size * n // len(texts)))
+        values = [[decided] for decided in self.ensemble.named(self.ensemble.record.decide(logits)).tolist()]
+        if len(self.added) > 1:
+            for row, p in zip(values, self.ensemble.probabilities(logits).tolist(), strict=True):
+                row += [round(x, 6) for x in p]
+        self.answered += len(texts)
         answers = iter(values)
-        nothing = dict.fromkeys(self.added, "")
-        lines = []
-        for row in block:
-            if row.texts is not None:
-                lines.append(self.rows.back(row, dict(zip(self.added, next(answers), strict=True))))
-            else:
-                lines.append(self.rows.back(row, None if self.rows.kind in ("jsonl", "parquet") else nothing))
-        return lines
+        nothing = None if self.rows.kind in ("jsonl", "parquet") else dict.fromkeys(self.added, "")
+        return [
+            self.rows.back(row, nothing if row.texts is None else dict(zip(self.added, next(answers), strict=True)))
+            for row in block
+        ]
 
     def say(self) -> None:
         """The counts."""
@@ -275,9 +258,3 @@ class _Infer:
         bad = f", {self.bad} could not be read" if self.bad else ""
         rate = f" in {seconds:.1f} s ({self.answered / seconds:.0f} a second)" if self.answered else ""
         print(f"{self.count} rows, {self.answered} answered{rate}{bad}", file=sys.stderr)
-
-
-def _bar(size: int | None) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=size, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False)

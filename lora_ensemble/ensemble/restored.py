@@ -17,7 +17,7 @@ True
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,16 +25,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from lora_ensemble import pool
-from lora_ensemble.bank.base_model import longest_input
 from lora_ensemble.bank.member_files import load_base, member_of, restore_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.choose.choice import probabilities
-from lora_ensemble.dicor.located import chosen_records, locate
-from lora_ensemble.ensemble.folder import Base, read_bases
+from lora_ensemble.ensemble.sources import Source, longest_text, read_source
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
 from lora_ensemble.text.tokens import Tokens
 
@@ -91,25 +87,16 @@ class Ensemble:
         """
         if precision not in get_args(Precision):
             raise UserError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
-        found = locate(Path(path), None if pool is None else Path(pool))
-        chosen, folder = found.ensemble, found.pool
         where = _device(device)
-        records = chosen_records(chosen, folder)
-        check_weights(records, folder)
-        bases = read_bases(found, records)
-        text = text_columns(records, folder)
-        task = Task(name=chosen.task, kind=chosen.kind, text=text or ["text"], label_names=chosen.labels)
+        source = read_source(Path(path), None if pool is None else Path(pool))
         together: dict[Any, list[int]] = {}
-        for i, r in enumerate(records):
+        for i, r in enumerate(source.members):
             # Of the hub's revisions many have the same weights. A fully fine-tuned encoder is one member's own.
             version = str(r.base_fingerprint or r.revision) if r.revision and not any_base else ""
             key = (r.base_model, version, r.settings.get("max_length"), None if r.finetune != "full" else r.name)
             together.setdefault(key, []).append(i)
-        parts = [
-            _part([records[i] for i in places], folder, task, places, where, bases, any_base)
-            for places in together.values()
-        ]
-        return cls(chosen, parts, text=text, precision=precision)
+        parts = [_part(source, places, where, any_base) for places in together.values()]
+        return cls(source.ensemble, parts, text=source.text, precision=precision)
 
     @property
     def labels(self) -> list[str]:
@@ -199,7 +186,7 @@ def _passes(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     """Numbers of the texts of each pass: sorted by length, about ``budget`` tokens together, at least one text."""
     order = np.argsort(lengths, kind="stable")[::-1]  # the longest first: what memory it takes shows at once
     number = np.cumsum(lengths[order]) // max(budget, 1)
-    return np.split(order, np.flatnonzero(np.diff(number)) + 1) if len(order) else []
+    return np.split(order, np.flatnonzero(np.diff(number)) + 1)
 
 
 def _device(name: str) -> torch.device:
@@ -214,50 +201,19 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def check_weights(records: list[MemberRecord], folder: Path) -> None:
-    """``UserError`` where members have predictions alone; it names them."""
-    without = [r.name for r in records if not {pool.ADAPTER, pool.FULL} & set(r.files)]
-    if without:
-        raise UserError(
-            f"{folder / records[0].task}: {len(without)} of {len(records)} members have no weights, only predictions "
-            f"({', '.join(without[:3])}{', ...' * (len(without) > 3)}), and cannot read new text; select from a pool "
-            "without them"
-        )
-
-
-def text_columns(records: list[MemberRecord], folder: Path) -> list[str]:
-    """Names of the columns that all members read; none where they do not say. ``UserError`` where they differ."""
-    known = {tuple(r.text): r.name for r in records if r.text}
-    if len({len(columns) for columns in known}) > 1:
-        one, two = list(known.items())[:2]
-        raise UserError(
-            f"{folder / records[0].task}: {one[1]} reads {', '.join(one[0])} and {two[1]} reads {', '.join(two[0])}; "
-            "members of an ensemble must read the same"
-        )
-    return list(next(iter(known), ()))
-
-
-def _part(
-    records: list[MemberRecord],
-    folder: Path,
-    task: Task,
-    places: list[int],
-    device: torch.device,
-    bases: Mapping[str, Base],
-    any_base: bool,
-) -> _Part:
-    """A bank of these members on the device, ready to answer. ``bases``: those of an exported folder."""
-    base_model, full = records[0].base_model, records[0].finetune == "full"
-    if base_model is None:
-        raise UserError(f"{folder / task.name / records[0].name}: it does not say what its base model is")
-    source = bases[base_model].where if base_model in bases else base_model
+def _part(source: Source, places: list[int], device: torch.device, any_base: bool) -> _Part:
+    """A bank of the source's members at these places on the device, ready to answer."""
+    ensemble, records = source.ensemble, [source.members[i] for i in places]
+    base_model, full = str(records[0].base_model), records[0].finetune == "full"
+    where = source.bases[base_model].where if base_model in source.bases else base_model
     revision = None if any_base else records[0].revision
+    task = Task(name=ensemble.task, kind=ensemble.kind, text=source.text or ["text"], label_names=ensemble.labels)
     classifier, fresh, tokenizer = load_base(
-        records, folder, source, revision, outputs=task.num_outputs, any_base=any_base
+        records, source.pool, where, revision, outputs=task.num_outputs, any_base=any_base
     )
     members = [member_of(r) for r in records]
     bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=full)
-    restore_members(bank, folder, base_model=base_model)
-    longest = records[0].settings.get("max_length") or longest_input(source, tokenizer, revision)
+    restore_members(bank, source.pool, base_model=base_model)
     bank.eval().requires_grad_(False).to(device)
+    longest = longest_text(records[0], where, revision)
     return _Part(bank=bank, tokenizer=tokenizer, max_length=longest, places=places)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -173,16 +174,18 @@ def _labelled_test() -> str:
     return json.dumps([task | files | {"label_names": list("01234")}])
 
 
-def test_serve_refuses(trained: Trained) -> None:
+def test_serve_refuses(trained: Trained, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn
+
     other_weights(trained.base)
-    command = [sys.executable, "-m", "lora_ensemble", "serve", "--ensemble", str(trained.record), "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "weights '" in done.stderr
-    with subprocess.Popen([*command, "--any-base"], stdout=subprocess.PIPE, text=True) as served:
-        assert served.stdout
-        assert "2 members: http://" in served.stdout.readline()
-        served.terminate()
+    command = ["serve", "--ensemble", str(trained.record), "--port", "0"]
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "weights '" in printed.err
+    monkeypatch.setattr(uvicorn, "Server", lambda config: SimpleNamespace(run=lambda sockets: None))
+    assert main([*command, "--any-base"]) == 0
+    assert "2 members: http://" in capsys.readouterr().out
 
 
 def test_a_teacher_is_refused(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -28,9 +29,9 @@ from lora_ensemble.tasks import Kind
 C = {"multiclass": 5, "binary": 1, "regression": 1}
 
 
-def select(pool: Path, *args: str) -> Path:
-    """The record of an ensemble of all members."""
-    file = pool.parent / "dicor.json"
+def select(pool: Path, *args: str, to: Path | None = None) -> Path:
+    """The record of an ensemble, beside its pool or in the folder ``to``."""
+    file = (to or pool.parent) / "dicor.json"
     assert dicor(["select", "--pool", str(pool), "--task", "mine", "--output", str(file), *args]) == 0
     return file
 
@@ -41,14 +42,15 @@ def one_by_one(pool: Path, base: Path, names: list[str], texts: list[Any], kind:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_the_members_say_what_peft_says(tiny: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+def test_the_members_say_what_peft_says(
+    tiny: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
     """Ranks, targets and scalings differ, one is a head alone; longest and shortest texts in one call."""
-    base = tiny(family)
-    write_pool(tmp_path / "pool", base, "multiclass")
-    ensemble = Ensemble.load(select(tmp_path / "pool", "--method", "omni"))
-    assert sorted(ensemble.members) == sorted(p.name for p in (tmp_path / "pool/mine").iterdir() if p.name[0] in "rh")
+    base, pool = tiny(family), trained(family, "multiclass")
+    ensemble = Ensemble.load(select(pool, "--method", "omni", to=tmp_path))
+    assert sorted(ensemble.members) == sorted(p.name for p in (pool / "mine").iterdir() if p.name[0] in "rh")
     texts = [*texts_of(15, 1, seed=5), "", " good \n", "very " * 200]
-    expected = one_by_one(tmp_path / "pool", base, ensemble.members, [t.strip() for t in texts], "multiclass")
+    expected = one_by_one(pool, base, ensemble.members, [t.strip() for t in texts], "multiclass")
     found = ensemble.logits(texts)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
@@ -62,13 +64,15 @@ KINDS: list[Kind] = ["multiclass", "binary", "regression"]
 @pytest.mark.parametrize(
     ("kind", "strategy"), [(k, s) for k in KINDS for s in STRATEGIES if (k, s) != ("regression", "majority")]
 )
-def test_every_strategy(tiny: Callable[[str], Path], tmp_path: Path, kind: Kind, strategy: str) -> None:
+def test_every_strategy(
+    tiny: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path, kind: Kind, strategy: str
+) -> None:
     """Against arithmetic on what PEFT says, on pairs; and against dicor apply on dev."""
-    base, pool = tiny("bert"), tmp_path / "pool"
-    dev = write_pool(pool, base, kind, columns=2)
+    base, pool, dev = tiny("bert"), trained("bert", kind, columns=2), texts_of(24, 2)
     size = [] if strategy == "weighted" else ["--size", "4"]
     method = "weighted" if strategy == "weighted" else "dicor"
-    file = select(pool, "--method", method, *size, *([] if strategy == "weighted" else ["--strategy", strategy]))
+    how = [] if strategy == "weighted" else ["--strategy", strategy]
+    file = select(pool, "--method", method, *size, *how, to=tmp_path)
     ensemble = Ensemble.load(file)
     chosen = json.loads(file.read_text())
     texts = texts_of(30, 2, seed=9)
@@ -119,11 +123,12 @@ def test_every_strategy(tiny: Callable[[str], Path], tmp_path: Path, kind: Kind,
         assert [float(a) for a in again] == [float(a) for a in applied]
 
 
-def test_scale_offsets_and_temperatures(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_scale_offsets_and_temperatures(
+    tiny: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path
+) -> None:
     """Vector scaling of a weighted mean of probabilities at temperatures, by scipy."""
-    base, pool = tiny("bert"), tmp_path / "pool"
-    write_pool(pool, base, "multiclass", n=60)
-    file = select(pool, "--method", "weighted-offset", "--temperature")
+    base, pool = tiny("bert"), trained("bert", "multiclass", n=60)
+    file = select(pool, "--method", "weighted-offset", "--temperature", to=tmp_path)
     raw = json.loads(file.read_text())
     raw["scale"], raw["offsets"] = 1.7, [0.3, -0.1, 0.0, -0.4, 0.2]
     file.write_text(json.dumps(raw))
@@ -156,16 +161,15 @@ def test_members_of_other_encoders_and_lengths(tiny: Callable[[str], Path], tmp_
         np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 
 
-def test_threads_get_their_own_answers(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    """Eight threads at once, ten questions each."""
-    write_pool(tmp_path / "pool", tiny("deberta-v2"), "multiclass")
-    ensemble = Ensemble.load(select(tmp_path / "pool", "--method", "omni"))
-    questions = {i: texts_of(1 + i % 5, 1, seed=i) for i in range(80)}
+def test_threads_get_their_own_answers(trained: Callable[..., Path], tmp_path: Path) -> None:
+    """Eight threads at once, four questions each."""
+    ensemble = Ensemble.load(select(trained("deberta-v2", "multiclass"), "--method", "omni", to=tmp_path))
+    questions = {i: texts_of(1 + i % 5, 1, seed=i) for i in range(32)}
     alone = {i: ensemble.logits(texts) for i, texts in questions.items()}
     found: dict[int, np.ndarray] = {}
 
     def ask(first: int) -> None:
-        for i in range(first, 80, 8):
+        for i in range(first, 32, 8):
             found[i] = ensemble.logits(questions[i])
 
     threads = [threading.Thread(target=ask, args=(k,)) for k in range(8)]
@@ -173,40 +177,36 @@ def test_threads_get_their_own_answers(tiny: Callable[[str], Path], tmp_path: Pa
         t.start()
     for t in threads:
         t.join()
-    assert all(np.array_equal(found[i], alone[i]) for i in range(80))
+    assert all(np.array_equal(found[i], alone[i]) for i in range(32))
 
 
-def test_bf16_is_near(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    write_pool(tmp_path / "pool", tiny("bert"), "multiclass")
-    file = select(tmp_path / "pool", "--method", "omni")
+def test_bf16_is_near(trained: Callable[..., Path], tmp_path: Path) -> None:
+    file = select(trained("bert", "multiclass"), "--method", "omni", to=tmp_path)
     texts = texts_of(20, 1, seed=4)
     exact, near = Ensemble.load(file).logits(texts), Ensemble.load(file, precision="bf16").logits(texts)
     assert 1e-5 < np.abs(exact - near).max() < 0.05 * np.abs(exact).max()  # bf16 keeps 8 bits
 
 
 def test_the_examples_in_the_docstrings(
-    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_pool(tmp_path / "pool", tiny("bert"), "multiclass")
-    select(tmp_path / "pool", "--method", "omni")
+    select(trained("bert", "multiclass"), "--method", "omni", to=tmp_path)
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(restored)
     assert result.attempted > 5
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("texts", [[], ["good"]])
-def test_few_texts(tiny: Callable[[str], Path], tmp_path: Path, texts: list[str]) -> None:
-    write_pool(tmp_path / "pool", tiny("bert"), "multiclass")
-    ensemble = Ensemble.load(select(tmp_path / "pool", "--method", "omni"))
-    assert ensemble.logits(texts).shape == (4, len(texts), 5)
-    assert ensemble.predict(texts).shape == (len(texts),)
-    assert ensemble.predict_proba(texts).shape == (len(texts), 5)
+def test_few_texts(trained: Callable[..., Path], tmp_path: Path) -> None:
+    ensemble = Ensemble.load(select(trained("bert", "multiclass"), "--method", "omni", to=tmp_path))
+    for texts in ([], ["good"]):
+        assert ensemble.logits(texts).shape == (4, len(texts), 5)
+        assert ensemble.predict(texts).shape == (len(texts),)
+        assert ensemble.predict_proba(texts).shape == (len(texts), 5)
 
 
-def test_what_is_no_text(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", columns=2)
-    ensemble = Ensemble.load(select(tmp_path / "pool", "--method", "omni"))
+def test_what_is_no_text(trained: Callable[..., Path], tmp_path: Path) -> None:
+    ensemble = Ensemble.load(select(trained("bert", "multiclass", columns=2), "--method", "omni", to=tmp_path))
     assert ensemble.text == ["one", "two"]
     for texts, message in [
         ("good", "one text; expected a list"),
@@ -219,9 +219,8 @@ def test_what_is_no_text(tiny: Callable[[str], Path], tmp_path: Path) -> None:
             ensemble.predict(texts)  # type: ignore[arg-type]
 
 
-def test_what_cannot_be_restored(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    pool = tmp_path / "pool"
-    write_pool(pool, tiny("bert"), "multiclass")
+def test_what_cannot_be_restored(trained: Callable[..., Path], tmp_path: Path) -> None:
+    pool = shutil.copytree(trained("bert", "multiclass"), tmp_path / "pool")
     file = select(pool, "--method", "omni")
     with pytest.raises(UserError, match="device is 'tpu'"):
         Ensemble.load(file, device="tpu")
@@ -246,9 +245,8 @@ def test_what_cannot_be_restored(tiny: Callable[[str], Path], tmp_path: Path) ->
         Ensemble.load(file, pool=pool)
 
 
-def test_texts_of_other_columns_do_not_mix(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    pool = tmp_path / "pool"
-    write_pool(pool, tiny("bert"), "multiclass")
+def test_texts_of_other_columns_do_not_mix(trained: Callable[..., Path], tmp_path: Path) -> None:
+    pool = shutil.copytree(trained("bert", "multiclass"), tmp_path / "pool")
     path = pool / "mine" / "r2-c2-qkv-lr1e-4-s1" / "member.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "text": ["a", "b"]}))
     with pytest.raises(UserError, match="must read the same"):

@@ -20,7 +20,9 @@ from trained_pool import ENTRIES, peft_logits, texts_of, write_pool
 
 from lora_ensemble import Ensemble
 from lora_ensemble.bank.lora import MemberConfig
-from lora_ensemble.ensemble import export, folder
+from lora_ensemble.ensemble import export
+from lora_ensemble.ensemble.card import SIGNED
+from lora_ensemble.ensemble.folder import whole_folder
 from lora_ensemble.errors import UserError
 from lora_ensemble.main import main
 from lora_ensemble.tasks import Kind
@@ -103,13 +105,12 @@ def test_the_folder_is_complete(tiny: Callable[[str], Path], tmp_path: Path) -> 
         assert list(listed["examples"]) == ["dev"]
 
 
-def test_only_dev_comes_along(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_only_dev_comes_along(trained: Callable[..., Path], tmp_path: Path) -> None:
     """With examples if asked for; other splits and the epochs stay."""
     from lora_ensemble.dicor.cli import main as dicor
     from lora_ensemble.pool import read_record, read_tensors, write_examples, write_member
 
-    pool = tmp_path / "pool"
-    write_pool(pool, tiny("bert"), "multiclass", entries=ENTRIES[:2])
+    pool = shutil.copytree(trained("bert", "multiclass", members=2), tmp_path / "pool")
     file = select(pool, "--method", "omni")
     record = read_record(pool, "mine", FIRST)
     assert record is not None
@@ -128,10 +129,11 @@ def test_only_dev_comes_along(tiny: Callable[[str], Path], tmp_path: Path) -> No
     assert "Ids and labels of dev are in this folder" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_without_base(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_base(
+    tiny: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A hub's model is named with its revision; a local one would be nobody else's."""
-    pool = tmp_path / "pool"
-    write_pool(pool, tiny("bert"), "multiclass", entries=ENTRIES[:2])
+    pool = shutil.copytree(trained("bert", "multiclass", members=2), tmp_path / "pool")
     file = select(pool, "--method", "omni")
     given = ["--ensemble", file, "--output", tmp_path / "out", "--without-base"]
     with pytest.raises(UserError, match=r"--without-base: the base model .* is a local folder"):
@@ -152,11 +154,15 @@ def test_without_base(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: 
     assert "base_model:\n- someone/encoder\n" in card
     assert "not in this folder: `someone/encoder` at abc123" in card
     assert Ensemble.load(tmp_path / "out").logits(["good"]).shape == (2, 1, 5)
+    member = ("--pool", pool, "--task", "mine", "--member", FIRST, "--output")
+    for name, more, revision in (("pinned", (), "abc123"), ("newest", ("--any-base",), None)):
+        ran(*member, tmp_path / name, *more)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == ("someone/encoder", revision)
 
 
-def test_what_is_missing_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    pool, out = tmp_path / "pool", tmp_path / "out"
-    write_pool(pool, tiny("bert"), "multiclass", entries=ENTRIES[:2])
+def test_what_is_missing_is_named(trained: Callable[..., Path], tmp_path: Path) -> None:
+    pool, out = shutil.copytree(trained("bert", "multiclass", members=2), tmp_path / "pool"), tmp_path / "out"
     file = select(pool, "--method", "omni")
     ran("--ensemble", file, "--output", out)
     (base,) = (out / "base").iterdir()
@@ -191,11 +197,28 @@ def test_what_is_missing_is_named(tiny: Callable[[str], Path], tmp_path: Path) -
         ran("--ensemble", alone, "--output", tmp_path / "other")
 
 
-def test_a_foreign_config_beside_the_record_is_not_read(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", entries=ENTRIES[:2])
-    file = select(tmp_path / "pool", "--method", "omni")
+def test_a_foreign_config_beside_the_record_is_not_read(trained: Callable[..., Path], tmp_path: Path) -> None:
+    file = select(trained("bert", "multiclass", members=2), "--method", "omni", to=tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert Ensemble.load(file).logits(["good"]).shape == (2, 1, 5)
+
+
+def test_a_folder_that_an_earlier_version_wrote_is_read(tmp_path: Path) -> None:
+    """Version 1 of the format, as it was before the package had rooms: loaded, applied, and exported again."""
+    from lora_ensemble.dicor.cli import main as dicor
+
+    before = Path(__file__).with_name("exported_before")
+    texts = [("good film", "bad film"), ("bad", "good bad film film")]
+    ran("--ensemble", before, "--output", tmp_path / "again")
+    for folder in (before, tmp_path / "again"):
+        ensemble = Ensemble.load(folder)
+        assert (ensemble.members, ensemble.text) == (["head-lr1e-4-s4", "r1-c2-qv-lr1e-4-s1"], ["one", "two"])
+        for name, logits in zip(ensemble.members, ensemble.logits(texts), strict=True):
+            member, base = folder / "members" / "mine" / name, folder / "base" / "tiny-bert"
+            np.testing.assert_allclose(logits, peft_logits(member, base, texts, 1, max_length=10), rtol=0, atol=1e-6)
+    given = ["--split", "dev", "--output", str(tmp_path / "p.csv")]
+    assert dicor(["apply", "--ensemble", str(before / "dicor.json"), *given]) == 0
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 7
 
 
 # A folder that somebody else made
@@ -311,7 +334,6 @@ def test_a_folder_that_names_files_outside_is_refused(exported: Path, tmp_path: 
     """By whatever reads it, in one line that says which file names what."""
     folder = tmp_path / "out"
     shutil.copytree(exported, folder)
-    assert len(Ensemble.load(folder).members) == 1
     change, says = HOSTILE[name]
     change(folder)
     for given in (folder, folder / "dicor.json")[: 1 if change is no_config else 2]:
@@ -365,19 +387,29 @@ def test_a_member_that_is_no_name_of_a_folder(exported: Path, tmp_path: Path, me
 # The card
 
 
-def test_the_card_says_what_the_record_says(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_card_says_what_the_record_says(trained: Callable[..., Path], tmp_path: Path) -> None:
     import yaml
 
-    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", n=90)
-    file = select(tmp_path / "pool", "--method", "weighted-offset")
+    file = select(trained("bert", "multiclass", n=60), "--method", "weighted-offset", to=tmp_path)
     raw = json.loads(file.read_text())
+    raw["estimate"]["in_sample"] = 0.875  # another than the honest one
+    file.write_text(json.dumps(raw))
     ran("--ensemble", file, "--output", tmp_path / "tickets")
     card = (tmp_path / "tickets" / "README.md").read_text()
     front, page = card.split("---\n")[1:]
+    honest = raw["estimate"]["honest"]
+    interval = f"90% interval {honest['low']:.4f} to {honest['high']:.4f}"
+    metric = {"type": "accuracy", "value": round(honest["value"], 4), "name": f"accuracy, honest estimate ({interval})"}
+    result = {
+        "task": {"type": "text-classification"},
+        "dataset": {"name": "mine", "type": "mine", "split": "dev"},
+        "metrics": [metric],
+    }
     assert yaml.safe_load(front) == {
         "library_name": "lora-ensemble",
         "pipeline_tag": "text-classification",
         "tags": ["lora", "ensemble", "peft"],
+        "model-index": [{"name": "tickets", "results": [result]}],
     }
     for side in ("estimate", "best", "omni"):
         f = raw[side]
@@ -412,14 +444,16 @@ def test_the_card_admits_too_few_examples(tiny: Callable[[str], Path], tmp_path:
 # One member
 
 
-@pytest.mark.parametrize("name", ["r3-c0.5-all-linear-lr1e-4-s3", "head-lr1e-4-s4"])
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_a_member_in_both_formats(tiny: Callable[[str], Path], tmp_path: Path, family: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "name"), [*((f, "r3-c0.5-all-linear-lr1e-4-s3") for f in FAMILY_NAMES), ("bert", "head-lr1e-4-s4")]
+)
+def test_a_member_in_both_formats(
+    tiny: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path, family: str, name: str
+) -> None:
     """The pool's own folder under PEFT, the exported one under PEFT, and the merged one under plain transformers."""
-    write_pool(tmp_path / "pool", tiny(family), "multiclass")
-    texts = texts_of(8, 1, seed=3)
-    expected = peft_logits(tmp_path / "pool" / "mine" / name, tiny(family), texts, 5)
-    member = ("--pool", tmp_path / "pool", "--task", "mine", "--member", name)
+    pool, texts = trained(family, "multiclass"), texts_of(8, 1, seed=3)
+    expected = peft_logits(pool / "mine" / name, tiny(family), texts, 5)
+    member = ("--pool", pool, "--task", "mine", "--member", name)
     ran(*member, "--format", "peft", "--output", tmp_path / "peft")
     ran(*member, "--format", "merged", "--output", tmp_path / "merged")
     np.testing.assert_allclose(peft_logits(tmp_path / "peft", tiny(family), texts, 5), expected, rtol=0, atol=1e-6)
@@ -431,8 +465,7 @@ def test_a_member_in_both_formats(tiny: Callable[[str], Path], tmp_path: Path, f
     assert named == tiny(family).name
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "kind"), [*(("bert", kind) for kind in KINDS), ("modernbert", "multiclass")])
 def test_the_lines_to_load_it_run_for_a_base_with_a_head_for_other_classes(
     tiny: Callable[[str], Path],
     tmp_path: Path,
@@ -477,8 +510,9 @@ def test_the_lines_to_load_it_run_for_a_base_with_a_head_for_other_classes(
         assert name == "page" or capsys.readouterr().out
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((f, "binary") for f in FAMILY_NAMES), ("bert", "multiclass"), ("bert", "regression")]
+)
 def test_a_pipeline_gives_the_labels(tiny: Callable[[str], Path], tmp_path: Path, kind: Kind, family: str) -> None:
     from transformers import pipeline
 
@@ -513,9 +547,8 @@ def test_a_fully_fine_tuned_member(tiny: Callable[[str], Path], tmp_path: Path) 
 # Folders
 
 
-def test_an_existing_folder_stays(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", entries=ENTRIES[:1])
-    given = ("--pool", tmp_path / "pool", "--task", "mine", "--member", FIRST, "--output")
+def test_an_existing_folder_stays(trained: Callable[..., Path], tmp_path: Path) -> None:
+    given = ("--pool", trained("bert", "multiclass", members=2), "--task", "mine", "--member", FIRST, "--output")
     out = tmp_path / "out"
     ran(*given, out)
     with pytest.raises(UserError, match=r"out: is there already; .* --overwrite"):
@@ -529,7 +562,7 @@ def test_an_existing_folder_stays(tiny: Callable[[str], Path], tmp_path: Path) -
     with pytest.raises(UserError, match="precious: not a folder that lora-ensemble export wrote"):
         ran(*given, precious, "--overwrite")
     assert (precious / "README.md").read_text() == "mine"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "pool", "precious"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "precious"]
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
@@ -538,8 +571,8 @@ def test_a_kill_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     out = tmp_path / "out"
 
     def write(version: str) -> None:
-        with folder.whole_folder(out, overwrite=True) as new:
-            (new / "README.md").write_text(f"{folder.SIGNED} {version}")
+        with whole_folder(out, overwrite=True) as new:
+            (new / "README.md").write_text(f"{SIGNED} {version}")
             if renames == 0 and version == "new":
                 os._exit(9)
 
@@ -558,14 +591,14 @@ def test_a_kill_leaves_no_half_folder(tmp_path: Path, monkeypatch: pytest.Monkey
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     if out.exists():
-        assert (out / "README.md").read_text() == f"{folder.SIGNED} {'new' if renames == 2 else 'old'}"
+        assert (out / "README.md").read_text() == f"{SIGNED} {'new' if renames == 2 else 'old'}"
     else:
         assert renames == 1
-        with pytest.raises(UserError, match="is there already"), folder.whole_folder(out, overwrite=False):
+        with pytest.raises(UserError, match="is there already"), whole_folder(out, overwrite=False):
             pass
-        assert (out / "README.md").read_text() == f"{folder.SIGNED} old"  # put back
+        assert (out / "README.md").read_text() == f"{SIGNED} old"  # put back
     write("third")
-    assert (out / "README.md").read_text() == f"{folder.SIGNED} third"
+    assert (out / "README.md").read_text() == f"{SIGNED} third"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -619,13 +652,13 @@ class Hub:
 
 
 def test_push(
-    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
-    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", entries=ENTRIES[:1])
-    given = ["export", "--pool", str(tmp_path / "pool"), "--task", "mine", "--member", FIRST, "--push", "me/mine"]
+    pool = str(trained("bert", "multiclass", members=2))
+    given = ["export", "--pool", pool, "--task", "mine", "--member", FIRST, "--push", "me/mine"]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert main([*given, "--output", str(tmp_path / "a")]) == 2

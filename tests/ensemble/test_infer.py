@@ -19,22 +19,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from trained_pool import texts_of, write_pool
+from test_ensemble import select
+from trained_pool import texts_of
 
 from lora_ensemble import Ensemble
-from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.main import main
 
 
 @pytest.fixture(scope="module")
-def record(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def record(trained: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ensemble of four that reads column "one"."""
-    folder = tmp_path_factory.mktemp("infer")
-    write_pool(folder / "pool", tiny("bert"), "multiclass")
-    file = folder / "dicor.json"
-    select = ["select", "--pool", str(folder / "pool"), "--task", "mine", "--method", "omni", "--output", str(file)]
-    assert dicor(select) == 0
-    return file
+    return select(trained("bert", "multiclass"), "--method", "omni", to=tmp_path_factory.mktemp("infer"))
 
 
 def infer(record: Path, source: Path, target: Path, *args: str) -> int:
@@ -91,12 +86,21 @@ def test_a_header_alone_comes_back(record: Path, tmp_path: Path, name: str, prob
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_header_alone_through_a_pipe(record: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lora_ensemble", "infer", "--ensemble", str(record), "--input", "-"]
-    for content, code, out in ((b"id,one", 0, b"id,one,prediction\n"), (b"\n", 2, b"")):
-        done = subprocess.run([*command, "--output", "-", "--format", "csv"], input=content, capture_output=True)
-        assert (done.returncode, done.stdout) == (code, out)
-    assert b"stdin: empty file; expected a header line" in done.stderr
+@pytest.mark.parametrize(("content", "code", "out"), [(b"id,one", 0, b"id,one,prediction\n"), (b"\n", 2, b"")])
+def test_a_header_alone_through_a_pipe(
+    record: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsysbinary: pytest.CaptureFixture[bytes],
+    content: bytes,
+    code: int,
+    out: bytes,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))  # type: ignore[arg-type]
+    command = ["infer", "--ensemble", str(record), "--input", "-", "--output", "-", "--format", "csv"]
+    assert main(command) == code
+    printed = capsysbinary.readouterr()
+    assert printed.out == out
+    assert (b"stdin: empty file; expected a header line" in printed.err) == (code == 2)
 
 
 def test_a_packed_file_comes_back_packed_where_its_name_says_so(record: Path, tmp_path: Path) -> None:
@@ -112,7 +116,7 @@ def test_a_packed_file_comes_back_packed_where_its_name_says_so(record: Path, tm
 
 def test_parquet_in_parquet_out(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Types stay; a row without text keeps its place."""
-    texts = texts_of(5000, 1)
+    texts = texts_of(5000, 1, longest=4)
     whole = pa.table({"n": pa.array(range(5002), pa.int16()), "one": [*texts, None, "good"]})
     pq.write_table(whole, tmp_path / "in.parquet")
     assert infer(record, tmp_path / "in.parquet", tmp_path / "out.parquet", "--probabilities") == 1
@@ -122,10 +126,11 @@ def test_parquet_in_parquet_out(record: Path, tmp_path: Path, capsys: pytest.Cap
     found = pq.read_table(tmp_path / "out.parquet")
     assert found.column_names == ["n", "one", "prediction", *(f"p_{i}" for i in range(5))]
     assert found.select(["n", "one"]) == whole
-    expected = [*Ensemble.load(record).predict(texts).tolist(), None]
-    assert found["prediction"].to_pylist()[:-1] == expected
-    p = [[row[f"p_{i}"] for i in range(5)] for row in found.slice(0, 5000).to_pylist()]
-    np.testing.assert_allclose(p, Ensemble.load(record).predict_proba(texts), atol=1e-5)
+    decided, some, ensemble = found["prediction"].to_pylist(), slice(0, 5000, 25), Ensemble.load(record)
+    assert decided[5000] is None
+    assert decided[some] == ensemble.predict(texts[some]).tolist()
+    p = [[row[f"p_{i}"] for i in range(5)] for row in found.slice(0, 5000).to_pylist()[some]]
+    np.testing.assert_allclose(p, ensemble.predict_proba(texts[some]), atol=1e-5)
     pq.write_table(whole.slice(0, 0), tmp_path / "none.parquet")
     assert infer(record, tmp_path / "none.parquet", tmp_path / "out.parquet") == 0
     assert pq.read_table(tmp_path / "out.parquet").column_names == ["n", "one", "prediction"]
@@ -225,7 +230,7 @@ def test_a_pipe_of_lines_is_answered_as_it_comes(record: Path) -> None:
 
 def test_whoever_reads_may_stop(record: Path, tmp_path: Path) -> None:
     """``| head -1`` is no error."""
-    (tmp_path / "in.txt").write_text("good\n" * 50_000)
+    (tmp_path / "in.txt").write_text(("good " * 100 + "\n") * 1100)  # three blocks
     command = [sys.executable, "-m", "lora_ensemble", "infer", "--ensemble", str(record), "--output", "-"]
     with open(tmp_path / "err", "w") as err:
         program = subprocess.Popen(
@@ -238,16 +243,29 @@ def test_whoever_reads_may_stop(record: Path, tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "err").read_text()
 
 
+@pytest.fixture(scope="module")
+def answered(record: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A file of several blocks, and what an undisturbed run makes of it."""
+    folder = tmp_path_factory.mktemp("answered")
+    lines = [f'{i:0500},"{text}"' for i, text in enumerate(texts_of(1500, 1, longest=30))]
+    (folder / "in.csv").write_text("id,one\n" + "\n".join(lines))
+    assert infer(record, folder / "in.csv", folder / "whole.csv") == 0
+    return folder / "in.csv", (folder / "whole.csv").read_bytes()
+
+
 @pytest.mark.parametrize(("how", "name"), [(signal.SIGKILL, "out.csv"), (signal.SIGINT, "out.csv.gz")])
 def test_killed_it_goes_on_and_ends_the_same(
-    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: signal.Signals, name: str
+    record: Path,
+    answered: tuple[Path, bytes],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    how: signal.Signals,
+    name: str,
 ) -> None:
-    lines = [f'{i},"{text}"' for i, text in enumerate(texts_of(6000, 1, longest=30))]
-    (tmp_path / "in.csv").write_text("id,one\n" + "\n".join(lines))
-    assert infer(record, tmp_path / "in.csv", tmp_path / "whole.csv") == 0
+    source, whole = answered
     target = tmp_path / name
     command = [sys.executable, "-m", "lora_ensemble", "infer", "--ensemble", str(record)]
-    program = subprocess.Popen([*command, "--input", str(tmp_path / "in.csv"), "--output", str(target)])
+    program = subprocess.Popen([*command, "--input", str(source), "--output", str(target)])
     while program.poll() is None and not list(tmp_path.glob(".out.csv.*.json")):
         time.sleep(0.01)
     program.send_signal(how)
@@ -257,10 +275,10 @@ def test_killed_it_goes_on_and_ends_the_same(
     with open(partial, "ab") as f:
         f.write(b"half a li")
     capsys.readouterr()
-    assert infer(record, tmp_path / "in.csv", target) == 0
+    assert infer(record, source, target) == 0
     assert "going on after" in capsys.readouterr().err
     raw = target.read_bytes()
-    assert (gzip.decompress(raw) if name.endswith(".gz") else raw) == (tmp_path / "whole.csv").read_bytes()
+    assert (gzip.decompress(raw) if name.endswith(".gz") else raw) == whole
     assert not list(tmp_path.glob(".*"))
 
 

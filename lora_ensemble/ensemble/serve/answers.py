@@ -5,46 +5,38 @@ Axes: M members, N texts of a question, C outputs of a head.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from lora_ensemble.dicor.choose.combine import of_voices, voices
 from lora_ensemble.ensemble.restored import Ensemble
-from lora_ensemble.ensemble.serve.messages import Class, Classes, MemberClass, MemberValue, Value, Values
 from lora_ensemble.scores import decisions
 
 
-def answers(ensemble: Ensemble, logits: np.ndarray, *, members: bool) -> Classes | Values:
-    """What the ensemble, and with ``members`` each of its members, says by these logits (M, N, C)."""
+def answers(ensemble: Ensemble, logits: np.ndarray, *, members: bool) -> dict[str, Any]:
+    """What the ensemble, and with ``members`` each of its members, says by these logits (M, N, C).
+
+    In the form of ``messages.Answers``.
+    """
     record = ensemble.record
-    decided = ensemble.named(record.decide(logits)).tolist()
-    asked = range(record.size if members else 0)
-    names = ensemble.members
-    alone = [ensemble.named(decisions(logits[m], record.kind)).tolist() for m in asked]
-    if record.kind == "regression":
-        return Values(
-            answers=[
-                Value(decision=value, members=[MemberValue(name=names[m], decision=alone[m][n]) for m in asked] or None)
-                for n, value in enumerate(decided)
-            ]
-        )
-    together = _by_label(ensemble, ensemble.probabilities(logits))
-    # As they enter the ensemble's: at the member's temperature, where it has one.
-    voice = voices(logits, record.kind, record.choice.temperatures)
-    sure = [_by_label(ensemble, of_voices(voice[m], record.kind)) for m in asked]
-    return Classes(
-        answers=[
-            Class(
-                decision=label,
-                probabilities=together[n],
-                members=[MemberClass(name=names[m], decision=alone[m][n], probabilities=sure[m][n]) for m in asked]
-                or None,
-            )
-            for n, label in enumerate(decided)
-        ]
-    )
+    valued = record.kind == "regression"
+    rows = _rows(ensemble, record.decide(logits), None if valued else ensemble.probabilities(logits))
+    if members:
+        # As they enter the ensemble's: at the member's temperature, where it has one.
+        voice = voices(logits, record.kind, record.choice.temperatures)
+        for name, own, decided in zip(ensemble.members, voice, decisions(logits, record.kind), strict=True):
+            probabilities = None if valued else of_voices(own, record.kind)
+            for row, said in zip(rows, _rows(ensemble, decided, probabilities), strict=True):
+                row.setdefault("members", []).append({"name": name, **said})
+    return {"answers": rows}
 
 
-def _by_label(ensemble: Ensemble, probabilities: np.ndarray) -> list[dict[str, float]]:
-    """(N, classes) as a mapping for each text."""
-    # Clipped, for rounding may leave one beyond what is promised.
-    return [dict(zip(ensemble.labels, row, strict=True)) for row in probabilities.clip(0, 1).tolist()]
+def _rows(ensemble: Ensemble, decided: np.ndarray, probabilities: np.ndarray | None) -> list[dict[str, Any]]:
+    """Decisions (N,) and, of a classifier, probabilities (N, classes), for each text."""
+    rows: list[dict[str, Any]] = [{"decision": decision} for decision in ensemble.named(decided).tolist()]
+    if probabilities is not None:
+        # Clipped, for rounding may leave one beyond what is promised.
+        for row, p in zip(rows, probabilities.clip(0, 1).tolist(), strict=True):
+            row["probabilities"] = dict(zip(ensemble.labels, p, strict=True))
+    return rows

@@ -9,18 +9,19 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.report.palette import css
 from lora_ensemble.dicor.report.words import decides
 from lora_ensemble.ensemble.restored import Ensemble
 from lora_ensemble.ensemble.serve import messages
@@ -29,8 +30,9 @@ from lora_ensemble.ensemble.serve.batching import Batcher, BusyError
 from lora_ensemble.ensemble.serve.guard import Guard
 from lora_ensemble.ensemble.serve.limits import Limits
 from lora_ensemble.ensemble.serve.messages import Question
-from lora_ensemble.ensemble.serve.metrics import CONTENT_TYPE, Metrics
+from lora_ensemble.ensemble.serve.metrics import Metrics
 
+_PAGE = Path(__file__).with_name("page")
 _GONE = 499  # nginx's number for a client that did not wait; nobody reads it but the metrics
 _MOST_MISTAKES, _LONGEST_KEY = 10, 80  # an answer is never much longer than what was asked
 _PROBLEMS = {
@@ -49,7 +51,8 @@ def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: S
     """
     record = ensemble.record
     metrics = Metrics()
-    batcher = Batcher(ensemble.logits, batch=limits.batch, waiting=limits.waiting, taken=metrics.batches.add)
+    batcher = Batcher(ensemble.logits, batch=limits.batch, waiting=limits.waiting, taken=metrics.batches.observe)
+    metrics.waiting.set_function(lambda: batcher.waiting)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -67,7 +70,22 @@ def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: S
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
         exception_handlers={RequestValidationError: _mistakes, Exception: _failed},
     )
+    _add_predict(app, ensemble, batcher, messages.question(columns, max_texts=limits.texts, max_chars=limits.chars))
 
+    @app.get("/ensemble", response_model=messages.About)
+    async def about() -> dict[str, Any]:
+        """Which ensemble it is."""
+        described = {key: getattr(record, key) for key in ("task", "kind", "labels", "method")}
+        of_run = {"text": columns, "decides": decides(record.strategy, record.kind), "limits": limits}
+        return {**described, "members": record.rows(), **of_run}
+
+    _add_health(app, batcher, metrics)
+    app.get("/", include_in_schema=False)(lambda: FileResponse(_PAGE / "index.html"))
+    app.mount("/page", StaticFiles(directory=_PAGE))
+    return Guard(app, metrics, max_bytes=limits.bytes)
+
+
+def _add_predict(app: FastAPI, ensemble: Ensemble, batcher: Batcher, question_type: type[Question]) -> None:
     async def predict(question: Question, request: Request) -> Any:
         """Decide about texts."""
         try:
@@ -77,41 +95,22 @@ def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: S
         if logits is None:
             return Response(status_code=_GONE)
         if not np.isfinite(logits).all():
-            wrong = [name for name, said in zip(ensemble.members, logits, strict=True) if not np.isfinite(said).all()]
+            wrong = [name for name, own in zip(ensemble.members, logits, strict=True) if not np.isfinite(own).all()]
             raise HTTPException(500, f"members that say what is no number: {', '.join(wrong)}")
         return answers(ensemble, logits, members=question.members)
 
     # Its limits, which are known only now, are part of the type.
-    predict.__annotations__["question"] = messages.question(columns, max_texts=limits.texts, max_chars=limits.chars)
+    predict.__annotations__["question"] = question_type
     app.post(
         "/predict",
-        response_model=messages.Values if record.kind == "regression" else messages.Classes,
+        response_model=messages.Answers,
         response_model_exclude_none=True,
         dependencies=[Depends(_json)],
-        responses={
-            **{status: {"model": messages.Problem, "description": why} for status, why in _PROBLEMS.items()},
-            422: {"model": messages.Mistakes, "description": "Not what this task reads, or beyond a limit"},
-        },
+        responses={status: {"model": messages.Problem, "description": why} for status, why in _PROBLEMS.items()},
     )(predict)
 
-    @app.get("/ensemble")
-    async def about() -> messages.About:
-        """Which ensemble it is."""
-        members = [
-            messages.Member(**{key: row[key] for key in ("name", "rank", "scaling", "targets", "weight")})
-            for row in record.rows()
-        ]
-        return messages.About(
-            task=record.task,
-            kind=record.kind,
-            labels=record.labels,
-            text=columns,
-            method=record.method,
-            decides=decides(record.strategy, record.kind),
-            members=members,
-            limits=messages.Limits(texts=limits.texts, chars=limits.chars, bytes=limits.bytes),
-        )
 
+def _add_health(app: FastAPI, batcher: Batcher, metrics: Metrics) -> None:
     @app.get("/health", responses={503: {"model": messages.Health, "description": "It takes no question now"}})
     async def ready(response: Response) -> messages.Health:
         """Whether a question would be taken now."""
@@ -126,11 +125,7 @@ def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: S
     @app.get("/metrics", response_class=PlainTextResponse)
     async def counts() -> Response:
         """What was asked so far, for Prometheus."""
-        return Response(metrics.text(waiting=batcher.waiting), media_type=CONTENT_TYPE)
-
-    for path, (content, kind) in _page().items():
-        app.get(path, include_in_schema=False)(_file(content, kind))
-    return Guard(app, metrics, max_bytes=limits.bytes)
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 async def _while_there(request: Request, asked: Coroutine[Any, Any, np.ndarray]) -> np.ndarray | None:
@@ -158,37 +153,18 @@ async def _json(request: Request) -> None:
 async def _mistakes(_: Request, e: Exception) -> Response:
     """422 without what was sent: FastAPI would repeat it, and fail where it is no text (lone surrogates, NaN)."""
     assert isinstance(e, RequestValidationError)
-    found = [
-        messages.Mistake(
-            loc=[part if isinstance(part, int) else part[:_LONGEST_KEY] for part in mistake["loc"]],
-            msg=": ".join(filter(None, [mistake["msg"], str(mistake.get("ctx", {}).get("error", ""))])),
-            type=mistake["type"],
-        )
+    mistakes = [
+        {
+            "loc": [part if isinstance(part, int) else part[:_LONGEST_KEY] for part in mistake["loc"]],
+            "msg": ": ".join(filter(None, [mistake["msg"], str(mistake.get("ctx", {}).get("error", ""))])),
+            "type": mistake["type"],
+        }
         for mistake in e.errors()[:_MOST_MISTAKES]
     ]
     # As ASCII, since a key may hold lone surrogates too.
-    content = json.dumps({"detail": [one.__dict__ for one in found]})
-    return Response(content, status_code=422, media_type="application/json")
+    return Response(json.dumps({"detail": mistakes}), status_code=422, media_type="application/json")
 
 
 async def _failed(_: Request, e: Exception) -> Response:
     """500 as promised; what it was is logged, and is no business of the client's."""
     return JSONResponse({"detail": "the ensemble failed"}, status_code=500)
-
-
-def _page() -> dict[str, tuple[str, str]]:
-    """Paths of the page's files to content and media type. It wears the dress of ``dicor report``."""
-    own, report = files(__package__), files("lora_ensemble.dicor.report")
-    style = css() + "".join(folder.joinpath("page.css").read_text(encoding="utf-8") for folder in (report, own))
-    return {
-        "/": (own.joinpath("page.html").read_text(encoding="utf-8"), "text/html"),
-        "/page.css": (style, "text/css"),
-        "/page.js": (own.joinpath("page.js").read_text(encoding="utf-8"), "text/javascript"),
-    }
-
-
-def _file(content: str, kind: str) -> Any:
-    async def file() -> Response:
-        return Response(content, media_type=kind)
-
-    return file

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,8 +47,8 @@ class Batcher:
         self._logits, self._batch, self._most_waiting, self._taken = logits, batch, waiting, taken
         self._queue: deque[_Question] = deque()
         self._wake = asyncio.Event()
-        self._stopping = False
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     @property
     def waiting(self) -> int:
@@ -78,9 +77,7 @@ class Batcher:
         self._task = asyncio.create_task(self._work())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, _: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._stopping = True
         self._wake.set()
         assert self._task is not None
@@ -96,11 +93,11 @@ class Batcher:
                     await self._wake.wait()
 
     def _take(self) -> list[_Question]:
+        """The questions of the next call."""
         taken = [self._queue.popleft()]
         n = len(taken[0].texts)
-        while self._queue and n + len(self._queue[0].texts) <= self._batch:
+        while self._queue and (n := n + len(self._queue[0].texts)) <= self._batch:
             taken.append(self._queue.popleft())
-            n += len(taken[-1].texts)
         return taken
 
     async def _answer(self, questions: list[_Question], thread: ThreadPoolExecutor) -> None:
@@ -115,9 +112,7 @@ class Batcher:
             elif not questions[0].answer.done():
                 questions[0].answer.set_exception(e)
             return
-        start = 0
-        for question in questions:
-            end = start + len(question.texts)
+        ends = np.cumsum([len(question.texts) for question in questions])
+        for question, own in zip(questions, np.split(logits, ends[:-1], axis=1), strict=True):
             if not question.answer.done():  # else its client has gone
-                question.answer.set_result(logits[:, start:end])
-            start = end
+                question.answer.set_result(own)

@@ -8,9 +8,15 @@ import ipaddress
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
+from lora_ensemble.ensemble.options import add_options, load_ensemble
 from lora_ensemble.ensemble.serve.limits import Limits
-from lora_ensemble.errors import ANY_BASE, Parser, UserError
+from lora_ensemble.errors import Parser, UserError
+
+if TYPE_CHECKING:
+    from lora_ensemble.ensemble.restored import Ensemble
 
 _GRACE_S = 60  # what is asked when it is stopped is answered for so long
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -19,57 +25,39 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 def run(argv: Sequence[str]) -> int:
     """Serve until a signal says to stop; returns the exit code."""
     args = _parser().parse_args(argv)
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"serve: {' and '.join(missing)} not installed; run: pip install 'lora-ensemble[serve]'")
     with _listen(args.host, args.port) as listening:  # before the members are read: a port in use shows at once
         import uvicorn
 
-        from lora_ensemble.bank.precision import advice
-        from lora_ensemble.ensemble.restored import Ensemble
         from lora_ensemble.ensemble.serve.app import make_app
 
-        limits = Limits(
-            texts=args.max_texts,
-            chars=args.max_chars,
-            bytes=args.max_bytes,
-            batch=args.max_batch,
-            waiting=args.max_waiting,
-        )
-        ensemble = Ensemble.load(
-            args.ensemble, pool=args.pool, device=args.device, precision=args.precision, any_base=args.any_base
-        )
-        if note := advice(args.precision, ensemble.device.type, instead="--precision 32"):
-            print(note, file=sys.stderr)
-        columns = _columns(ensemble.text, args.columns, ensemble.record.task, ensemble.record.kind)
+        ensemble = load_ensemble(args)
+        limits = Limits(**{field.name: getattr(args, f"max_{field.name}") for field in fields(Limits)})
+        columns = columns_read(ensemble, args.columns)
         ensemble.logits(["" if len(columns) == 1 else ("", "")])  # what is made once is made before the first client
-        address = listening.getsockname()
-        host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+        address, port, *_ = listening.getsockname()
+        host = f"[{address}]" if ":" in address else address
+        local = ipaddress.ip_address(address.partition("%")[0]).is_loopback
         if not local:
-            print(
-                f"warning: --host {args.host}: whoever reaches this machine may ask: no password, no encryption",
-                file=sys.stderr,
-            )
+            why = "whoever reaches this machine may ask: no password, no encryption"
+            print(f"warning: --host {args.host}: {why}", file=sys.stderr)
         # On loopback, a page of another site could reach it under a name of its own that it lets point here.
         hosts = (*_LOOPBACK, host) if local else ("*",)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(ensemble, columns, limits, hosts=hosts),
-                log_config=None,  # warnings and errors go to stderr
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                ws="none",
-                lifespan="on",
-                timeout_graceful_shutdown=_GRACE_S,
-            )
+        config = uvicorn.Config(
+            make_app(ensemble, columns, limits, hosts=hosts),
+            log_config=None,  # warnings and errors go to stderr
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=_GRACE_S,
         )
-        print(
-            f"{ensemble.record.task}, {ensemble.record.size} members: http://{host}:{address[1]}/ (Ctrl+C stops it)",
-            flush=True,
-        )
-        server.run(sockets=[listening])
+        record = ensemble.record
+        print(f"{record.task}, {record.size} members: http://{host}:{port}/ (Ctrl+C stops it)", flush=True)
+        uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 
@@ -79,8 +67,7 @@ def _parser() -> Parser:
         description="Answer over HTTP what an ensemble decides about new text, with a page to try it.",
         epilog="POST /predict (see /openapi.json); GET / (the page), /ensemble, /health, /health/live, /metrics.",
     )
-    parser.add_argument("--ensemble", required=True, metavar="FILE", help="what dicor select --output wrote")
-    parser.add_argument("--pool", metavar="DIR", help="where the members are, if no longer where the file says")
+    add_options(parser)
     parser.add_argument(
         "--columns",
         nargs="+",
@@ -89,22 +76,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     parser.add_argument("--port", type=_port, default=8000, help="0: any that is free (default: %(default)s)")
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (default): a GPU where there is one"
-    )
-    parser.add_argument("--precision", default="32", help="32 (default) or bf16")
-    parser.add_argument("--any-base", action="store_true", help=ANY_BASE)
-    for name, about in (
-        ("texts", "texts of a request"),
-        ("chars", "characters of a text"),
-        ("bytes", "bytes of a request"),
-        ("batch", "texts of several requests that are answered in one call; 1: none are put together"),
-        ("waiting", "texts that may wait; beyond, requests are told to come again"),
-    ):
-        default = getattr(Limits, name)
-        parser.add_argument(
-            f"--max-{name}", type=_positive, default=default, metavar="N", help=f"{about} (default: %(default)s)"
-        )
+    for limit in fields(Limits):
+        about = f"{limit.metadata['help']} (default: %(default)s)"
+        parser.add_argument(f"--max-{limit.name}", type=_positive, default=limit.default, metavar="N", help=about)
     return parser
 
 
@@ -129,16 +103,19 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port}: {why}; choose another, or --port 0 for any that is free") from e
 
 
-def _columns(said: list[str], given: list[str] | None, task: str, kind: str) -> list[str]:
-    """Names of what the members read: as they say, else as given, else those of the preset of this name."""
-    from lora_ensemble.tasks import PRESETS
+def columns_read(ensemble: Ensemble, given: list[str] | None) -> list[str]:
+    """Names of what the members read: as they say, else as ``given``, else those of the preset of this name.
 
-    preset = PRESETS.get(task)
-    known = said or given or (preset.text if preset is not None and preset.kind == kind else [])
-    if not known:
+    ``UserError`` where nobody says, or one says otherwise.
+    """
+    from lora_ensemble.ensemble.sources import known_columns
+
+    record = ensemble.record
+    columns = known_columns(record.task, record.kind, ensemble.text or given or [])
+    if not columns:
         raise UserError("the members do not say what they read; give --columns NAME, or two names for a pair")
-    if given not in (None, known):
-        raise UserError(f"--columns {' '.join(given)}: the members read {' '.join(known)}; leave it out")
-    if len(known) > 2:
-        raise UserError(f"--columns has {len(known)} names; expected one, or two for a pair")
-    return known
+    if given not in (None, columns):
+        raise UserError(f"--columns {' '.join(given)}: the members read {' '.join(columns)}; leave it out")
+    if len(columns) > 2:
+        raise UserError(f"--columns has {len(columns)} names; expected one, or two for a pair")
+    return columns

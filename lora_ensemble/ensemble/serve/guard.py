@@ -34,7 +34,7 @@ class Guard:
             return
         start, size, status = time.perf_counter(), 0, 500
 
-        async def counted() -> Message:
+        async def limited() -> Message:
             # While it is read: a length may be missing, or a lie.
             nonlocal size
             message = await receive()
@@ -43,7 +43,7 @@ class Guard:
                 raise HTTPException(413, f"the body has more than {self._max_bytes} bytes")
             return message
 
-        async def dressed(message: Message) -> None:
+        async def send_guarded(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -53,9 +53,9 @@ class Guard:
             await send(message)
 
         try:
-            await self._app(scope, counted, dressed)
+            await self._app(scope, limited, send_guarded)
         finally:
             path = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests[path, status] += 1
+            self._metrics.requests.labels(path, status).inc()
             if path == "/predict" and status == 200:
-                self._metrics.seconds.add(time.perf_counter() - start)
+                self._metrics.seconds.observe(time.perf_counter() - start)

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
+from lora_ensemble.ensemble.serve.limits import Limits
+
 Probability = Annotated[float, Field(ge=0, le=1)]
-Probabilities = Annotated[
-    dict[str, Probability], Field(description="By label; of a majority, the shares of the votes.")
-]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -23,53 +22,38 @@ class Question(BaseModel):
 
 def question(columns: list[str], *, max_texts: int, max_chars: int) -> type[Question]:
     """``Question`` for a task that reads these columns, one or two, with its limits."""
-    one: Any = Annotated[str, StringConstraints(max_length=max_chars)]
+    text: Any = Annotated[str, StringConstraints(max_length=max_chars)]
     if len(columns) == 2:
-        one = Annotated[list[one], Field(min_length=2, max_length=2, description=f"A pair: {', '.join(columns)}.")]
-    texts = Annotated[list[one], Field(min_length=1, max_length=max_texts)]
+        text = Annotated[list[text], Field(min_length=2, max_length=2, description=f"A pair: {', '.join(columns)}.")]
+    texts = Annotated[list[text], Field(min_length=1, max_length=max_texts)]
     return create_model("Question", __base__=Question, __doc__=Question.__doc__, texts=(texts, ...))
 
 
-class MemberClass(BaseModel):
+class Said(BaseModel):
+    """What is said of a text."""
+
+    decision: Annotated[str | Finite, Field(description="One of the labels; of a regression, a value.")]
+    probabilities: Annotated[
+        dict[str, Probability] | None, Field(description="By label; of a majority, the shares of the votes.")
+    ] = None
+
+
+class MemberSaid(Said):
     """What one member says of a text."""
 
     name: str
-    decision: str
-    probabilities: Probabilities
 
 
-class Class(BaseModel):
-    """What the ensemble decides about a text, as one of the labels."""
+class Answer(Said):
+    """What the ensemble decides about a text."""
 
-    decision: str
-    probabilities: Probabilities
-    members: list[MemberClass] | None = None
+    members: list[MemberSaid] | None = None
 
 
-class Classes(BaseModel):
+class Answers(BaseModel):
     """An answer for each text, in the order of the question."""
 
-    answers: list[Class]
-
-
-class MemberValue(BaseModel):
-    """What one member says of a text."""
-
-    name: str
-    decision: Finite
-
-
-class Value(BaseModel):
-    """What the ensemble decides about a text, as a value."""
-
-    decision: Finite
-    members: list[MemberValue] | None = None
-
-
-class Values(BaseModel):
-    """An answer for each text, in the order of the question."""
-
-    answers: list[Value]
+    answers: list[Answer]
 
 
 class Member(BaseModel):
@@ -82,22 +66,13 @@ class Member(BaseModel):
     weight: float
 
 
-class Limits(BaseModel):
-    """What a question may be; more is refused."""
-
-    texts: int
-    chars: int
-    bytes: int
-
-
 class About(BaseModel):
     """The ensemble that answers."""
 
     task: str
     kind: str
     labels: list[str]
-    text: list[str]
-    """Names of the columns that it reads, two for a pair."""
+    text: Annotated[list[str], Field(description="Names of the columns that it reads, two for a pair.")]
     method: str
     decides: str
     members: list[Member]
@@ -114,17 +89,3 @@ class Problem(BaseModel):
     """Why there is no answer."""
 
     detail: str
-
-
-class Mistake(BaseModel):
-    """One thing that is wrong with a question."""
-
-    loc: list[str | int]
-    msg: str
-    type: str
-
-
-class Mistakes(BaseModel):
-    """What is wrong with a question, and where; the first few."""
-
-    detail: list[Mistake]
