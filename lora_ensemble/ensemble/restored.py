@@ -36,7 +36,7 @@ from lora_ensemble.ensemble.folder import Base, read_bases
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
-from lora_ensemble.text.tokens import Tokens
+from lora_ensemble.text.packing import Tokens
 
 Precision = Literal["32", "bf16"]
 Text = str | Sequence[str]

@@ -19,7 +19,8 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import SPLITS, Task, class_reader, number
 from lora_ensemble.text.tables import Table, as_text, read_hub, read_table
 
-_HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+"""Our splits, and what the hub usually calls them."""
 _MOST_SKIPPED = 0.2
 """Share of a split's rows: more is no untidiness but a file that is read the wrong way (commas without quotes)."""
 _LONGEST_ID = 1000  # ids are an array of fixed width: one endless id would cost its length for every row
@@ -53,7 +54,7 @@ def read_split(task: Task, split: str, root: Path | None, *, need_labels: bool) 
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
     wanted = list(dict.fromkeys([*task.text, task.label, *([task.id] if task.id is not None else [])]))
     if task.dataset is not None:
-        name = getattr(task, split) or _HUB_SPLITS[split]
+        name = getattr(task, split) or HUB_SPLITS[split]
         table = read_hub(task.dataset, task.dataset_config, name, wanted, task.label, task.labels)
     else:
         table = read_table(split_file(task, split, root), wanted, task.columns)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_ensemble.errors import UserError
+from lora_ensemble.errors import UserError, one_line
 from lora_ensemble.text.delimited import Delimited, Row, suffix_of
 
 Format = Literal["csv", "jsonl", "parquet", "text"]
@@ -210,8 +210,3 @@ def read_hub(
         by_name = set(label_names) == set(names)
         columns[label] = [None if v is None or v < 0 else names[v] if by_name else str(v) for v in columns[label]]
     return Table(where, f"data set {where}", found, columns)
-
-
-def one_line(e: Exception) -> str:
-    """What an exception of another library says, for an error of ours."""
-    return " ".join(str(e).split())[:300]
