@@ -16,11 +16,19 @@ LOOK_AHEAD = 10_000
 _DELIMITERS = {"\t": "a tab", ",": "a comma", ";": "a semicolon"}
 _NEWLINE = "\r\n"
 _QUOTED_CELL = re.compile(r'"(?:[^"]|"")*"')
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 def suffix_of(name: str) -> str:
     """What a file's name says of its format: its suffix, in lower case, of the unpacked file if it is a .gz."""
     return PurePath(name.lower().removesuffix(".gz")).suffix
+
+
+def encoding_error(line: str) -> str | None:
+    """What is wrong with a line that was decoded with ``errors="surrogateescape"``."""
+    if bad := _NO_UTF8.search(line):
+        return f"byte 0x{ord(bad[0]) - 0xDC00:02x} is not UTF-8"
+    return "a NUL byte" if "\0" in line else None
 
 
 class Row(NamedTuple):
@@ -57,8 +65,10 @@ class Delimited:
         Raises ``UserError`` for a header, or a first row, that cannot be.
         """
         i = 0 if self.header else self._start(lines, number, end)
+        if not self.header:
+            return [], 0
         rows, width, blank = list[Row](), len(self.header), self.delimiter + " " + _NEWLINE
-        while self.header and i < len(lines):
+        while i < len(lines):
             if not lines[i].strip(blank):
                 i += 1
                 continue
@@ -70,7 +80,8 @@ class Delimited:
                 if error is None and cells[0].strip() != str(self._index):
                     error = f"starts with {cells[0]!r:.40} instead of the row's number {self._index}"
                 self._index += 1
-            rows.append(Row(number + i, cells, error=error, used=used, stray=stray))
+            error = encoding_error("".join(lines[i : i + used])) or error
+            rows.append(Row(number + i, None if error else cells, error=error, used=used, stray=stray))
             i += used
         return rows, i
 
@@ -80,10 +91,12 @@ class Delimited:
         The first row must be there too: it says whether there is a nameless index in front.
         """
         first = _next_filled(lines, 0)
-        if first is None and end:
-            raise UserError(f"{self.name}: empty file; expected a header line with the names of the columns")
         if first is None:
+            if end:
+                raise UserError(f"{self.name}: empty file; expected a header line with the names of the columns")
             return 0
+        if wrong := encoding_error(lines[first]):
+            raise UserError(f"{self.name}:{number + first}: {wrong}; save it as UTF-8 text")
         self.delimiter = self._delimiter_of(lines, first)
         cells, used, _ = _record_at(lines, first, self.delimiter, None, end)
         if not used:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.text.delimited import NO_DELIMITER, Delimited, Row
+from lora_ensemble.text.delimited import NO_DELIMITER, Delimited, Row, encoding_error
 from lora_ensemble.text.tables import BOM, DAMAGED, Format, arrow_table, as_text, json_row
 
 BLOCK = 1 << 18
@@ -33,34 +33,29 @@ class Rows:
         self, stream: BinaryIO, name: str, kind: Format, columns: Sequence[str], header: Sequence[str] = ()
     ) -> None:
         self.stream, self.name, self.kind, self.columns = stream, name, kind, list(columns)
+        self.header: list[str] = []
+        """The columns, where a file has some, once the first block is there."""
         self._delimited = Delimited(name, header)
         self._places: list[int] = []
         self._table: Any = None
         self._added: list[dict[str, Any] | None] = []
 
-    @property
-    def header(self) -> list[str]:
-        """The columns, where a file has some, once the first block is there."""
-        return self._delimited.header if self._table is None else list(self._table.column_names)
-
     def __iter__(self) -> Iterator[tuple[int, list[Row]]]:
-        if self.kind == "parquet":
-            yield from self._parquet()
-            return
-        number, rest, end = 1, b"", False
-        lines, wrong = list[str](), dict[int, str]()
+        for size, rows in self._parquet() if self.kind == "parquet" else self._lines():
+            yield size, [row if row.error else self._with_texts(row) for row in rows]
+
+    def _lines(self) -> Iterator[tuple[int, list[Row]]]:
+        number, lines, rest, end = 1, list[str](), b"", False
         while not end:
             read = self._read()
             end = not read
             complete = (rest + read).splitlines(keepends=True)
             # A "\r" may be half of a line end.
             rest = complete.pop() if complete and not end and not complete[-1].endswith(b"\n") else b""
-            for line in complete:
-                last = number + len(lines)
-                lines.append((line.removeprefix(BOM) if last == 1 else line).decode(errors="replace"))
-                if error := _encoding_error(line):
-                    wrong[last] = error
-            rows, used = self._rows(lines, number, wrong, end)
+            if complete and number == 1 and not lines:
+                complete[0] = complete[0].removeprefix(BOM)
+            lines += [line.decode(errors="surrogateescape") for line in complete]
+            rows, used = self._rows(lines, number, end)
             del lines[:used]
             number += used
             if self.header or self.kind != "csv":  # else not all of it is there yet
@@ -73,24 +68,18 @@ class Rows:
         except DAMAGED as e:
             raise UserError(f"{self.name}: damaged, cannot be read to its end ({e}); write it again") from e
 
-    def _rows(self, lines: list[str], number: int, wrong: dict[int, str], end: bool) -> tuple[list[Row], int]:
-        """The rows in some lines, from line ``number`` on, and how many lines they take. ``wrong``: in which lines."""
-        used = len(lines)
-        if self.kind == "text":
-            rows = [Row(n, line.rstrip("\r\n")) for n, line in enumerate(lines, number)]
-        elif self.kind == "jsonl":
-            rows = [json_row(line.rstrip("\r\n"), n) for n, line in enumerate(lines, number) if line.strip()]
-        else:
-            first = next((n for n, line in enumerate(lines, number) if line.strip()), 0)
-            if first in wrong and not self.header:
-                raise UserError(f"{self.name}:{first}: {wrong[first]}; save it as UTF-8 text")
+    def _rows(self, lines: list[str], number: int, end: bool) -> tuple[list[Row], int]:
+        """The rows in some lines, from line ``number`` on, and how many lines they take."""
+        if self.kind == "csv":
             rows, used = self._delimited.read(lines, number, end=end)
-            if self.header and not self._places:
+            if self._delimited.header and not self.header:
+                self.header = self._delimited.header
                 self._places = self._find_columns()
-        for i, row in enumerate(rows):
-            error = next((wrong[n] for n in range(row.line, row.line + row.used) if n in wrong), row.error)
-            rows[i] = row._replace(cells=None, error=error) if error else self._with_texts(row)
-        return rows, used
+            return rows, used
+        stripped = [(n, line.rstrip("\r\n")) for n, line in enumerate(lines, number)]
+        if self.kind == "jsonl":
+            return [json_row(line, n) for n, line in stripped if line.strip()], len(lines)
+        return [Row(n, line, error=encoding_error(line)) for n, line in stripped], len(lines)
 
     def _find_columns(self) -> list[int]:
         wrong = "which columns hold the text?" if not self.columns and len(self.header) > 1 else ""
@@ -124,13 +113,12 @@ class Rows:
 
     def _parquet(self) -> Iterator[tuple[int, list[Row]]]:
         raw = self._read(-1)
-        _, self._table = arrow_table(self.name, raw, None)
+        self.header, self._table = arrow_table(self.name, raw, None)
         self.columns = [self.header[place] for place in self._find_columns()]
-        texts, n = self._table.select(self.columns), len(self._table)
-        for start in range(0, max(n, 1), _AT_ONCE):
+        texts, count = self._table.select(self.columns), len(self._table)
+        for start in range(0, max(count, 1), _AT_ONCE):
             block = texts.slice(start, _AT_ONCE).to_pylist()
-            rows = [self._with_texts(Row(number, cells)) for number, cells in enumerate(block, start)]
-            yield len(raw) * len(block) // max(n, 1), rows
+            yield len(raw) * len(block) // max(count, 1), [Row(n, cells) for n, cells in enumerate(block, start)]
 
     # And back
 
@@ -174,11 +162,3 @@ class Rows:
         delimiter = "," if self._delimited.delimiter == NO_DELIMITER else self._delimited.delimiter
         csv.writer(out, delimiter=delimiter, lineterminator="\n").writerow(cells)
         return out.getvalue()
-
-
-def _encoding_error(line: bytes) -> str | None:
-    try:
-        line.decode()
-    except UnicodeDecodeError as e:
-        return f"byte 0x{line[e.start]:02x} is not UTF-8"
-    return "a NUL byte" if b"\0" in line else None

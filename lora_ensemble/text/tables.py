@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_ensemble.errors import UserError, one_line
-from lora_ensemble.text.delimited import Delimited, Row, suffix_of
+from lora_ensemble.text.delimited import Delimited, Row, encoding_error, suffix_of
 
 Format = Literal["csv", "jsonl", "parquet", "text"]
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -150,6 +150,8 @@ def _read_json_lines(path: Path, lines: list[str], wanted: Sequence[str] | None)
 
 def json_row(line: str, number: int) -> Row:
     """The JSON object that a line is, or what it is instead."""
+    if wrong := encoding_error(line):
+        return Row(number, None, error=wrong)
     try:
         cells = json.loads(line)
         if "\\u" in line:  # half of a surrogate pair is no text that a tokenizer could take
