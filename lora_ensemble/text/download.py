@@ -6,15 +6,15 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lora_ensemble.errors import Parser, UserError, one_line
+from lora_ensemble.errors import Parser, UserError
 from lora_ensemble.files import replacing
 from lora_ensemble.tasks import PRESETS, Task
 from lora_ensemble.text.readers import HUB_SPLITS
+from lora_ensemble.text.tables import Table, read_hub
 
 MANIFEST = "downloaded.json"
 
@@ -55,16 +55,12 @@ def run(args: Sequence[str]) -> int:
         given = parser.parse_args(args)
     except SystemExit as e:  # --help
         return int(e.code or 0)
-    try:
-        from datasets import load_dataset
-    except ImportError as e:
-        raise UserError(f"data download needs datasets ({e}); run: pip install 'lora-ensemble[hub]'") from e
-    download(given.root, given.tasks, load_dataset)
+    download(given.root, given.tasks)
     return 0
 
 
-def download(root: Path, tasks: Sequence[str], load: Callable[..., Any]) -> None:
-    """Write each task's files below ``root``, with ``datasets.load_dataset`` as ``load``, and say their fingerprints.
+def download(root: Path, tasks: Sequence[str]) -> None:
+    """Write each task's files below ``root``, and say their fingerprints.
 
     A file that is there with the same content stays; one with other content is a ``UserError``, before anything of its
     task is written. The fingerprints (SHA-256, 16 digits) and where the data came from go into ``downloaded.json``.
@@ -74,14 +70,9 @@ def download(root: Path, tasks: Sequence[str], load: Callable[..., Any]) -> None
         task, source = PRESETS[name], SOURCES[name]
         files: dict[str, bytes] = {}
         for split, of_hub in HUB_SPLITS.items():
-            try:
-                examples = load(source.dataset, source.config, split=of_hub)
-            except Exception as e:  # the hub's client raises many kinds
-                raise UserError(
-                    f"{source.dataset}: cannot be fetched ({type(e).__name__}: {one_line(e)}); check the network, or "
-                    "get the files in another way"
-                ) from e
-            files[getattr(task, split)] = course_format(task, source, split, examples)
+            columns = [*source.text, source.label]
+            table = read_hub(source.dataset, source.config, of_hub, columns, source.label, [])
+            files[getattr(task, split)] = course_format(task, split, table, columns)
         for file, content in files.items():
             if (root / file).is_file() and (root / file).read_bytes() != content:
                 raise UserError(f"{root / file}: is there with other content; choose another --root, or remove it")
@@ -98,21 +89,20 @@ def download(root: Path, tasks: Sequence[str], load: Callable[..., Any]) -> None
             beside.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def course_format(task: Task, source: Source, split: str, examples: Any) -> bytes:
-    """Examples of the hub as a file of the course's: tab-separated, a running number, ``id``, texts, label.
+def course_format(task: Task, split: str, table: Table, columns: Sequence[str]) -> bytes:
+    """A table as a file of the course's: tab-separated, a running number, ``id``, texts, label.
 
-    ``examples``: yields rows as dicts. The label column is left out where no label is public.
+    ``columns``: its texts and its label. The label column is left out where no label is public.
     """
-    rows: list[Mapping[str, Any]] = list(examples)
-    for column in (*source.text, source.label):
-        if rows and column not in rows[0]:
-            found = ", ".join(rows[0])
-            raise UserError(f"{source.dataset}: no column {column!r}; found {found}; the data set has changed")
-    labelled = all(row[source.label] is not None and float(row[source.label]) >= 0 for row in rows)
+    for column in columns:
+        if column not in table.columns:
+            found = ", ".join(table.found)
+            raise UserError(f"{table.where}: no column {column!r}; found {found}; the data set has changed")
+    labelled = all(label is not None and float(label) >= 0 for label in table.columns[columns[-1]])
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(["", task.id, *task.text, *([task.label] if labelled else [])])
-    for number, row in enumerate(rows):
-        texts = [" ".join(str(row[column]).split()) for column in source.text]
-        writer.writerow([number, f"{split}-{number}", *texts, *([row[source.label]] if labelled else [])])
+    for number, (*texts, label) in enumerate(zip(*(table.columns[column] for column in columns), strict=True)):
+        cells = [" ".join(str(text).split()) for text in texts]
+        writer.writerow([number, f"{split}-{number}", *cells, *([label] if labelled else [])])
     return text.getvalue().encode()
