@@ -69,13 +69,11 @@ def read_table(path: Path, wanted: Sequence[str] | None, names: Sequence[str] = 
     """
     try:
         raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw.startswith(GZIP) else raw
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: damaged gzip file ({e}); write it again") from e
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); expected a data file") from e
-    if raw.startswith(GZIP):
-        try:
-            raw = gzip.decompress(raw)
-        except DAMAGED as e:
-            raise UserError(f"{path}: damaged gzip file ({e}); write it again") from e
     kind = format_of(path.name, raw)
     if kind == "parquet":
         found, content = arrow_table(str(path), raw, wanted)
