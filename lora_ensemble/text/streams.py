@@ -107,7 +107,7 @@ class Rows:
         if None in texts:
             column = columns[texts.index(None)]
             return row._replace(error=f"{column!r} holds no text" if column in row.cells else f"no key {column!r}")
-        return row._replace(texts=texts)
+        return row._replace(texts=[text for text in texts if text is not None])
 
     def _parquet(self) -> Iterator[tuple[int, list[Row]]]:
         raw = self._read(-1)
