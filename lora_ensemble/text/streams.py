@@ -96,10 +96,11 @@ class Rows:
         if self.kind == "csv":
             return row._replace(texts=[row.cells[place] for place in self._places])
         if self.kind == "text":
-            lines = row.cells.split("\t") if len(self.columns) == 2 else [row.cells]
-            if len(self.columns) == 2 != len(lines) and row.cells.strip():
-                return row._replace(error=f"{len(lines) - 1} tabs; expected two texts with one tab between them")
-            return row._replace(texts=lines) if row.cells.strip() else row
+            pair = len(self.columns) == 2
+            parts = row.cells.split("\t") if pair else [row.cells]
+            if pair and len(parts) != 2 and row.cells.strip():
+                return row._replace(error=f"{len(parts) - 1} tabs; expected two texts with one tab between them")
+            return row._replace(texts=parts) if row.cells.strip() else row
         columns = self.columns or [key for key, value in row.cells.items() if isinstance(value, str)]
         if not self.columns and len(columns) != 1:
             return row._replace(error="which keys hold the text? say --text KEY ...")

@@ -541,7 +541,6 @@ def test_missing_columns(tmp_path: Path) -> None:
         (_parquet_bytes(id=["1"], text=[b"\xff"], label=[1]), "t.parquet", ": row 0: column 'text' holds a bytes"),
         (b"id,text,label\n", "t.csv", ": no usable examples: no rows"),
         (b"id,text,label\n1,a,\n", "t.csv", ": no usable examples; t.csv: 1 row skipped: empty label (line 2)"),
-        (b"id,text,label\n1,a,1\n2,b,0\n1,c,0\n", "t.csv", "t.csv:4: id '1' is already at "),
         (b"id,text,label\n1,a,1\n ,b,0\n", "t.csv", ":3: the id in column 'id' is empty; each example needs its own"),
         (b"id,text,label\n" + b"i" * 1001 + b",b,0\n", "t.csv", ":2: the id in column 'id' is longer than 1000"),
         (b"id,text,label,text\n1,a,1,b\n", "t.csv", ": column 'text' is there 2 times; name each column once"),
