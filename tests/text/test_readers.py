@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import PRESETS, Task
-from lora_ensemble.text.readers import Split, fingerprint, read_split, shared_texts
+from lora_ensemble.text.readers import Split, fingerprint, read_split, read_texts, shared_texts
 
 COURSE = Path(os.environ.get("LORA_ENSEMBLE_DATA", REPOSITORY.parent / "shared" / "data"))
 needs_course_data = pytest.mark.skipif(
@@ -486,6 +486,18 @@ def test_prediction_uses_whole_labels_and_does_without_any(tmp_path: Path) -> No
     for content in ("id,text,label\n1,a,\n2,b, \n", "id,text\n1,a\n2,b\n"):
         split = read(tmp_path, content, need_labels=False)
         assert (split.labels, split.notices) == (None, [])
+
+
+def test_texts_without_labels_are_named_after_their_rows(tmp_path: Path) -> None:
+    """They need neither ids nor labels, and those that are there are not looked at; an empty text is skipped."""
+    (tmp_path / "more.csv").write_text("id,text,label\nx,a,7\nx,,1\n,b,\nx,c,0\nx,d,0\nx,e,0\n")
+    split = read_texts(ONE, tmp_path / "more.csv")
+    assert split.ids.tolist() == [f"more.csv:{row}" for row in (0, 2, 3, 4, 5)]
+    assert (split.texts, split.labels) == ([["a", "b", "c", "d", "e"]], None)
+    assert split.notices == ["more.csv: 1 row skipped: empty text (line 3)"]
+    (tmp_path / "none.csv").write_text('text\n""\n')
+    with pytest.raises(UserError, match=r"none\.csv: no usable texts"):
+        read_texts(ONE, tmp_path / "none.csv")
 
 
 def test_places_are_counted_beyond_three(tmp_path: Path) -> None:
