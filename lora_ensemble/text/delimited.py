@@ -26,7 +26,7 @@ def suffix_of(name: str) -> str:
 
 def encoding_error(line: str) -> str | None:
     """What is wrong with a line that was decoded with ``errors="surrogateescape"``."""
-    if bad := _NO_UTF8.search(line):
+    if not line.isascii() and (bad := _NO_UTF8.search(line)):
         return f"byte 0x{ord(bad[0]) - 0xDC00:02x} is not UTF-8"
     return "a NUL byte" if "\0" in line else None
 
