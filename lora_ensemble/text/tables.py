@@ -75,17 +75,15 @@ def read_table(path: Path, wanted: Sequence[str] | None, names: Sequence[str] = 
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); expected a data file") from e
     kind = format_of(path.name, raw)
-    if kind == "parquet":
+    if kind == "text":  # a table too, of which its name does not tell
+        kind = format_of("table.csv", raw)
+    if kind == "csv":
+        return _read_delimited(path, _lines(raw, path), wanted, names)
+    if kind == "jsonl":
+        table = _read_json_lines(path, _lines(raw, path), wanted)
+    else:
         found, content = arrow_table(str(path), raw, wanted)
         table = Table(path.name, str(path), found, {name: content[name].to_pylist() for name in content.column_names})
-    else:
-        # Only "\n", "\r" and "\r\n" end a line; str.splitlines would also break at U+2028 and others.
-        lines = list(io.StringIO(_decode(raw, path), newline=""))
-        if kind == "text":  # a table too, of which its name does not tell
-            kind = format_of("table.csv", raw)
-        if kind == "csv":
-            return _read_delimited(path, lines, wanted, names)
-        table = _read_json_lines(path, lines, wanted)
     if names:
         raise UserError(f"{path}: names its columns itself; columns: is for CSV and TSV files without a header")
     return table
@@ -102,7 +100,7 @@ def format_of(name: str, start: bytes = b"") -> Format:
     return "csv" if delimited else "text"
 
 
-def _decode(raw: bytes, path: Path) -> str:
+def _lines(raw: bytes, path: Path) -> list[str]:
     bad, what = raw.find(b"\0"), "a NUL byte"
     try:
         text = raw.removeprefix(BOM).decode()
@@ -111,7 +109,8 @@ def _decode(raw: bytes, path: Path) -> str:
     if bad >= 0:
         line = len(raw[: bad + 1].splitlines())
         raise UserError(f"{path}:{line}: {what} (byte offset {bad}); save it as UTF-8 text")
-    return text
+    # Only "\n", "\r" and "\r\n" end a line; str.splitlines would also break at U+2028 and others.
+    return list(io.StringIO(text, newline=""))
 
 
 def _read_delimited(path: Path, lines: list[str], wanted: Sequence[str] | None, names: Sequence[str]) -> Table:
