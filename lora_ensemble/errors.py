@@ -27,6 +27,11 @@ class Interrupted(BaseException):
         self.number = number
 
 
+def one_line(e: BaseException) -> str:
+    """What an exception of another library says, for an error of ours."""
+    return " ".join(str(e).split())[:300]
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a ``UserError``, where argparse prints its usage and exits."""
 

@@ -33,7 +33,7 @@ _OWN = "benchmarks/gpu/"
 _SIDES = [_OWN + "setting.py", *(f"benchmarks/{name}.py" for name in ("machine", "sides", "workload"))]
 _BANK = [f"lora_ensemble/bank/{n}.py" for n in ("attention", "dropout", "encode", "families", "lora", "model", "optim")]
 _STEP = [*_BANK, "lora_ensemble/text/packing.py", "lora_ensemble/train/module.py"]
-_BATCHES = ["lora_ensemble/train/data.py", "lora_ensemble/text/tokens.py"]
+_BATCHES = ["lora_ensemble/train/data.py"]
 
 
 def parts(*, tiny: bool) -> list[Part]:

@@ -32,7 +32,7 @@ from lora_ensemble.dicor.choose.choice import probabilities
 from lora_ensemble.ensemble.sources import Source, longest_text, read_source
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
-from lora_ensemble.text.tokens import Tokens
+from lora_ensemble.text.packing import Tokens
 
 Precision = Literal["32", "bf16"]
 Text = str | Sequence[str]

@@ -1,8 +1,8 @@
 """From anybody's files to checked examples and tokens. Needs pyarrow for Parquet, torch only for the tokens.
 
 ``delimited`` reads CSV and TSV; ``tables`` every format, by columns; ``streams`` the same in pieces, for files of any
-size; ``readers`` checks examples against a task; ``tokens`` and ``packing`` make packed rows of them; ``download``
+size; ``readers`` checks examples against a task; ``packing`` makes tokens and packed rows of them; ``download``
 fetches the public data sets.
 """
 
-__all__ = ["packing", "readers", "streams", "tables", "tokens"]
+__all__ = ["packing", "readers", "streams", "tables"]

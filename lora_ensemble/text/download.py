@@ -6,14 +6,15 @@ import csv
 import hashlib
 import io
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora_ensemble.errors import Parser, UserError
-from lora_ensemble.tasks import PRESETS, SPLITS, Task
+from lora_ensemble.files import replacing
+from lora_ensemble.tasks import PRESETS, Task
+from lora_ensemble.text.readers import HUB_SPLITS
+from lora_ensemble.text.tables import Table, read_hub
 
 MANIFEST = "downloaded.json"
 
@@ -28,8 +29,6 @@ class Source:
     """Its text columns, in the order of the preset's."""
     label: str
     """Its label column; -1 where it is not public."""
-    splits: tuple[str, str, str] = ("train", "validation", "test")
-    """Names of train, dev and test."""
 
 
 SOURCES = {
@@ -43,31 +42,25 @@ def run(args: Sequence[str]) -> int:
     """Run ``data``; returns the exit code. ``UserError`` for what the user can put right."""
     parser = Parser(prog="lora-ensemble data")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    download_ = commands.add_parser(
+    options = commands.add_parser(
         "download",
         help="fetch SST-5, Quora question pairs and STS-B",
         description="Fetch the public SST-5, QQP and STS-B from the Hugging Face hub and write them in the course's "
         "format. SST-5 is split as in the course; QQP and STS-B as in GLUE, whose test labels are not public: other "
         "examples and other numbers than the course's.",
     )
-    download_.add_argument("--root", type=Path, required=True, metavar="DIR", help="where the files go")
-    download_.add_argument(
-        "--tasks", nargs="+", choices=list(SOURCES), default=list(SOURCES), help="default: all three"
-    )
+    options.add_argument("--root", type=Path, required=True, metavar="DIR", help="where the files go")
+    options.add_argument("--tasks", nargs="+", choices=list(SOURCES), default=list(SOURCES), help="default: all three")
     try:
         given = parser.parse_args(args)
     except SystemExit as e:  # --help
         return int(e.code or 0)
-    try:
-        from datasets import load_dataset
-    except ImportError as e:
-        raise UserError(f"data download needs datasets ({e}); run: pip install 'lora-ensemble[hub]'") from e
-    download(given.root, given.tasks, load_dataset)
+    download(given.root, given.tasks)
     return 0
 
 
-def download(root: Path, tasks: Sequence[str], load: Callable[..., Any]) -> None:
-    """Write each task's files below ``root``, with ``datasets.load_dataset`` as ``load``, and say their fingerprints.
+def download(root: Path, tasks: Sequence[str]) -> None:
+    """Write each task's files below ``root``, and say their fingerprints.
 
     A file that is there with the same content stays; one with other content is a ``UserError``, before anything of its
     task is written. The fingerprints (SHA-256, 16 digits) and where the data came from go into ``downloaded.json``.
@@ -76,61 +69,40 @@ def download(root: Path, tasks: Sequence[str], load: Callable[..., Any]) -> None
     for name in tasks:
         task, source = PRESETS[name], SOURCES[name]
         files: dict[str, bytes] = {}
-        rows = {}
-        for split, theirs in zip(SPLITS, source.splits, strict=True):
-            try:
-                examples = load(source.dataset, source.config, split=theirs)
-            except Exception as e:  # the hub's client raises many kinds
-                why = " ".join(str(e).split())[:200]
-                raise UserError(
-                    f"{source.dataset}: cannot be fetched ({type(e).__name__}: {why}); check the network, or get the "
-                    "files in another way"
-                ) from e
-            file = getattr(task, split)
-            files[file], rows[file] = course_format(task, source, split, examples), len(examples)
+        for split, of_hub in HUB_SPLITS.items():
+            columns = [*source.text, source.label]
+            table = read_hub(source.dataset, source.config, of_hub, columns, source.label, [])
+            files[getattr(task, split)] = course_format(task, split, table, columns)
         for file, content in files.items():
             if (root / file).is_file() and (root / file).read_bytes() != content:
                 raise UserError(f"{root / file}: is there with other content; choose another --root, or remove it")
+        fingerprints = {file: hashlib.sha256(content).hexdigest()[:16] for file, content in files.items()}
         for file, content in files.items():
-            beside = root / f".{file}.{os.getpid()}"
-            beside.write_bytes(content)
-            os.replace(beside, root / file)
-            print(f"{root / file}: {rows[file]} examples, fingerprint {_fingerprint(content)}", flush=True)
-        _note(root, name, source, files)
+            with replacing(root / file) as beside:
+                beside.write_bytes(content)
+            count = content.count(b"\n") - 1
+            print(f"{root / file}: {count} examples, fingerprint {fingerprints[file]}", flush=True)
+        manifest = root / MANIFEST
+        noted = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        noted[name] = {"dataset": source.dataset, "config": source.config, "files": fingerprints}
+        with replacing(manifest) as beside:
+            beside.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def course_format(task: Task, source: Source, split: str, examples: Any) -> bytes:
-    """Examples of the hub as a file of the course's: tab-separated, a running number, ``id``, texts, label.
+def course_format(task: Task, split: str, table: Table, columns: Sequence[str]) -> bytes:
+    """A table as a file of the course's: tab-separated, a running number, ``id``, texts, label.
 
-    ``examples``: yields rows as dicts. The label column is left out where no label is public.
+    ``columns``: its texts and its label. The label column is left out where no label is public.
     """
-    rows: list[Mapping[str, Any]] = list(examples)
-    for column in (*source.text, source.label):
-        if rows and column not in rows[0]:
-            found = ", ".join(rows[0])
-            raise UserError(f"{source.dataset}: no column {column!r}; found {found}; the data set has changed")
-    labelled = all(row[source.label] is not None and float(row[source.label]) >= 0 for row in rows)
+    for column in columns:
+        if column not in table.columns:
+            found = ", ".join(table.found)
+            raise UserError(f"{table.where}: no column {column!r}; found {found}; the data set has changed")
+    labelled = all(label is not None and float(label) >= 0 for label in table.columns[columns[-1]])
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(["", task.id, *task.text, *([task.label] if labelled else [])])
-    for number, row in enumerate(rows):
-        texts = [" ".join(str(row[column]).split()) for column in source.text]
-        writer.writerow([number, f"{split}-{number}", *texts, *([row[source.label]] if labelled else [])])
+    for number, (*texts, label) in enumerate(zip(*(table.columns[column] for column in columns), strict=True)):
+        cells = [" ".join(str(text).split()) for text in texts]
+        writer.writerow([number, f"{split}-{number}", *cells, *([label] if labelled else [])])
     return text.getvalue().encode()
-
-
-def _fingerprint(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _note(root: Path, name: str, source: Source, files: Mapping[str, bytes]) -> None:
-    path = root / MANIFEST
-    noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    noted[name] = {
-        "dataset": source.dataset,
-        "config": source.config,
-        "files": {file: _fingerprint(content) for file, content in files.items()},
-    }
-    beside = root / f".{MANIFEST}.{os.getpid()}"
-    beside.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(beside, path)

@@ -1,11 +1,11 @@
-"""Packed rows: the examples of a batch one after another in one row of tokens, with no padding between them.
+"""Texts as tokens, and packed rows of them: one example after another in a row, with no padding between them.
 
-Axes: B examples in a batch, T tokens of all of them together, L tokens of the longest, M members.
+Axes: N examples, B examples in a batch, T tokens of all of them together, L tokens of the longest, M members.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,45 @@ from torch import Tensor
 MULTIPLE = 8
 """Tokens of a row are filled up to a multiple of so many: what multiplies matrices prepares itself for each new shape
 (oneDNN's bf16 products on a CPU for milliseconds), and likes even ones."""
+
+
+class Tokens:
+    """Texts tokenised once.
+
+    ``texts``: one list of N strings for each text column; two are cross-encoded as pairs. ``max_length``: longest
+    example in tokens; longer ones are cut, the longer sentence of a pair first.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[str]], tokenizer: Any, *, max_length: int) -> None:
+        columns = [list(column) for column in texts]
+        settings = {"return_token_type_ids": True, "return_attention_mask": False}
+        # verbose=False: the warning about length would come although the cut is made and said.
+        tokens = tokenizer(*columns, truncation=False, verbose=False, **settings)
+        rows: list[list[int]] = tokens["input_ids"]
+        types: list[list[int]] = tokens["token_type_ids"]
+        self.cut = [i for i, row in enumerate(rows) if len(row) > max_length]
+        """Numbers of the examples that were cut."""
+        if self.cut:
+            long = [[column[i] for i in self.cut] for column in columns]
+            cut = tokenizer(*long, truncation="longest_first", max_length=max_length, **settings)
+            for place, i in enumerate(self.cut):
+                rows[i], types[i] = cut["input_ids"][place], cut["token_type_ids"][place]
+        self.lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+        """(N,) tokens of each example."""
+        self._start = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._tokens = np.fromiter((t for row in rows for t in row), np.int32, int(self._start[-1]))
+        self._types = np.fromiter((t for row in types for t in row), np.int8, int(self._start[-1]))
+
+    def row(self, examples: np.ndarray) -> dict[str, Any]:
+        """The ``examples`` (B,), numbers, as one packed row: ``input_ids`` and ``token_type_ids`` (T,), and
+        :func:`layout`."""
+        lengths = self.lengths[examples]
+        source = np.repeat(self._start[examples] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        return {
+            "input_ids": fill(torch.from_numpy(self._tokens[source].astype(np.int64))),
+            "token_type_ids": fill(torch.from_numpy(self._types[source].astype(np.int64))),
+            **layout(lengths),
+        }
 
 
 def layout(lengths: np.ndarray) -> dict[str, Any]:
@@ -59,7 +98,6 @@ class PadRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, place: Tensor, slots: Tensor) -> Tensor:
-        """See the class."""
         ctx.save_for_backward(slots)
         return x.index_select(1, place.flatten())
 
@@ -74,7 +112,6 @@ class PackRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: Tensor) -> Tensor:
-        """See the class."""
         ctx.save_for_backward(slots)
         ctx.width = x.shape[1]
         return x.index_select(1, slots)

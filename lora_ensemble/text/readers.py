@@ -1,6 +1,6 @@
 """From a task's files to its examples: ids, texts and labels, everything checked, and what was skipped said.
 
-The file formats are in tables.py. No torch. Axes: N examples of a split.
+The file formats are in tables.py. Axes: N examples of a split.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import SPLITS, Task, class_reader, number
 from lora_ensemble.text.tables import Table, as_text, read_hub, read_table
 
-_HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+"""Our splits, and what the hub usually calls them."""
 _MOST_SKIPPED = 0.2
 """Share of a split's rows: more is no untidiness but a file that is read the wrong way (commas without quotes)."""
 _LONGEST_ID = 1000  # ids are an array of fixed width: one endless id would cost its length for every row
@@ -51,15 +52,13 @@ def read_split(task: Task, split: str, root: Path | None, *, need_labels: bool) 
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
-    table = _open(task, split, root)
-    _check_columns(task, table, need_labels)
-    texts = [_text_column(table, name) for name in task.text]
-    labels = table.columns.get(task.label)
-    notices = list(table.notices)
-    rows = _usable_rows(task, table, texts, labels, need_labels, notices)
-    _enough(table, "examples", rows, len(texts[0]), notices)
-    numbers = None if labels is None else _read_labels(task, table, labels, rows, notices)
-    return Split(_read_ids(task, table, rows), [[column[r] for r in rows] for column in texts], numbers, notices)
+    wanted = list(dict.fromkeys([*task.text, task.label, *([task.id] if task.id is not None else [])]))
+    if task.dataset is not None:
+        name = getattr(task, split) or HUB_SPLITS[split]
+        table = read_hub(task.dataset, task.dataset_config, name, wanted, task.label, task.labels)
+    else:
+        table = read_table(split_file(task, split, root), wanted, task.columns)
+    return _examples(task, table, "examples", skip=need_labels, need_labels=need_labels)
 
 
 def read_texts(task: Task, path: Path) -> Split:
@@ -67,14 +66,9 @@ def read_texts(task: Task, path: Path) -> Split:
 
     Rows with an empty text are skipped, and ``notices`` says so. ``UserError`` as :func:`read_split`.
     """
-    nameless = replace(task, id=None)
     table = read_table(path, task.text, task.columns)
-    _check_columns(nameless, table, need_labels=False)
-    texts = [_text_column(table, name) for name in task.text]
-    notices = list(table.notices)
-    rows = _usable_rows(nameless, table, texts, None, True, notices)
-    _enough(table, "texts", rows, len(texts[0]), notices)
-    return Split(np.array([f"{path.name}:{r}" for r in rows]), [[c[r] for r in rows] for c in texts], None, notices)
+    split = _examples(replace(task, id=None), table, "texts", skip=True, need_labels=False)
+    return replace(split, ids=np.array([f"{path.name}:{row}" for row in split.ids]))
 
 
 def fingerprint(split: Split) -> str:
@@ -91,47 +85,38 @@ def shared_texts(a: Split, b: Split) -> int:
     return sum(texts in known for texts in zip(*b.texts, strict=True))
 
 
-def split_source(task: Task, split: str, root: Path | None) -> str:
-    """What a split is read from, as settings name it: a file, or a data set of the hub (or one in a folder).
-
-    ``UserError`` where the task or ``root`` does not say.
-    """
-    if task.dataset is not None:
-        return task.dataset
+def split_file(task: Task, split: str, root: Path | None) -> Path:
+    """The file of a split, on this machine. ``UserError`` where the task or ``root`` does not say, or it is missing."""
     name: str | None = getattr(task, split)
     if name is None:
         raise UserError(f"task {task.name!r}: it names no {split} file; set {split}: in the task")
     if root is None and not Path(name).is_absolute():
         raise UserError(f"task {task.name!r}: --data.root is not set; it is the folder that holds {name}")
-    return str(Path(root or "") / name)
-
-
-def _open(task: Task, split: str, root: Path | None) -> Table:
-    wanted = list(dict.fromkeys([*task.text, task.label, *([task.id] if task.id is not None else [])]))
-    if task.dataset is not None:
-        source, name = split_source(task, split, root), getattr(task, split) or _HUB_SPLITS[split]
-        return read_hub(source, task.dataset_config, name, wanted, task.label, task.labels)
-    return read_table(split_file(task, split, root), wanted, task.columns)
-
-
-def split_file(task: Task, split: str, root: Path | None) -> Path:
-    """The file of a split, on this machine. ``UserError`` where it is missing, or as :func:`split_source`."""
-    path = Path(split_source(task, split, root)).expanduser()
+    path = Path(root or "", name).expanduser()
     if not path.exists():
         what = "no such file" if path.parent.is_dir() else "no such file, nor its folder"
-        raise UserError(f"{path}: {what}; set --data.root to the folder that holds {getattr(task, split)}")
+        raise UserError(f"{path}: {what}; set --data.root to the folder that holds {name}")
     if path.is_dir():
         raise UserError(f"{path}: a folder; expected the {split} file of task {task.name!r}")
     return path
 
 
+def _examples(task: Task, table: Table, what: str, *, skip: bool, need_labels: bool) -> Split:
+    """The rows of a table as examples, in words ``what``. ``skip``: those that lack something are left out."""
+    _check_columns(task, table, need_labels)
+    texts = [[_string(table, row, name, cell) for row, cell in enumerate(table.columns[name])] for name in task.text]
+    rows = _usable_rows(task, table, texts, what, skip)
+    labels = _labels(task, table, rows) if task.label in table.columns else None
+    return Split(_ids(task, table, rows), [[column[row] for row in rows] for column in texts], labels, table.notices)
+
+
 def _check_columns(task: Task, table: Table, need_labels: bool) -> None:
-    shown = ", ".join(c[:40] for c in table.found[:20] if c) or "none"
+    shown = ", ".join(name[:40] for name in table.found[:20] if name) or "none"
     advice = f"of task {task.name!r} to what the file has"
     if table.header_line and not table.columns:
         advice += "; if these are no names, a header line seems to be missing: give the names as columns: of the task"
-    for name, key in [*((t, "text") for t in task.text), *([(task.id, "id")] if task.id is not None else [])]:
-        if name not in table.columns:
+    for name, key in [*((name, "text") for name in task.text), (task.id, "id")]:
+        if name is not None and name not in table.columns:
             raise UserError(f"{table.where}: no column {name!r}; columns found: {shown}; set {key}: {advice}")
     if need_labels and task.label not in table.columns:
         raise UserError(
@@ -140,65 +125,48 @@ def _check_columns(task: Task, table: Table, need_labels: bool) -> None:
         )
 
 
-def _is_empty(value: Any) -> bool:
-    return value is None or (value.strip() == "" if isinstance(value, str) else value != value)  # NaN is not itself
+def _is_empty(cell: Any) -> bool:
+    return cell is None or (cell.strip() == "" if isinstance(cell, str) else cell != cell)  # NaN is not itself
 
 
-def _string(table: Table, row: int, column: str, value: Any) -> str:
-    if _is_empty(value):
-        return ""
-    text = as_text(value)
+def _string(table: Table, row: int, column: str, cell: Any) -> str:
+    text = "" if _is_empty(cell) else as_text(cell)
     if text is None:
-        raise UserError(f"{table.at(row)}: column {column!r} holds a {type(value).__name__}; expected text")
+        raise UserError(f"{table.at(row)}: column {column!r} holds a {type(cell).__name__}; expected text")
     return text.strip()
 
 
-def _text_column(table: Table, name: str) -> list[str]:
-    return [_string(table, row, name, value) for row, value in enumerate(table.columns[name])]
-
-
-def _usable_rows(
-    task: Task,
-    table: Table,
-    texts: list[list[str]],
-    labels: list[Any] | None,
-    need_labels: bool,
-    notices: list[str],
-) -> list[int]:
-    """Numbers of the rows to keep; what is skipped, or kept though empty, goes to ``notices``."""
+def _usable_rows(task: Task, table: Table, texts: list[list[str]], what: str, skip: bool) -> list[int]:
+    """Numbers of the rows to keep; what is skipped, or kept though empty, goes to the notices."""
+    needed = list(zip(task.text, texts, strict=True))
+    if skip and task.label in table.columns:
+        needed.append((task.label, table.columns[task.label]))
     rows: list[int] = []
     odd: dict[str, list[int]] = {}
     for row in range(len(texts[0])):
-        if row in table.broken:
-            if not need_labels:
-                raise UserError(f"{table.at(row)}: {table.broken[row]}; mend it: every row needs a prediction")
-            odd.setdefault(table.broken[row], []).append(row)
-            continue
-        empty = [name for name, column in zip(task.text, texts, strict=True) if not column[row]]
-        if need_labels and labels is not None and _is_empty(labels[row]):
-            empty.append(task.label)
-        if empty:
-            odd.setdefault(f"empty {' and '.join(empty)}", []).append(row)
-        if not (empty and need_labels):
+        why = table.broken.get(row)
+        if why and not skip:
+            raise UserError(f"{table.at(row)}: {why}; mend it: every row needs a prediction")
+        if not why and (empty := [name for name, column in needed if _is_empty(column[row])]):
+            why = f"empty {' and '.join(empty)}"
+        if why:
+            odd.setdefault(why, []).append(row)
+        if not (why and skip):
             rows.append(row)
-    done = "skipped" if need_labels else "kept all the same, so that every id gets a prediction"
     for why, where in odd.items():
-        notices.append(f"{table.name}: {len(where)} row{'s' * (len(where) > 1)} {done}: {why} ({table.places(where)})")
+        table.note(where, f"{'skipped' if skip else 'kept all the same, so that every id gets a prediction'}: {why}")
+    count = len(texts[0])
+    if not rows:
+        raise UserError(f"{table.where}: no usable {what}{''.join('; ' + n for n in table.notices) or ': no rows'}")
+    if count - len(rows) > _MOST_SKIPPED * count:
+        raise UserError(
+            f"{table.where}: only {len(rows)} of {count} rows are usable {what}; {'; '.join(table.notices)}; mend the "
+            f"others, or take them out (up to {_MOST_SKIPPED:.0%} are skipped)"
+        )
     return rows
 
 
-def _enough(table: Table, what: str, rows: Sequence[int], count: int, notices: Sequence[str]) -> None:
-    """``UserError`` where few of a table's rows are usable."""
-    if not rows:
-        raise UserError(f"{table.where}: no usable {what}{''.join('; ' + n for n in notices) or ': no rows'}")
-    if count - len(rows) > _MOST_SKIPPED * count:
-        raise UserError(
-            f"{table.where}: only {len(rows)} of {count} rows are usable {what}; {'; '.join(notices)}; mend the "
-            f"others, or take them out (up to {_MOST_SKIPPED:.0%} are skipped)"
-        )
-
-
-def _read_ids(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray:
+def _ids(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray:
     """(N,) unicode ids. ``UserError`` for one that is empty, endless or there twice."""
     if task.id is None:
         return np.array([str(row) for row in rows])
@@ -206,13 +174,8 @@ def _read_ids(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray:
     for row in rows:
         name = _string(table, row, task.id, table.columns[task.id][row])
         if not name or len(name) > _LONGEST_ID or "\0" in name:
-            what = (
-                "empty"
-                if not name
-                else "longer than 1000 characters"
-                if "\0" not in name
-                else "one with a NUL character"
-            )
+            what = "longer than 1000 characters" if name else "empty"
+            what = "one with a NUL character" if "\0" in name else what
             raise UserError(f"{table.at(row)}: the id in column {task.id!r} is {what}; each example needs its own")
         if name in seen:
             raise UserError(f"{table.at(row)}: id {name!r} is already at {table.at(seen[name])}; ids must be unique")
@@ -220,50 +183,27 @@ def _read_ids(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray:
     return np.array(list(seen))
 
 
-def _read_labels(
-    task: Task, table: Table, cells: Sequence[Any], rows: Sequence[int], notices: list[str]
-) -> np.ndarray | None:
+def _labels(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray | None:
     """(N,) labels of the rows; None, with a notice, where some rows have none, and without one where all have none."""
-    empty = [row for row in rows if _is_empty(cells[row])]
-    if empty:
+    cells = table.columns[task.label]
+    if empty := [row for row in rows if _is_empty(cells[row])]:
         if len(empty) < len(rows):
-            notices.append(
+            table.notices.append(
                 f"{table.name}: {len(empty)} of {len(rows)} rows have no {task.label} ({table.places(empty)}); "
                 "the labels of this split are not used"
             )
         return None
-    regression = task.kind == "regression"
-    read = (
-        _value_reader(task.label_range)
-        if regression
-        else class_reader(task.labels, truth=task.kind == "binary" and not task.label_names)
-    )
-    known: dict[Any, float | None] = {}  # a split has few different labels, and a dict is faster than float()
-    out = np.empty(len(rows), np.float64 if regression else np.int64)
-    for i, row in enumerate(rows):
-        cell = cells[row]
-        # Keyed with the type: 1, 1.0 and True are one key in a dict, but need not be one label.
-        key = cell if isinstance(cell, str) else (type(cell), str(cell))
-        number = known[key] if key in known else known.setdefault(key, read(cell))
-        if number is None:
-            raise UserError(
-                f"{table.at(row)}: label out of range: {task.label} is {cell!r}; expected {_expected(task)}"
-            )
-        out[i] = number
-    return out
-
-
-def _expected(task: Task) -> str:
-    if task.kind != "regression":
-        return "one of " + ", ".join(task.labels)
-    return "a number from {} to {}".format(*task.label_range) if task.label_range else "a finite number"
-
-
-def _value_reader(label_range: Sequence[float]) -> Callable[[Any], float | None]:
-    low, high = label_range or (-math.inf, math.inf)
-
-    def read(cell: Any) -> float | None:
-        value = math.nan if isinstance(cell, bool) else number(str(cell))
-        return value if math.isfinite(value) and low <= value <= high else None
-
-    return read
+    if task.kind == "regression":
+        low, high = task.label_range or (-math.inf, math.inf)
+        values = np.array([math.nan if isinstance(cells[row], bool) else number(str(cells[row])) for row in rows])
+        good = np.isfinite(values) & (low <= values) & (values <= high)
+        expected = f"a number from {low} to {high}" if task.label_range else "a finite number"
+    else:
+        read = class_reader(task.labels, truth=task.kind == "binary" and not task.label_names)
+        values = np.array([read(cells[row]) for row in rows], np.float64)  # None becomes NaN
+        good = np.isfinite(values)
+        expected = f"one of {', '.join(task.labels)}"
+    if not good.all():
+        row = rows[int(good.argmin())]
+        raise UserError(f"{table.at(row)}: label out of range: {task.label} is {cells[row]!r}; expected {expected}")
+    return values if task.kind == "regression" else values.astype(np.int64)

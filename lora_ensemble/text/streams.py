@@ -1,6 +1,6 @@
 """Rows with texts in them, out of a file or a pipe as they come, and back again with something added.
 
-The formats are those of tables.py, and plain lines; rows that are all wrong keep their place. No torch.
+The formats are those of tables.py, and plain lines; rows that are all wrong keep their place.
 """
 
 from __future__ import annotations
@@ -9,29 +9,15 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.text.delimited import NO_DELIMITER, Delimited
-from lora_ensemble.text.tables import BOM, DAMAGED, Format, arrow_table, as_text, json_object
+from lora_ensemble.text.delimited import NO_DELIMITER, Delimited, Row, encoding_error
+from lora_ensemble.text.tables import BOM, DAMAGED, Format, arrow_table, as_text, json_row
 
 BLOCK = 1 << 18
 """Bytes that are read at once, fewer where a pipe has no more: several hundred texts, to sort and pack."""
 _AT_ONCE = 4096  # rows of a Parquet file
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row: either its texts, or what is wrong with it."""
-
-    line: int
-    """On which it starts, counted from 1; of Parquet, the row, counted from 0."""
-    cells: Any
-    """As it was read: fields, an object, a line; None where it could not be read."""
-    texts: list[str] | None = None
-    error: str | None = None
-    """Neither this nor ``texts``: there is nothing to say about it, a blank line of plain text."""
 
 
 class Rows:
@@ -47,32 +33,30 @@ class Rows:
         self, stream: BinaryIO, name: str, kind: Format, columns: Sequence[str], header: Sequence[str] = ()
     ) -> None:
         self.stream, self.name, self.kind, self.columns = stream, name, kind, list(columns)
+        self.header: list[str] = []
+        """The columns, where a file has some, once the first block is there."""
         self._delimited = Delimited(name, header)
         self._places: list[int] = []
         self._table: Any = None
         self._added: list[dict[str, Any] | None] = []
 
-    @property
-    def header(self) -> list[str]:
-        """The columns, where a file has some, once the first block is there."""
-        return self._delimited.header if self._table is None else list(self._table.column_names)
-
     def __iter__(self) -> Iterator[tuple[int, list[Row]]]:
-        if self.kind == "parquet":
-            yield from self._parquet()
-            return
-        number, waiting, rest, end = 1, list[bytes](), b"", False
+        for size, rows in self._parquet() if self.kind == "parquet" else self._lines():
+            yield size, [row if row.error else self._with_texts(row) for row in rows]
+
+    def _lines(self) -> Iterator[tuple[int, list[Row]]]:
+        number, lines, rest, end = 1, list[str](), b"", False
         while not end:
             read = self._read()
             end = not read
-            lines = (rest + read).splitlines(keepends=True)
+            complete = (rest + read).splitlines(keepends=True)
             # A "\r" may be half of a line end.
-            rest = lines.pop() if lines and not end and not lines[-1].endswith(b"\n") else b""
-            if number == 1 and not waiting and lines:
-                lines[0] = lines[0].removeprefix(BOM)
-            waiting += lines
-            rows, used = self._rows(waiting, number, end)
-            del waiting[:used]
+            rest = complete.pop() if complete and not end and not complete[-1].endswith(b"\n") else b""
+            if complete and number == 1 and not lines:
+                complete[0] = complete[0].removeprefix(BOM)
+            lines += [line.decode(errors="surrogateescape") for line in complete]
+            rows, used = self._rows(lines, number, end)
+            del lines[:used]
             number += used
             if self.header or self.kind != "csv":  # else not all of it is there yet
                 yield len(read), rows
@@ -84,95 +68,56 @@ class Rows:
         except DAMAGED as e:
             raise UserError(f"{self.name}: damaged, cannot be read to its end ({e}); write it again") from e
 
-    def _rows(self, lines: list[bytes], first: int, end: bool) -> tuple[list[Row], int]:
-        """The rows in these lines, and how many lines they take."""
-        text, errors = [], {}
-        for number, line in enumerate(lines, first):
-            decoded, error = _decoded(line)
-            text.append(decoded)
-            if error:
-                errors[number] = error
+    def _rows(self, lines: list[str], number: int, end: bool) -> tuple[list[Row], int]:
+        """The rows in some lines, from line ``number`` on, and how many lines they take."""
         if self.kind == "csv":
-            return self._records(text, first, end, errors)
-        rows = [self._row(number, line, errors.get(number)) for number, line in enumerate(text, first)]
-        return [row for row in rows if row is not None], len(lines)
-
-    def _records(self, text: list[str], first: int, end: bool, errors: dict[int, str]) -> tuple[list[Row], int]:
-        if not self.header:
-            line = next((first + i for i, line in enumerate(text) if line.strip()), 0)
-            if line in errors:
-                raise UserError(f"{self.name}:{line}: {errors[line]}; save it as UTF-8 text")
-        records, used = self._delimited.read(text, first, end=end)
-        if self.header and not self._places:
-            self._places = [self._place(name) for name in self.columns] or self._only()
-        rows = []
-        for record in records:
-            lines = range(record.line, record.line + record.used)
-            error = next((errors[line] for line in lines if line in errors), record.error)
-            texts = None if error else [record.cells[place] for place in self._places]
-            rows.append(Row(line=record.line, cells=None if error else record.cells, texts=texts, error=error))
-        return rows, used
-
-    def _place(self, column: str) -> int:
-        if self.header.count(column) == 1:
-            return self.header.index(column)
-        what = "is there twice" if column in self.header else "is not there"
-        raise UserError(f"{self.name}: column {column!r} {what}; {self._found()}")
-
-    def _only(self) -> list[int]:
-        if len(self.header) > 1:
-            raise UserError(f"{self.name}: which columns hold the text? {self._found()}")
-        return [0]
-
-    def _found(self) -> str:
-        found = ", ".join(name[:40] for name in self.header[:20] if name)
-        return f"columns found: {found}; say --text COLUMN ..., and --header COLUMN ... where that is no header"
-
-    # The others
-
-    def _row(self, number: int, line: str, error: str | None) -> Row | None:
-        """A line of JSON or of text; None where there is none."""
-        text = line.rstrip("\r\n")
-        if error:
-            return Row(line=number, cells=None, error=error)
+            rows, used = self._delimited.read(lines, number, end=end)
+            if self._delimited.header and not self.header:
+                self.header = self._delimited.header
+                self._places = self._find_columns()
+            return rows, used
+        stripped = [(n, line.rstrip("\r\n")) for n, line in enumerate(lines, number)]
         if self.kind == "jsonl":
-            if not text.strip():
-                return None
-            try:
-                record = json_object(text)
-            except ValueError as e:
-                return Row(line=number, cells=None, error=str(e))
-            return self._object(number, record, self.columns or [k for k, v in record.items() if isinstance(v, str)])
-        if not text.strip():
-            return Row(line=number, cells=text)
-        texts = text.split("\t") if len(self.columns) == 2 else [text]
-        if len(self.columns) == 2 and len(texts) != 2:
-            error = f"{len(texts) - 1} tabs; expected two texts with one tab between them"
-            return Row(line=number, cells=text, error=error)
-        return Row(line=number, cells=text, texts=texts)
+            return [json_row(line, n) for n, line in stripped if line.strip()], len(lines)
+        return [Row(n, line, error=encoding_error(line)) for n, line in stripped], len(lines)
 
-    def _object(self, number: int, record: dict[str, Any], columns: list[str]) -> Row:
-        """A row of JSON or Parquet."""
+    def _find_columns(self) -> list[int]:
+        wrong = "which columns hold the text?" if not self.columns and len(self.header) > 1 else ""
+        if bad := [column for column in self.columns if self.header.count(column) != 1]:
+            wrong = f"column {bad[0]!r} {'is there twice' if bad[0] in self.header else 'is not there'};"
+        if wrong:
+            found = ", ".join(name[:40] for name in self.header[:20] if name)
+            say = "say --text COLUMN ..., and --header COLUMN ... where that is no header"
+            raise UserError(f"{self.name}: {wrong} columns found: {found}; {say}")
+        return [self.header.index(column) for column in self.columns] or [0]
+
+    def _with_texts(self, row: Row) -> Row:
+        """A row that could be read, with its texts or with what is wrong with them."""
+        if self.kind == "csv":
+            return row._replace(texts=[row.cells[place] for place in self._places])
+        if self.kind == "text":
+            pair = len(self.columns) == 2
+            parts = row.cells.split("\t") if pair else [row.cells]
+            if pair and len(parts) != 2 and row.cells.strip():
+                return row._replace(error=f"{len(parts) - 1} tabs; expected two texts with one tab between them")
+            return row._replace(texts=parts) if row.cells.strip() else row
+        columns = self.columns or [key for key, value in row.cells.items() if isinstance(value, str)]
         if not self.columns and len(columns) != 1:
-            return Row(line=number, cells=record, error="which keys hold the text? say --text KEY ...")
-        texts = [as_text(record.get(column)) for column in columns]
+            return row._replace(error="which keys hold the text? say --text KEY ...")
+        texts = [as_text(row.cells.get(column)) for column in columns]
         if None in texts:
             column = columns[texts.index(None)]
-            what = f"{column!r} holds no text" if column in record else f"no key {column!r}"
-            return Row(line=number, cells=record, error=what)
-        return Row(line=number, cells=record, texts=[text for text in texts if text is not None])
+            return row._replace(error=f"{column!r} holds no text" if column in row.cells else f"no key {column!r}")
+        return row._replace(texts=[text for text in texts if text is not None])
 
     def _parquet(self) -> Iterator[tuple[int, list[Row]]]:
         raw = self._read(-1)
-        _, self._table = arrow_table(self.name, raw, None)
-        columns = [self.header[i] for i in [self._place(name) for name in self.columns] or self._only()]
-        texts, n = self._table.select(columns), len(self._table)
-        for start in range(0, max(n, 1), _AT_ONCE):
+        self.header, self._table = arrow_table(self.name, raw, None)
+        self.columns = [self.header[place] for place in self._find_columns()]
+        texts, count = self._table.select(self.columns), len(self._table)
+        for start in range(0, max(count, 1), _AT_ONCE):
             block = texts.slice(start, _AT_ONCE).to_pylist()
-            yield (
-                len(raw) * len(block) // max(n, 1),
-                [self._object(start + i, row, columns) for i, row in enumerate(block)],
-            )
+            yield len(raw) * len(block) // max(count, 1), [Row(n, cells) for n, cells in enumerate(block, start)]
 
     # And back
 
@@ -184,19 +129,19 @@ class Rows:
 
     def back(self, row: Row, added: dict[str, Any] | None) -> str:
         """The row as a line, with something ``added`` to it: name to value; None where there is nothing to add."""
+        values = list((added or {}).values())
         if self.kind == "csv":
-            values = list((added or {}).values())
-            empty = row.cells is None
-            return self._csv([*([""] * len(self.header) if empty else row.cells), *values])
+            return self._csv([*(row.cells or [""] * len(self.header)), *values])
         if self.kind == "jsonl":
-            if twice := set(added or {}) & set(row.cells or {}):
+            cells = row.cells or {}
+            if twice := set(added or {}) & set(cells):
                 raise UserError(f"{self.name}:{row.line}: has a key {min(twice)!r} of its own; choose another --column")
             wrong = {"error": f"line {row.line}: {row.error}"}
-            return json.dumps({**(row.cells or {}), **(wrong if added is None else added)}, ensure_ascii=False) + "\n"
+            return json.dumps({**cells, **(wrong if added is None else added)}, ensure_ascii=False) + "\n"
         if self.kind == "parquet":
             self._added.append(added)
             return ""
-        return "\t".join(str(value) for value in (added or {}).values()) + "\n"
+        return "\t".join(map(str, values)) + "\n"
 
     def tail(self, added: Sequence[str]) -> bytes:
         """What the output ends with: of Parquet, all of it."""
@@ -216,11 +161,3 @@ class Rows:
         delimiter = "," if self._delimited.delimiter == NO_DELIMITER else self._delimited.delimiter
         csv.writer(out, delimiter=delimiter, lineterminator="\n").writerow(cells)
         return out.getvalue()
-
-
-def _decoded(line: bytes) -> tuple[str, str | None]:
-    """A line as text, and what is wrong with it."""
-    try:
-        return line.decode("utf-8"), "a NUL byte" if b"\0" in line else None
-    except UnicodeDecodeError as e:
-        return line.decode("utf-8", "replace"), f"byte 0x{line[e.start]:02x} is not UTF-8"

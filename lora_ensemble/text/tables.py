@@ -1,6 +1,6 @@
 """File formats: a table with named columns out of .tsv, .csv, JSON lines, Parquet or a data set of the hub.
 
-What the columns mean is not decided here (see readers.py). No torch; pyarrow and datasets are imported when needed.
+What the columns mean is not decided here (see readers.py). pyarrow and datasets are imported when needed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_ensemble.errors import UserError
-from lora_ensemble.text.delimited import Delimited, suffix_of
+from lora_ensemble.errors import UserError, one_line
+from lora_ensemble.text.delimited import Delimited, Row, encoding_error, suffix_of
 
 Format = Literal["csv", "jsonl", "parquet", "text"]
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -40,7 +40,7 @@ class Table:
     lines: list[int] | None = None
     """Line number (from 1) on which each row starts; None for formats without lines."""
     broken: dict[int, str] = field(default_factory=dict)
-    """Row to what is wrong with it; its cells are None."""
+    """Row to what is wrong with it; its cells are empty."""
     notices: list[str] = field(default_factory=list)
     header_line: bool = False
     """Whether ``found`` is what the first line says."""
@@ -51,12 +51,14 @@ class Table:
 
     def places(self, rows: Sequence[int]) -> str:
         """Where the first few of some rows are, for a notice: "lines 3, 8, 9, ..."."""
-        numbers = rows if self.lines is None else [self.lines[r] for r in rows[:3]]
-        return _places(numbers, "row" if self.lines is None else "line", len(rows))
+        unit, first = ("row", rows[:3]) if self.lines is None else ("line", [self.lines[r] for r in rows[:3]])
+        return f"{unit}{'s' * (len(rows) > 1)} {', '.join(map(str, first))}{', ...' * (len(rows) > 3)}"
 
-
-def _places(numbers: Sequence[int], unit: str, count: int) -> str:
-    return f"{unit}{'s' * (count > 1)} {', '.join(map(str, numbers[:3]))}{', ...' * (count > 3)}"
+    def note(self, rows: Sequence[int], what: str) -> None:
+        """Add a notice about some rows, if there are any."""
+        if rows:
+            count = f"{len(rows)} row{'s' * (len(rows) > 1)}"
+            self.notices.append(f"{self.name}: {count} {what} ({self.places(rows)})")
 
 
 def read_table(path: Path, wanted: Sequence[str] | None, names: Sequence[str] = ()) -> Table:
@@ -67,24 +69,21 @@ def read_table(path: Path, wanted: Sequence[str] | None, names: Sequence[str] = 
     """
     try:
         raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw.startswith(GZIP) else raw
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: damaged gzip file ({e}); write it again") from e
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); expected a data file") from e
-    if raw.startswith(GZIP):
-        try:
-            raw = gzip.decompress(raw)
-        except DAMAGED as e:
-            raise UserError(f"{path}: damaged gzip file ({e}); write it again") from e
     kind = format_of(path.name, raw)
-    if kind == "parquet":
+    if kind == "text":  # a table too, of which its name does not tell
+        kind = format_of("table.csv", raw)
+    if kind == "csv":
+        return _read_delimited(path, _lines(raw, path), wanted, names)
+    if kind == "jsonl":
+        table = _read_json_lines(path, _lines(raw, path), wanted)
+    else:
         found, content = arrow_table(str(path), raw, wanted)
         table = Table(path.name, str(path), found, {name: content[name].to_pylist() for name in content.column_names})
-    else:
-        text = _decode(raw, path)
-        # Only "\n", "\r" and "\r\n" end a line; str.splitlines would also break at U+2028 and others.
-        lines = list(io.StringIO(text, newline=""))
-        if kind != "jsonl" and not text.lstrip().startswith("{"):
-            return _read_delimited(path, lines, wanted, names)
-        table = _read_json_lines(path, lines, wanted)
     if names:
         raise UserError(f"{path}: names its columns itself; columns: is for CSV and TSV files without a header")
     return table
@@ -101,80 +100,62 @@ def format_of(name: str, start: bytes = b"") -> Format:
     return "csv" if delimited else "text"
 
 
-def _decode(raw: bytes, path: Path) -> str:
-    bom = len(BOM) if raw.startswith(BOM) else 0
+def _lines(raw: bytes, path: Path) -> list[str]:
     bad, what = raw.find(b"\0"), "a NUL byte"
     try:
-        text = raw[bom:].decode("utf-8")
+        text = raw.removeprefix(BOM).decode()
     except UnicodeDecodeError as e:
-        bad, what = e.start + bom, f"byte 0x{raw[e.start + bom]:02x} is not UTF-8"
-        text = ""
+        bad, what = raw.startswith(BOM) * len(BOM) + e.start, f"byte 0x{e.object[e.start]:02x} is not UTF-8"
     if bad >= 0:
         line = len(raw[: bad + 1].splitlines())
         raise UserError(f"{path}:{line}: {what} (byte offset {bad}); save it as UTF-8 text")
-    return text
+    # Only "\n", "\r" and "\r\n" end a line; str.splitlines would also break at U+2028 and others.
+    return list(io.StringIO(text, newline=""))
 
 
 def _read_delimited(path: Path, lines: list[str], wanted: Sequence[str] | None, names: Sequence[str]) -> Table:
     reader = Delimited(str(path), names)
     rows, _ = reader.read(lines, 1, end=True)
-    nothing = [""] * len(reader.header)
-    cells = [nothing if row.error else row.cells for row in rows]
+    empty = [""] * len(reader.header)
+    cells = [empty if row.error else row.cells for row in rows]
     columns = {name: [c[j] for c in cells] for name, j in _positions(path, reader.header, wanted).items()}
-    notices = []
-    for what, odd in (
-        ("an unbalanced quote, taken as text", [row.line for row in rows if row.stray]),
-        ("a quoted field over several lines", [row.line for row in rows if row.used > 1]),
-    ):
-        if odd:
-            where = _places(odd, "line", len(odd))
-            notices.append(f"{path.name}: {len(odd)} row{'s' * (len(odd) > 1)} with {what} ({where})")
     broken = {i: row.error for i, row in enumerate(rows) if row.error}
     starts = [row.line for row in rows]
-    return Table(path.name, str(path), reader.header, columns, starts, broken, notices, header_line=not names)
+    table = Table(path.name, str(path), reader.header, columns, starts, broken, header_line=not names)
+    table.note([i for i, row in enumerate(rows) if row.stray], "with an unbalanced quote, taken as text")
+    table.note([i for i, row in enumerate(rows) if row.used > 1], "with a quoted field over several lines")
+    return table
 
 
 def _positions(where: Path | str, found: list[str], wanted: Sequence[str] | None) -> dict[str, int]:
-    if wanted is None:
-        wanted = list(dict.fromkeys(found))
-    # Of columns without a name, the first counts.
-    twice = [name for name in wanted if name and found.count(name) > 1]
-    if twice:
+    """Where the ``wanted`` columns (None: all) are among those ``found``; of those without a name, the first counts."""
+    wanted = list(dict.fromkeys(found)) if wanted is None else wanted
+    if twice := [name for name in wanted if name and found.count(name) > 1]:
         raise UserError(f"{where}: column {twice[0]!r} is there {found.count(twice[0])} times; name each column once")
     return {name: found.index(name) for name in wanted if name in found}
 
 
 def _read_json_lines(path: Path, lines: list[str], wanted: Sequence[str] | None) -> Table:
-    starts, records, found = [], [], dict[str, None]()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json_object(line)
-        except ValueError as e:
-            raise UserError(f"{path}:{number}: {e}; expected one JSON object per line") from e
-        starts.append(number)
-        records.append(record)
-        found.update(dict.fromkeys(record))
-    columns = {
-        name: [record.get(name) for record in records]
-        for name in (found if wanted is None else wanted)
-        if name in found
-    }
-    return Table(path.name, str(path), list(found), columns, starts)
+    rows = [json_row(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    for row in rows:
+        if row.error:
+            raise UserError(f"{path}:{row.line}: {row.error}; expected one JSON object per line")
+    found = list(dict.fromkeys(name for row in rows for name in row.cells))
+    columns = {name: [row.cells.get(name) for row in rows] for name in _positions(path, found, wanted)}
+    return Table(path.name, str(path), found, columns, [row.line for row in rows])
 
 
-def json_object(line: str) -> dict[str, Any]:
-    """The JSON object that a line is. ``ValueError`` with what it is instead."""
+def json_row(line: str, number: int) -> Row:
+    """The JSON object that a line is, or what it is instead."""
+    if wrong := encoding_error(line):
+        return Row(number, None, error=wrong)
     try:
-        record = json.loads(line)
+        cells = json.loads(line)
         if "\\u" in line:  # half of a surrogate pair is no text that a tokenizer could take
-            json.dumps(record, ensure_ascii=False).encode()
+            json.dumps(cells, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"not JSON ({e})") from e
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__}")
-    return record
+        return Row(number, None, error=f"not JSON ({e})")
+    return Row(number, cells) if isinstance(cells, dict) else Row(number, None, error=f"a JSON {type(cells).__name__}")
 
 
 def as_text(value: Any) -> str | None:
@@ -228,8 +209,3 @@ def read_hub(
         by_name = set(label_names) == set(names)
         columns[label] = [None if v is None or v < 0 else names[v] if by_name else str(v) for v in columns[label]]
     return Table(where, f"data set {where}", found, columns)
-
-
-def one_line(e: Exception) -> str:
-    """What an exception of another library says, for an error of ours."""
-    return " ".join(str(e).split())[:300]

@@ -23,8 +23,8 @@ from lora_ensemble.bank.lora import derived_seed
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import one_label
 from lora_ensemble.tasks import PRESETS, Task
+from lora_ensemble.text.packing import Tokens
 from lora_ensemble.text.readers import Split, fingerprint, read_split, shared_texts, split_file
-from lora_ensemble.text.tokens import Tokens
 from lora_ensemble.train.notices import say
 
 

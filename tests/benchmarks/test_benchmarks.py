@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +23,39 @@ BENCHMARKS = REPOSITORY / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 
+SMALL = "--task random --device cpu --threads 1 --base_model random:tiny --steps 2 --warmup_steps 1 --repeats 1"
+COMMAND = [*SMALL.split(), "--members", "1", "2", "--check_steps", "2"]
+
+
+def here(function: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Any:
+    """In place of ``in_fresh_process``: a process for each side is what takes long."""
+    return function(*arguments)
+
+
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     """What a small run printed, and what it wrote down."""
+    import bank
+    import sameness
+
     file = tmp_path_factory.mktemp("benchmark") / "bank.json"
-    size = "--base_model random:tiny --steps 2 --warmup_steps 1 --repeats 1 --members 1 2 --check_steps 2"
-    command = [sys.executable, "benchmarks/bank.py", "--task", "random", "--device", "cpu", *size.split()]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), contextlib.redirect_stdout(printed):
+        warnings.simplefilter("ignore")  # the peers'
+        patch.setattr(bank, "in_fresh_process", here)
+        patch.setattr(sameness, "in_fresh_process", here)
+        assert bank.main([*COMMAND, f"--json={file}"]) == 0
+    return printed.getvalue(), json.loads(file.read_text())
+
+
+@pytest.mark.slow
+def test_the_program_itself(tmp_path: Path) -> None:
+    """With a process for each side."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, f"--json={file}"], capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300
-    )
+    command = [sys.executable, "benchmarks/bank.py", *COMMAND, f"--markdown={tmp_path / 'bank.md'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(file.read_text())
+    assert "| bank | 2 |" in (tmp_path / "bank.md").read_text()
 
 
 def test_every_side_has_a_row(comparison: tuple[str, dict]) -> None:

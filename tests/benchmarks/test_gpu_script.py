@@ -56,16 +56,16 @@ def start(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=400)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The records of a run of all parts."""
-    folder = tmp_path_factory.mktemp("script") / "gpu"
-    done = start(folder)
+@pytest.mark.slow
+def test_all_parts_run_and_have_their_tables(tmp_path: Path) -> None:
+    """And a second start runs nothing again."""
+    whole = tmp_path / "gpu"
+    done = start(whole)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
-def test_all_parts_run_and_have_their_tables(whole: Path) -> None:
+    before = {file.name: file.read_bytes() for file in whole.iterdir()}
+    again = start(whole)
+    assert (again.returncode, "done" in again.stdout) == (0, False)
+    assert {file.name: file.read_bytes() for file in whole.iterdir()} == before
     for part in parts(tiny=True):
         record = Record.read(whole / f"{part.name}.jsonl")
         assert list(record.rows) == [row.name for row in part.rows]
@@ -82,23 +82,50 @@ def test_all_parts_run_and_have_their_tables(whole: Path) -> None:
     assert "4 members over random weights of tiny's shape, 64 + 16 examples" in page
 
 
-def test_the_shares_of_a_profile_are_the_whole_time(whole: Path) -> None:
-    (row,) = Record.read(whole / "profile.jsonl").rows.values()
+def here(function: Any, *arguments: Any, seconds: float | None = None) -> Any:
+    """In place of ``in_fresh_process``: a process for each row is what takes long."""
+    return function(*arguments)
+
+
+def test_a_part_runs_and_its_shares_are_the_whole_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_main, "in_fresh_process", here)
+    output = tmp_path / "gpu"
+    assert gpu_main.main(["--tiny", "--device=cpu", f"--output={output}", "--parts", "profile"]) == 0
+    (row,) = Record.read(output / "profile.jsonl").rows.values()
     assert sum(row["shares"].values()) == pytest.approx(1, abs=1e-6)
     assert row["shares"]["matrix products"] > 0.05
+    assert "| matrix products |" in output.with_suffix(".md").read_text()
 
 
-def test_a_second_start_runs_nothing_again(whole: Path) -> None:
-    before = {file.name: file.read_bytes() for file in whole.iterdir()}
-    done = start(whole)
-    assert done.returncode == 0, done.stderr
-    assert "done" not in done.stdout
-    assert {file.name: file.read_bytes() for file in whole.iterdir()} == before
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The records of all parts, in which nothing was measured: what runs again is asked here."""
+    monkeypatch.setattr(gpu_main, "in_fresh_process", lambda function, *_, seconds=None: {"seconds": 1.0})
+    monkeypatch.setattr(gpu_main, "_describe", lambda *_: "one")
+    monkeypatch.setattr(gpu_main, "page", lambda *_: "")
+    monkeypatch.setattr(gpu_main, "as_expected", lambda *_: True)
+    assert again(tmp_path / "gpu") == 0
+    return tmp_path / "gpu"
 
 
-def test_what_a_changed_file_decides_runs_again(whole: Path, tmp_path: Path) -> None:
+def again(folder: Path, *options: str) -> int:
+    return gpu_main.main(["--tiny", "--device=cpu", f"--output={folder}", *options])
+
+
+def test_a_second_start_runs_nothing_again(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file.name: file.read_bytes() for file in measured.iterdir()}
+    assert len(before) == len(PARTS)
+    capsys.readouterr()
+    assert again(measured) == 0
+    assert "done" not in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in measured.iterdir()} == before
+
+
+def test_what_a_changed_file_decides_runs_again(
+    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And what was not yet measured; the rest is taken over as it is."""
-    committed = shutil.copytree(whole, tmp_path / "committed")
+    committed = shutil.copytree(measured, tmp_path / "committed")
     profile = committed / "profile.jsonl"
     lines = profile.read_text().splitlines()
     about = json.loads(lines[0])
@@ -106,9 +133,9 @@ def test_what_a_changed_file_decides_runs_again(whole: Path, tmp_path: Path) -> 
     profile.write_text("\n".join([json.dumps(about), *lines[1:]]) + "\n")
     speed = committed / "speed.jsonl"
     speed.write_text("".join(line for line in speed.read_text().splitlines(True) if "bank of 3" not in line))
-    done = start(tmp_path / "new", f"--changed={committed}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    ran = [line for line in done.stdout.splitlines() if line.endswith(")") or ": done" in line]
+    capsys.readouterr()
+    assert again(tmp_path / "new", f"--changed={committed}") == 0
+    ran = [line for line in capsys.readouterr().out.splitlines() if line.endswith(")") or ": done" in line]
     assert [line.split(": done")[0] for line in ran] == [
         "Speed (not there yet: bank of 3)",
         "  bank of 3",
@@ -116,7 +143,7 @@ def test_what_a_changed_file_decides_runs_again(whole: Path, tmp_path: Path) -> 
         "  bank of 2",
     ]
     for name in ("exact", "memory", "grid"):
-        assert (tmp_path / f"new/{name}.jsonl").read_bytes() == (whole / f"{name}.jsonl").read_bytes()
+        assert (tmp_path / f"new/{name}.jsonl").read_bytes() == (measured / f"{name}.jsonl").read_bytes()
     assert Record.read(tmp_path / "new/profile.jsonl").changed(about["code"]) == ["benchmarks/gpu/where.py"]
 
 

@@ -28,16 +28,24 @@ ROWS: dict[tuple[str, str | None], dict[str, list[Any]]] = {
 }
 
 
-def load(name: str, config: str | None, *, split: str) -> Any:
-    """As datasets.load_dataset: GLUE's test labels are -1."""
-    columns = {k: list(v) for k, v in ROWS[name, config].items()}
-    if split == "test" and name == "nyu-mll/glue":
-        columns["label"] = [-1] * 2
-    return datasets.Dataset.from_dict(columns)
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GLUE's test labels are -1, and QQP's have names."""
+
+    def load(name: str, config: str | None, *, split: str) -> Any:
+        columns = {k: list(v) for k, v in ROWS[name, config].items()}
+        if split == "test" and name == "nyu-mll/glue":
+            columns["label"] = [-1] * 2
+        data = datasets.Dataset.from_dict(columns)
+        names = datasets.ClassLabel(names=["not_duplicate", "duplicate"])
+        return data.cast_column("label", names) if config == "qqp" else data
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
 
 
+@pytest.mark.usefixtures("hub")
 def test_what_is_written_is_what_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    download(tmp_path, list(SOURCES), load)
+    download(tmp_path, list(SOURCES))
     assert capsys.readouterr().out.count("2 examples, fingerprint ") == 9
     for name, source in SOURCES.items():
         columns = ROWS[source.dataset, source.config]
@@ -59,23 +67,28 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, capsys: pytest.CaptureF
     assert noted["quora"]["files"]["quora-dev.csv"] == hashlib.sha256(content).hexdigest()[:16]
 
 
+@pytest.mark.usefixtures("hub")
 def test_a_second_time_changes_nothing_and_other_files_are_not_overwritten(tmp_path: Path) -> None:
-    download(tmp_path, ["sst"], load)
+    download(tmp_path, ["sst"])
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    download(tmp_path, ["sst"], load)
+    download(tmp_path, ["sst"])
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     (tmp_path / "ids-sst-dev.csv").write_text("mine")
     with pytest.raises(UserError, match=r"ids-sst-dev\.csv: is there with other content"):
-        download(tmp_path, ["sst"], load)
+        download(tmp_path, ["sst"])
     assert (tmp_path / "ids-sst-dev.csv").read_text() == "mine"
 
 
-def test_no_network_and_a_changed_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_network_and_a_changed_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tests run offline, so the real loader is what fails here."""
     assert main(["data", "download", "--root", str(tmp_path), "--tasks", "sst"]) == 2
     err = capsys.readouterr().err
-    assert "SetFit/sst5: cannot be fetched" in err
+    assert "data set SetFit/sst5 [train]: cannot be loaded (" in err
     assert len(err.strip().splitlines()) == 1
+    other = datasets.Dataset.from_dict({"sentence": ["a"], "label": [1]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: other)
     with pytest.raises(UserError, match="no column 'text'; found sentence"):
-        download(tmp_path, ["sst"], lambda *_, **__: datasets.Dataset.from_dict({"sentence": ["a"], "label": [1]}))
+        download(tmp_path, ["sst"])
     assert list(tmp_path.iterdir()) == []

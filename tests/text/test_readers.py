@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import PRESETS, Task
-from lora_ensemble.text.readers import Split, fingerprint, read_split, shared_texts
+from lora_ensemble.text.readers import Split, fingerprint, read_split, read_texts, shared_texts
 
 COURSE = Path(os.environ.get("LORA_ENSEMBLE_DATA", REPOSITORY.parent / "shared" / "data"))
 needs_course_data = pytest.mark.skipif(
@@ -488,6 +488,18 @@ def test_prediction_uses_whole_labels_and_does_without_any(tmp_path: Path) -> No
         assert (split.labels, split.notices) == (None, [])
 
 
+def test_texts_without_labels_are_named_after_their_rows(tmp_path: Path) -> None:
+    """They need neither ids nor labels, and those that are there are not looked at; an empty text is skipped."""
+    (tmp_path / "more.csv").write_text("id,text,label\nx,a,7\nx,,1\n,b,\nx,c,0\nx,d,0\nx,e,0\n")
+    split = read_texts(ONE, tmp_path / "more.csv")
+    assert split.ids.tolist() == [f"more.csv:{row}" for row in (0, 2, 3, 4, 5)]
+    assert (split.texts, split.labels) == ([["a", "b", "c", "d", "e"]], None)
+    assert split.notices == ["more.csv: 1 row skipped: empty text (line 3)"]
+    (tmp_path / "none.csv").write_text('text\n""\n')
+    with pytest.raises(UserError, match=r"none\.csv: no usable texts"):
+        read_texts(ONE, tmp_path / "none.csv")
+
+
 def test_places_are_counted_beyond_three(tmp_path: Path) -> None:
     odd = "id,text,label\n1,a,1\n" + "".join(f"{i},a,\n" for i in range(2, 7))
     split = read(tmp_path, odd + "".join(f"{i},a,0\n" for i in range(7, 26)))
@@ -541,7 +553,6 @@ def test_missing_columns(tmp_path: Path) -> None:
         (_parquet_bytes(id=["1"], text=[b"\xff"], label=[1]), "t.parquet", ": row 0: column 'text' holds a bytes"),
         (b"id,text,label\n", "t.csv", ": no usable examples: no rows"),
         (b"id,text,label\n1,a,\n", "t.csv", ": no usable examples; t.csv: 1 row skipped: empty label (line 2)"),
-        (b"id,text,label\n1,a,1\n2,b,0\n1,c,0\n", "t.csv", "t.csv:4: id '1' is already at "),
         (b"id,text,label\n1,a,1\n ,b,0\n", "t.csv", ":3: the id in column 'id' is empty; each example needs its own"),
         (b"id,text,label\n" + b"i" * 1001 + b",b,0\n", "t.csv", ":2: the id in column 'id' is longer than 1000"),
         (b"id,text,label,text\n1,a,1,b\n", "t.csv", ": column 'text' is there 2 times; name each column once"),

@@ -165,6 +165,17 @@ def test_plain_lines() -> None:
     assert [row.error for row in bad] == ["a NUL byte", "byte 0xff is not UTF-8"]
 
 
+@pytest.mark.parametrize("step", [1, 10**6])
+def test_bytes_that_are_no_text_spoil_their_own_row(step: int) -> None:
+    """Named by the first of them, also in a field that goes on over several lines."""
+    content = b'\xef\xbb\xbfid,text\n1,good\n2,caf\xe9 \xff\n3,"two\nli\0nes"\n4,too,\xe9many\n5,fine\n'
+    rows, found = rows_of(content, "csv", ["text"], step=step)
+    assert [row.texts for row in found] == [["good"], None, None, None, ["fine"]]
+    wrong = ["byte 0xe9 is not UTF-8", "a NUL byte", "byte 0xe9 is not UTF-8"]
+    assert [(row.line, row.error) for row in found[1:4]] == list(zip([3, 4, 6], wrong, strict=True))
+    assert rows.back(found[1], {"prediction": ""}) == ",,\n"
+
+
 @pytest.mark.parametrize(
     ("content", "columns", "message"),
     [
