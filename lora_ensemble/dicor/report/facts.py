@@ -212,7 +212,7 @@ def _sizing(method: Method, members: int) -> tuple[str, int, int | None, Callabl
 
 
 def members_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
-    """Names and texts of what is told of each member that is shown (S,): its settings, its score, and who is like it."""
+    """Header and rows (S,) of what is told of each member that is shown: settings, score, and who is like it."""
     chosen, means = set(facts.estimate.names), facts.mean_similarity
     header = ["member", "rank r", "scaling c", "targets", "lr", "seed", facts.score_name, f"in {facts.method}"]
     header += [f"mean {facts.similarity} similarity", "most like", "its similarity"]

@@ -60,7 +60,7 @@ def heat_map(facts: Facts) -> Plot:
     s = len(order)
     side = s * max(round(float(np.clip(28 * s, 220, 500)) / s), 2)  # whole pixels a row: a picture compresses well
     values = facts.similarities[np.ix_(order, order)]
-    groups = np.flatnonzero(np.diff(cut_tree(tree, min(s, MOST_GROUPS))[order, 0], prepend=-1))
+    starts = np.flatnonzero(np.diff(cut_tree(tree, min(s, MOST_GROUPS))[order, 0], prepend=-1))
     others = values[~np.eye(s, dtype=bool)]
     low, high = float(others.min()), float(others.max())
     low, high = (low, high) if high - low > 1e-6 else (min(low, 0.0), max(high, 1.0))
@@ -70,28 +70,26 @@ def heat_map(facts: Facts) -> Plot:
         | {"y": y, "y2": y + 1, "rank": facts.shown[i].rank, "scaling": facts.shown[i].scaling, "holds": i}
         for y, i in enumerate(order)
     ]
-    names = [f"{members[g]['member']} (rank {members[g]['rank r']}, scaling {members[g]['scaling c']})" for g in groups]
-    ends = [*groups.tolist(), s]
-    names = [f"{n} and {b - a - 1} like it" if b - a > 1 else n for n, a, b in zip(names, ends, ends[1:], strict=False)]
-    rows = chart(members).encode(y=_place(alt.Y, "y", s), y2="y2:Q")
+    data = chart(members)
+    rows = data.encode(y=_place(alt.Y, "y", s), y2="y2:Q")
     told = rows.mark_rect(opacity=0).encode(tooltip=tooltip(header))
-    inside = rows.transform_filter(f"datum['in {facts.method}'] == 'yes'").mark_rect(color=ACCENT).encode(x=alt.value(14), x2=alt.value(26))
-    band = chart(members).transform_filter("indexof(ticked, datum.holds) >= 0")
-    band = band.mark_rect(filled=False, stroke=INK, strokeWidth=2)
-    across = band.encode(y=_place(alt.Y, "y", s), y2="y2:Q")
-    down = band.encode(x=_place(alt.X, "y", s), x2="y2:Q")
-    cells = _cells(gathered(values, groups), ends, f"{facts.similarity} similarity", [low, high])
+    inside = rows.transform_filter(f"datum['in {facts.method}'] == 'yes'").mark_rect(color=ACCENT)
+    inside = inside.encode(x=alt.value(14), x2=alt.value(26))
+    band: dict[str, Any] = {"filled": False, "stroke": INK, "strokeWidth": 2}
+    ticked = "indexof(ticked, datum.holds) >= 0"
+    down = data.encode(x=_place(alt.X, "y", s), x2="y2:Q").transform_filter(ticked).mark_rect(**band)
+    across = rows.transform_filter(ticked).mark_rect(**band)
     columns = [
         _branches(tree),
         _bars(rows, "rank", "rank r", SERIES[0]) + told,
         _bars(rows, "scaling", "scaling c", SERIES[1]) + told,
-        (inside + told).properties(width=40, title=alt.Title("chosen", color=ACCENT, fontSize=11, anchor="middle", offset=6)),
-        (cells + across + down).properties(width=side),
+        (inside + told).properties(width=40, title=alt.Title("chosen", color=ACCENT, fontSize=11, offset=6)),
+        alt.layer(_cells(facts, gathered(values, starts), [low, high]), across, down, width=side),
     ]
     if s <= MOST_LABELS:
-        text = chart(members).transform_calculate(y="datum.y + 0.5").mark_text(align="left", limit=220)
-        size = alt.value(min(11.0, 0.86 * side / s))
-        columns.append(text.encode(y=_place(alt.Y, "y", s), text="member:N", size=size).properties(width=1))
+        size = min(11.0, 0.86 * side / s)
+        text = data.transform_calculate(y="datum.y + 0.5").mark_text(align="left", limit=220, fontSize=size)
+        columns.append(text.encode(y=_place(alt.Y, "y", s), text="member:N").properties(width=1))
     plot = alt.hconcat(*(column.properties(height=side) for column in columns), spacing=5)
     whole = s <= MOST_IN_TABLE
     return Plot(
@@ -100,13 +98,21 @@ def heat_map(facts: Facts) -> Plot:
         description=f"A square for each pair of {s} members, the darker (in a dark dress the lighter) the more alike, "
         f"from {number(low)} to {number(high)}. Members are ordered by clustering; bars beside them show rank, scaling "
         f"and who is in {facts.method}.",
-        chart=plot.add_params(alt.param(name="names", value=names), alt.param(name="ends", value=ends)),
+        chart=plot.add_params(*_groups(members, starts)),
         header=["member", *map(str, range(1, s + 1))] if whole else [],
-        rows=[
-            [f"{i + 1}. {m['member']}", *(f"{v:.3f}" for v in values[i])] for i, m in enumerate(members) if whole
-        ],
-        picture=len(groups) > MOST_STILL,
+        rows=[[f"{i + 1}. {m['member']}", *(f"{v:.3f}" for v in values[i])] for i, m in enumerate(members) if whole],
+        picture=len(starts) > MOST_STILL,
     )
+
+
+def _groups(members: list[dict[str, Any]], starts: np.ndarray) -> tuple[alt.Parameter, alt.Parameter]:
+    """Names (G,) and places (G + 1,) of the groups that begin at ``starts`` (G,), for the marks to look up."""
+    names, ends = [], [*starts.tolist(), len(members)]
+    for start, count in zip(starts, np.diff(ends), strict=True):
+        first = members[start]
+        name = f"{first['member']} (rank {first['rank r']}, scaling {first['scaling c']})"
+        names.append(name if count == 1 else f"{name} and {count - 1} like it")
+    return alt.param(name="names", value=names), alt.param(name="ends", value=ends)
 
 
 def _place(axis: Any, field: str, s: int) -> Any:
@@ -126,7 +132,8 @@ def _branches(tree: np.ndarray) -> alt.Chart:
         for branch, (xs, ys) in enumerate(zip(drawn["dcoord"], drawn["icoord"], strict=True))
         for i, (x, y) in enumerate(zip(xs, ys, strict=True))
     ]
-    x = alt.X("x:Q", scale=alt.Scale(domain=[max(float(heights.max()), near + 1e-9), near], nice=False, zero=False), axis=None)
+    far = max(float(heights.max()), near + 1e-9)
+    x = alt.X("x:Q", scale=alt.Scale(domain=[far, near], nice=False, zero=False), axis=None)
     line = chart(points).mark_line(stroke=SOFT, strokeWidth=0.8)
     y = _place(alt.Y, "y", len(tree) + 1)
     return line.encode(x=x, y=y, detail="branch:N", order="order:Q").properties(width=66)
@@ -135,25 +142,23 @@ def _branches(tree: np.ndarray) -> alt.Chart:
 def _bars(rows: alt.Chart, field: str, title: str, colour: str) -> alt.LayerChart:
     """A setting of each member as the length of a bar from 0; a short grey one where it is not known."""
     largest = max((row[field] for row in rows.data.values if row[field] is not None), default=0) or 1
-    axis = alt.Axis(title=title, orient="top", values=[0, largest], grid=False, domain=False, labelFontSize=10, titleFontSize=11, titlePadding=2, labelPadding=2, labelFlush=True)
+    axis = alt.Axis(title=title, orient="top", values=[0, largest])
     x = alt.X(f"{field}:Q", scale=alt.Scale(domain=[0, largest], nice=False), axis=axis)
     known = rows.transform_filter(f"isValid(datum.{field})").mark_rect(color=colour).encode(x=x, x2=alt.datum(0))
     unknown = rows.transform_filter(f"!isValid(datum.{field})").mark_rect(color="var(--unknown)")
     return (known + unknown.encode(x=alt.value(0), x2=alt.value(4))).properties(width=36)
 
 
-def _cells(values: np.ndarray, ends: list[int], title: str, domain: list[float]) -> alt.Chart:
-    """A rectangle for each pair of groups, of similarities (G, G); ``ends`` (G + 1,): where the groups are."""
+def _cells(facts: Facts, values: np.ndarray, domain: list[float]) -> alt.Chart:
+    """A rectangle for each pair of groups, of similarities (G, G)."""
     pairs = [{"a": a, "b": b, "v": round(float(v), 4)} for (a, b), v in np.ndenumerate(values)]
     scale = alt.Scale(type="quantize", domain=domain, range=[f"var(--h{i})" for i in range(LEVELS)])
-    legend = alt.Legend(title=title, format=".2f", direction="horizontal")
-    s = ends[-1]
+    legend = alt.Legend(title=f"{facts.similarity} similarity", format=".2f", direction="horizontal")
+    s = len(facts.shown)
     placed = chart(pairs).transform_calculate(
         x="ends[datum.b]", x2="ends[datum.b + 1]", y="ends[datum.a]", y2="ends[datum.a + 1]",
         member="names[datum.a]", other="names[datum.b]", similarity="format(datum.v, '.4f')",
-    )  # fmt: skip
+    ).mark_rect()  # fmt: skip
+    at: dict[str, Any] = {"x": _place(alt.X, "x", s), "x2": "x2:Q", "y": _place(alt.Y, "y", s), "y2": "y2:Q"}
     told = [alt.Tooltip("member:N"), alt.Tooltip("other:N", title="and"), alt.Tooltip("similarity:N")]
-    return placed.mark_rect().encode(
-        x=_place(alt.X, "x", s), x2="x2:Q", y=_place(alt.Y, "y", s), y2="y2:Q", tooltip=told,
-        fill=alt.Fill("v:Q", scale=scale, legend=legend),
-    )  # fmt: skip
+    return placed.encode(**at, tooltip=told, fill=alt.Fill("v:Q", scale=scale, legend=legend))
