@@ -1,5 +1,6 @@
 """The plots: that they are drawn for any pool, and that what they show is what there is."""
 
+import re
 import struct
 import sys
 import xml.etree.ElementTree as ET
@@ -159,8 +160,13 @@ def test_the_heat_map_shows_each_pair_while_it_can_be_read(members, tmp_path):
     cells = drawn(plot, like="v")
     groups = min(members, MOST_GROUPS)
     assert len(cells) == groups**2
-    fills = [p.get("fill") for p in picture.iter() if (p.get("fill") or "").startswith("var(--h")]
-    levels = [int(fill[7:-1]) for fill in fills[: groups**2]]
+    squares = [p for p in picture.iter() if (p.get("fill") or "").startswith("var(--h")][: groups**2]
+    levels = [int(square.get("fill")[7:-1]) for square in squares]
+    places = np.array([[float(v) for v in re.findall(r"-?[\d.]+", square.get("d"))[:2]] for square in squares])
+    for axis, group in ((0, "b"), (1, "a")):  # columns to the right, rows downwards
+        at = dict(zip((cell[group] for cell in cells), places[:, axis], strict=True))
+        assert [at[cell[group]] for cell in cells] == places[:, axis].tolist()
+        assert sorted(at.values()) == [at[i] for i in range(groups)]
     values = np.array([cell["v"] for cell in cells])
     off = np.array([cell["a"] != cell["b"] for cell in cells])
     assert np.corrcoef(values[off], np.array(levels)[off])[0, 1] > 0.98

@@ -40,7 +40,7 @@ _CONFIG = {
     "axisTop": {"domain": False, "grid": False, "labelFlush": True, "labelFontSize": 10, "labelPadding": 2,
                 "titleFontSize": 11, "titlePadding": 2},
     "legend": {
-        "columnPadding": 28, "labelColor": INK, "labelFontSize": 12.5, "labelLimit": 0, "orient": "top",
+        "columnPadding": 40, "labelColor": INK, "labelFontSize": 12.5, "labelLimit": 0, "orient": "top",
         "symbolOpacity": 1, "symbolSize": 90, "titleColor": INK, "titleFontSize": 12.5, "titleFontWeight": "normal",
     },
     "point": {"opacity": 1, "strokeWidth": 1.6},

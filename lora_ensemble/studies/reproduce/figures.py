@@ -87,7 +87,8 @@ def figure(pool: Path, task: str, root: Path, base_model: str, path: Path) -> Pa
     labels = task_pool.examples().labels
     assert labels is not None
     named = labels.tolist() if task_pool.kind == "regression" else [task_pool.labels[int(y)] for y in labels]
-    colour = alt.Color("label:Q" if task_pool.kind == "regression" else "label:O").scale(scheme="viridis")
+    ordered = alt.Color("label:Q") if task_pool.kind == "regression" else alt.Color("label:O", sort=task_pool.labels)
+    colour = ordered.scale(scheme="viridis")
     plots = []
     for record, points in zip(records, embeddings(pool, task, records, root, base_model), strict=True):
         at = TSNE(init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=0).fit_transform(points)
