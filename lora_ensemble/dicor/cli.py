@@ -109,8 +109,7 @@ def _head(task_pool: TaskPool) -> str:
 def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
     from lora_ensemble.dicor.compare import compare
-    from lora_ensemble.dicor.report import words
-    from lora_ensemble.dicor.table import about, number, table, verdict
+    from lora_ensemble.dicor.table import about, number, offsets, table, verdict
     from lora_ensemble.pool import TaskPool
 
     with record.whole(given.output) as f:
@@ -130,7 +129,7 @@ def _select(given: argparse.Namespace) -> None:
         similarity = number(row["mean_similarity"])
         print(f"{row['name']:<{width}} {row['score']:>10.4f} {row['weight']:>7.4f} {similarity:>32}")
     if ensemble.offsets is not None:
-        print(words.offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
+        print(offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
     print(f"\n{table(estimates, score)}\n\n{verdict(method, estimates.of[method])}\n{about(estimates)}")
     print(f"saved {given.output}")
 
@@ -141,11 +140,7 @@ def _compare(given: argparse.Namespace) -> None:
     from lora_ensemble.pool import TaskPool, task_names
 
     if given.plots:
-        from lora_ensemble.dicor.report import plots
-        from lora_ensemble.dicor.report.charts import drawings
-        from lora_ensemble.dicor.report.facts import gather
-
-        plots.check_folder(given.plots)
+        report_command.check("--plots", folder=given.plots)
     tasks = [given.task] if given.task is not None else task_names(given.pool)
     if not tasks:
         raise UserError(f"{given.pool}: no task in this folder; give the folder that training wrote")
@@ -163,8 +158,7 @@ def _compare(given: argparse.Namespace) -> None:
         method = default if default in estimates.of else list(estimates.of)[-1]
         print(verdict(method, estimates.of[method]))
         if given.plots:
-            for path in plots.save(drawings(gather(comparison, method)).values(), task, given.plots):
-                print(f"saved {path}")
+            report_command.save_plots(comparison, method, given.plots)
         print()
     if scores := overall(comparisons):
         print(f"overall: the mean of sst, quora and (sts + 1) / 2\n{'':<17} {'in-sample':>9} {'honest':>9}")

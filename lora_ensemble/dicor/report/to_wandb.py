@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lora_ensemble.dicor.report.charts import drawings
 from lora_ensemble.dicor.report.facts import Facts
-from lora_ensemble.dicor.report.svg import svg
+from lora_ensemble.dicor.report.plot import Plot
 from lora_ensemble.errors import UserError
 from lora_ensemble.online import START_WITHIN_S, project, reachable
 
@@ -27,7 +27,7 @@ def group(facts: Facts) -> str:
     return runs[0].rpartition("-")[0] or runs[0] if runs else facts.task
 
 
-def log(facts: Facts, page: str, folder: Path) -> str:
+def log(facts: Facts, plots: Iterable[Plot], page: str, folder: Path) -> str:
     """Log the table of methods, each plot, and the page; returns what to tell the user.
 
     Online where there is a key and the server answers, otherwise into ``folder``, as curves are. ``UserError`` where
@@ -48,35 +48,33 @@ def log(facts: Facts, page: str, folder: Path) -> str:
         "config": {"task": facts.task, "method": facts.method, "pool": str(facts.comparison.task_pool.pool)},
         "settings": wandb.Settings(init_timeout=START_WITHIN_S, silent=True, console="off"),
     }
-    online, why = reachable(), ""
     run: Any = None
-    if online:
+    why = ""
+    for mode in ("online", "offline") if reachable() else ("offline",):
         try:
-            run = wandb.init(**common, mode="online")
+            run = wandb.init(**common, mode=mode)
+            break
         except Exception as e:  # whatever keeps W&B from starting must not lose the report
             why = f" (it did not start: {type(e).__name__})"
-    if run is None:
-        try:
-            run = wandb.init(**common, mode="offline")
-        except Exception as e:
-            raise UserError(
-                f"--wandb: Weights & Biases did not start ({type(e).__name__}: {e}); the page is written"
-            ) from e
+            if mode == "offline":
+                raise UserError(
+                    f"--wandb: Weights & Biases did not start ({type(e).__name__}: {e}); the page is written"
+                ) from e
     header = ["method", "members", "in_sample", "honest", "low", "high", "optimism", "to_best", "to_omni"]
     rows = [
         [
             method,
-            len(one.names),
-            one.in_sample,
-            *((one.honest.value, one.honest.low, one.honest.high) if one.honest else (None, None, None)),
-            one.optimism,
-            *(d.value if d else None for d in (one.against_best, one.against_omni)),
+            len(e.names),
+            e.in_sample,
+            *((e.honest.value, e.honest.low, e.honest.high) if e.honest else (None, None, None)),
+            e.optimism,
+            *(d.value if d else None for d in (e.against_best, e.against_omni)),
         ]
-        for method, one in facts.comparison.estimates.of.items()
+        for method, e in facts.comparison.estimates.of.items()
     ]
     logged: dict[str, Any] = {"methods": wandb.Table(columns=header, data=rows)}
-    for plot in drawings(facts).values():
-        logged[f"plots/{plot.name}"] = wandb.Html(svg(plot, title=f"{facts.task}: {plot.title}"), inject=False)
+    for plot in plots:
+        logged[f"plots/{plot.name}"] = wandb.Html(plot.file(f"{facts.task}: {plot.title}"), inject=False)
     run.log(logged | {"report": wandb.Html(page, inject=False)})
     run.finish()
     if run.settings.mode == "online":

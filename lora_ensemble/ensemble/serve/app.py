@@ -22,7 +22,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.report.words import decides
+from lora_ensemble.dicor.table import decides
 from lora_ensemble.ensemble.restored import Ensemble
 from lora_ensemble.ensemble.serve import messages
 from lora_ensemble.ensemble.serve.answers import answers

@@ -105,7 +105,7 @@ def _check_data(root: Path) -> None:
 
 
 def _check_figures() -> None:
-    needed = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+    needed = {"altair": "altair", "vl_convert": "vl-convert-python", "jinja2": "jinja2", "sklearn": "scikit-learn"}
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(f"the figures need {' and '.join(missing)}; run: pip install 'lora-ensemble[reproduce]'")

@@ -15,6 +15,7 @@ from lora_ensemble.bank.lora import entry_of
 from lora_ensemble.bank.member_files import member_of, restore_members
 from lora_ensemble.dicor.report import command as report_command
 from lora_ensemble.errors import UserError
+from lora_ensemble.files import replacing
 from lora_ensemble.pool import MemberRecord, TaskPool
 from lora_ensemble.studies.reproduce.papers import TASKS, Scale
 from lora_ensemble.studies.reproduce.results import dicor_options
@@ -49,7 +50,7 @@ def embeddings(pool: Path, task: str, records: Sequence[MemberRecord], root: Pat
 def tolkunov_figures(output: Path, scale: Scale, root: Path, base_model: str) -> list[Path]:
     """Each task's page of ``dicor report`` with its plots (1 and 3 among them), and figure 4, below ``output``.
 
-    ``UserError`` where matplotlib or scikit-learn is missing.
+    ``UserError`` where what draws them is missing.
     """
     folder, files = output / "figures", []
     for task in TASKS:
@@ -71,30 +72,33 @@ def tolkunov_figures(output: Path, scale: Scale, root: Path, base_model: str) ->
 def figure(pool: Path, task: str, root: Path, base_model: str, path: Path) -> Path:
     """Draw figure 4 of a task into ``path``."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import altair as alt
+        import vl_convert
         from sklearn.manifold import TSNE
+
+        from lora_ensemble.dicor.report.plot import VEGA_LITE
     except ImportError as e:
         raise UserError(
-            f"figure 4 needs scikit-learn and matplotlib ({e}); run: pip install 'lora-ensemble[reproduce]'"
+            f"figure 4 needs scikit-learn, altair and vl-convert-python ({e}); "
+            "run: pip install 'lora-ensemble[reproduce]'"
         ) from e
     task_pool = TaskPool(pool, task)
     records = low_and_high(task_pool.members)
     labels = task_pool.examples().labels
     assert labels is not None
-    canvas = Figure(figsize=(11, 5), layout="constrained")
-    for axes, record, points in zip(
-        canvas.subplots(1, 2), records, embeddings(pool, task, records, root, base_model), strict=True
-    ):
+    named = labels.tolist() if task_pool.kind == "regression" else [task_pool.labels[int(y)] for y in labels]
+    ordered = alt.Color("label:Q") if task_pool.kind == "regression" else alt.Color("label:O", sort=task_pool.labels)
+    colour = ordered.scale(scheme="viridis")
+    plots = []
+    for record, points in zip(records, embeddings(pool, task, records, root, base_model), strict=True):
         at = TSNE(init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=0).fit_transform(points)
-        dots = axes.scatter(at[:, 0], at[:, 1], c=labels, cmap="viridis", s=7, linewidths=0)
-        axes.set_title(f"{record.name}\n{task_pool.name} dev {record.score:.3f}", fontsize=10)
-        axes.set_xticks([])
-        axes.set_yticks([])
-    bar = canvas.colorbar(dots, ax=canvas.axes, shrink=0.8, label="label")
-    if task_pool.kind != "regression":
-        bar.set_ticks(sorted(set(labels.tolist())))
-        bar.set_ticklabels(task_pool.labels)
-    canvas.suptitle(f"{task}: what the head reads, t-SNE (Tolkunov, figure 4)", fontsize=12, fontweight="bold")
-    FigureCanvasAgg(canvas).print_png(path)
+        rows = [{"x": float(x), "y": float(y), "label": label} for (x, y), label in zip(at, named, strict=True)]
+        places = {c: axis(f"{c}:Q", axis=None, scale=alt.Scale(zero=False)) for c, axis in (("x", alt.X), ("y", alt.Y))}
+        dots = alt.Chart(alt.InlineData(values=rows)).mark_circle(size=14, opacity=1).encode(**places, color=colour)
+        title = alt.Title([record.name, f"{task_pool.name} dev {record.score:.3f}"], fontSize=12)
+        plots.append(dots.properties(width=420, height=380, title=title))
+    title = alt.Title(f"{task}: what the head reads, t-SNE (Tolkunov, figure 4)", anchor="middle", fontSize=15)
+    chart = alt.hconcat(*plots, title=title).to_dict()
+    with replacing(path) as beside:
+        beside.write_bytes(vl_convert.vegalite_to_png(chart, vl_version=VEGA_LITE, scale=2))
     return path
