@@ -43,14 +43,14 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
             f"{len(records)} members of the ensemble lack them); run lora-ensemble predict first, or dicor import "
             f"--split {split} for one that was imported"
         )
-    print_ = records[0].examples[split]
+    fingerprint = records[0].examples[split]
     for r in records:
-        if r.examples[split] != print_:
+        if r.examples[split] != fingerprint:
             raise UserError(
                 f"{member_folder(pool, ensemble.task, r.name)} and {records[0].name} have predicted other {split} "
                 "examples; run lora-ensemble predict for both"
             )
-    examples = read_examples(pool, ensemble.task, split, print_)
+    examples = read_examples(pool, ensemble.task, split, fingerprint)
     shape = (len(examples.ids), len(ensemble.labels) if ensemble.kind == "multiclass" else 1)
     logits = []
     for r in records:

@@ -27,7 +27,8 @@ import torch
 
 from lora_ensemble import pool
 from lora_ensemble.bank.base_model import longest_input
-from lora_ensemble.bank.member_files import load_base, member_of, restore_members
+from lora_ensemble.bank.lora import Member
+from lora_ensemble.bank.member_files import load_base, restore_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.choose.choice import probabilities
@@ -255,7 +256,7 @@ def _part(
     classifier, fresh, tokenizer = load_base(
         records, folder, source, revision, outputs=task.num_outputs, any_base=any_base
     )
-    members = [member_of(r) for r in records]
+    members = [Member.of_record(r) for r in records]
     bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=full)
     restore_members(bank, folder, base_model=base_model)
     longest = records[0].settings.get("max_length") or longest_input(source, tokenizer, revision)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lora_ensemble import pool
 from lora_ensemble.bank.base_model import longest_input
 from lora_ensemble.bank.families import accepts_token_types
-from lora_ensemble.bank.lora import Adapter, Member, from_peft, linear_layers, peft_config, peft_tensors
-from lora_ensemble.bank.member_files import load_base
+from lora_ensemble.bank.lora import Adapter, linear_layers, peft_config, peft_tensors
+from lora_ensemble.bank.member_files import load_base, read_weights
 from lora_ensemble.ensemble.folder import Base
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord
@@ -70,20 +70,6 @@ def known_columns(task: str, kind: Kind, columns: list[str]) -> list[str]:
     """The text columns that members name, or else the preset's of that name; none where neither is known."""
     preset = PRESETS.get(task)
     return columns or (list(preset.text) if preset is not None and preset.kind == kind else [])
-
-
-def read_weights(
-    folder: Path, record: MemberRecord, *, prefix: str
-) -> tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]:
-    """A member's adapter, head and, where it was fully fine-tuned, encoder. ``prefix``: the encoder's name."""
-    full = record.finetune == "full"
-    arrays = pool.read_tensors(folder, record, pool.FULL if full else pool.ADAPTER)
-    tensors = {key: torch.from_numpy(array).float() for key, array in arrays.items()}
-    if not full:
-        adapter, head = from_peft(tensors, prefix=prefix)
-        return adapter, head, {}
-    encoder = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + ".")}
-    return Adapter(A={}, B={}), {key: tensor for key, tensor in tensors.items() if key not in encoder}, encoder
 
 
 def member_of(folder: Path, record: MemberRecord, task: Task, base: Base, *, any_base: bool = False) -> Single:
@@ -183,10 +169,15 @@ def write_peft(folder: Path, single: Single) -> None:
     model = single.classifier
     prefix, paths = model.base_model_prefix, list(single.adapter.A)
     rank = len(next(iter(single.adapter.A.values())))
-    member = Member(name=single.name, rank=rank, scaling=single.scaling, lr=0.0, targets=None, seed=0)
     heads = [n for n, child in model.named_children() if n != prefix and any(True for _ in child.parameters())]
     config = peft_config(
-        member, paths, prefix=prefix, heads=heads, base_model=single.base_model, revision=single.revision
+        paths,
+        rank=rank,
+        scaling=single.scaling,
+        prefix=prefix,
+        heads=heads,
+        base_model=single.base_model,
+        revision=single.revision,
     )
     (folder / pool.ADAPTER_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     from safetensors.torch import save

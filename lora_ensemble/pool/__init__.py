@@ -17,13 +17,11 @@ from lora_ensemble.pool.contract import (
     FULL,
     FULL_CONFIG,
     RECORD,
-    SCHEMA,
     Examples,
     MemberRecord,
     check_name,
     checksum,
-    examples_file,
-    fingerprint,
+    examples_fingerprint,
     logits_file,
     member_folder,
     read_examples,
@@ -38,7 +36,7 @@ from lora_ensemble.pool.reading import (
     read_tensors,
     task_names,
 )
-from lora_ensemble.pool.swap import NewMember, can_lock, sole_process, sole_sweep, write_member, write_members
+from lora_ensemble.pool.swap import NewMember, can_lock, sole_sweep, write_member, write_members
 
 __all__ = [
     "ADAPTER",
@@ -49,7 +47,6 @@ __all__ = [
     "FULL",
     "FULL_CONFIG",
     "RECORD",
-    "SCHEMA",
     "Examples",
     "MemberRecord",
     "NewMember",
@@ -57,8 +54,7 @@ __all__ = [
     "can_lock",
     "check_name",
     "checksum",
-    "examples_file",
-    "fingerprint",
+    "examples_fingerprint",
     "logits_file",
     "map_array",
     "member_folder",
@@ -67,7 +63,6 @@ __all__ = [
     "read_record",
     "read_records",
     "read_tensors",
-    "sole_process",
     "sole_sweep",
     "task_names",
     "write_examples",

@@ -47,7 +47,7 @@ def described(
             "task": task.name,
             "kind": task.kind,
             "labels": task.labels,
-            "examples": {"dev": pool.fingerprint(dev[task.name].ids, dev[task.name].labels)},
+            "examples": {"dev": pool.examples_fingerprint(dev[task.name].ids, dev[task.name].labels)},
             "text": task.text,
             "train_fingerprint": train[task.name].fingerprint,
             "base_model": hub_id(module.base_model),
@@ -58,10 +58,7 @@ def described(
             "run": run,
             "versions": _versions(),
         }
-        own = ("name", "rank", "scaling", "targets", "lr", "seed")
-        found[task.name] = [
-            pool.MemberRecord(**{key: getattr(member, key) for key in own}, **common) for member in module.members
-        ]
+        found[task.name] = [pool.MemberRecord(**member.recorded(), **common) for member in module.members]
     return found
 
 

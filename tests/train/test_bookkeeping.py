@@ -33,7 +33,7 @@ def counts(program: Program, members: int, monkeypatch: pytest.MonkeyPatch) -> C
         counted(pool.MemberRecord, "__init__")
         counted(importlib.metadata, "distribution")
         counted(pool, "fingerprint")
-        counted(contract, "fingerprint")
+        counted(contract, "examples_fingerprint")
         counted(swap, "_mend")
         counted(os, "fsync")
         heads = f"[{{targets: none, lr: 1e-2, seed: {list(range(members))}}}]"

@@ -146,12 +146,12 @@ def import_predictions(request: Request) -> tuple[list[Imported], list[str]]:
         notices += outputs.notices
     # Everything that can be refused is, before anything is written.
     same = [_is_there(one, found, request) for one in ready]
-    print_ = write_examples(request.pool, request.task, request.split, found.examples.ids, found.examples.labels)
+    fingerprint = write_examples(request.pool, request.task, request.split, found.examples.ids, found.examples.labels)
     done = []
     for one, unchanged in zip(ready, same, strict=True):
         value = _score(one.logits, found)
         if not unchanged:
-            _write(one, found, request, print_, value, notices)
+            _write(one, found, request, fingerprint, value, notices)
         if value is not None and math.isnan(value):
             notices.append(f"{one.name}: its predictions are constant, so that it has no score; it cannot be selected")
         if value is not None and _is_truth(one.logits, found, value):
@@ -249,7 +249,7 @@ def _same_examples(examples: truth.Examples, found: truth.Truth) -> bool:
 
 
 def _write(
-    one: _Ready, found: truth.Truth, request: Request, print_: str, value: float | None, notices: list[str]
+    one: _Ready, found: truth.Truth, request: Request, fingerprint: str, value: float | None, notices: list[str]
 ) -> None:
     origin = {
         "file": one.source.path.name,
@@ -262,7 +262,7 @@ def _write(
         old = one.old
         assert old is not None  # _is_there saw to it
         settings = {**old.settings, IMPORTED: {**old.settings.get(IMPORTED, {}), request.split: origin}}
-        record = replace(old, settings=settings, examples={**old.examples, request.split: print_})
+        record = replace(old, settings=settings, examples={**old.examples, request.split: fingerprint})
         write_member(request.pool, record, files, keep=old)
         return
     if one.old is not None and (others := sorted(set(one.old.examples) - {"dev"})):
@@ -275,7 +275,7 @@ def _write(
         labels=list(found.labels),
         finished=True,
         score=None if value is None or math.isnan(value) else value,
-        examples={"dev": print_},
+        examples={"dev": fingerprint},
         settings={IMPORTED: {"dev": origin}},
         versions={"lora-ensemble": __version__},
     )
