@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, DataCol
 
 from lora_ensemble.bank.base_model import load_tokenizer, location
 from lora_ensemble.bank.families import set_dropout, target_paths
-from lora_ensemble.bank.lora import Member, peft_tensors, single
+from lora_ensemble.bank.lora import Member, head_names, peft_tensors, single
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.bank.optim import BankAdamW
 from lora_ensemble.text.readers import read_split
@@ -96,14 +96,13 @@ def peer_model(work: Workload, member: Member, start: str | None) -> Any:
     )
     prefix = model.base_model_prefix
     paths = target_paths(model.base_model, config.model_type, str(member.targets))
-    heads = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
     lora = LoraConfig(
         task_type="SEQ_CLS",
         r=single(member.rank),
         lora_alpha=single(member.scaling) * single(member.rank),
         lora_dropout=0.0,
         target_modules=[f"{prefix}.{path}" for path in paths],
-        modules_to_save=heads,
+        modules_to_save=head_names(model),
     )
     model = get_peft_model(model, lora)
     if start is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -160,20 +160,18 @@ class Adapter:
     """Path to (out, r)."""
 
 
-def peft_config(
-    paths: Sequence[str],
-    *,
-    rank: int,
-    scaling: float,
-    prefix: str,
-    heads: Sequence[str],
-    base_model: str,
-    revision: str | None,
-) -> dict[str, Any]:
-    """``adapter_config.json`` for ``AutoModelForSequenceClassification``.
+def head_names(model: Any) -> list[str]:
+    """Children of a classification model that hold its head: PEFT's ``modules_to_save``."""
+    others = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
+    return [name for name, child in others if any(True for _ in child.parameters())]
 
-    ``paths``: adapted linear layers, as in the encoder; ``prefix``: the encoder's name in the classification model;
-    ``heads``: the children of that model that hold the head.
+
+def peft_config(
+    model: Any, paths: Iterable[str], *, rank: int, scaling: float, base_model: str, revision: str | None
+) -> dict[str, Any]:
+    """``adapter_config.json`` for ``model``, an ``AutoModelForSequenceClassification``.
+
+    ``paths``: adapted linear layers, as in the encoder.
     """
     return {
         "peft_type": "LORA",
@@ -186,8 +184,8 @@ def peft_config(
         "bias": "none",
         "inference_mode": True,
         # Whole paths: a suffix may match a layer of the head, or of another block.
-        "target_modules": [f"{prefix}.{path}" for path in paths],
-        "modules_to_save": list(heads),
+        "target_modules": [f"{model.base_model_prefix}.{path}" for path in paths],
+        "modules_to_save": head_names(model),
     }
 
 

@@ -18,7 +18,6 @@ from lora_ensemble.bank.base_model import (
     load_classifier,
     load_tokenizer,
     tokenizer_fingerprint,
-    way_back,
 )
 from lora_ensemble.bank.lora import Adapter, from_peft, peft_config, peft_tensors, single
 from lora_ensemble.bank.model import Bank
@@ -33,28 +32,20 @@ def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revisio
     ``base_model``, ``revision``: what the adapter names as its base.
     """
     adapter, heads = bank.member_state(index)
-    head = heads[task.name]
+    model: Any = bank.heads[bank.tasks.index(task)]
     if bank.train_encoder:
-        classifier: Any = bank.heads[bank.tasks.index(task)]
         # Its own name for itself would be the path that it was loaded from.
-        own = {"architectures": [type(classifier).__name__], "_name_or_path": base_model}
-        config, tensors = classifier.config.to_dict() | own, bank.encoder_state() | head
-    else:
-        if not adapter.A:
-            # PEFT refuses an empty list: an adapter of rank 1 that is all zeros changes nothing.
-            adapter = bank.zero_adapter()
-        member, tensors = bank.members[index], peft_tensors(adapter, head, prefix=bank.prefix)
-        config = peft_config(
-            list(adapter.A),
-            rank=single(member.rank),
-            scaling=single(member.scaling),
-            prefix=bank.prefix,
-            heads=bank.head_names(),
-            base_model=base_model,
-            revision=revision,
-        )
-    names = (pool.FULL_CONFIG, pool.FULL) if bank.train_encoder else (pool.ADAPTER_CONFIG, pool.ADAPTER)
-    return dict(zip(names, (config, {name: tensor.numpy() for name, tensor in tensors.items()}), strict=True))
+        own = {"architectures": [type(model).__name__], "_name_or_path": base_model}
+        state = bank.encoder_state() | heads[task.name]
+        return {pool.FULL_CONFIG: model.config.to_dict() | own, pool.FULL: {n: t.numpy() for n, t in state.items()}}
+    if not adapter.A:
+        # PEFT refuses an empty list: an adapter of rank 1 on the last layer that is all zeros changes nothing.
+        path, layer = list(bank.layers.items())[-1]
+        adapter = Adapter(A={path: torch.zeros(1, layer.in_features)}, B={path: torch.zeros(layer.out_features, 1)})
+    member, tensors = bank.members[index], peft_tensors(adapter, heads[task.name], prefix=bank.prefix)
+    rank, scaling = single(member.rank), single(member.scaling)
+    config = peft_config(model, adapter.A, rank=rank, scaling=scaling, base_model=base_model, revision=revision)
+    return {pool.ADAPTER_CONFIG: config, pool.ADAPTER: {name: tensor.numpy() for name, tensor in tensors.items()}}
 
 
 def read_weights(
@@ -90,10 +81,10 @@ def check_base(records: Sequence[pool.MemberRecord], folder: Path, here: Mapping
         if not r.base_fingerprint:
             say_unknown_base(str(folder))
         # A fully fine-tuned member brings the whole encoder.
-        but = ["weights"] if r.finetune == "full" else []
-        if difference := base_difference(r.base_fingerprint, here, but=but):
+        but = "weights" if r.finetune == "full" else None
+        if difference := base_difference(r.base_fingerprint, here, r.revision, but=but):
             where = pool.member_folder(folder, r.task, r.name)
-            raise UserError(f"{where}: trained over another {r.base_model}: {difference}; {way_back(r.revision)}")
+            raise UserError(f"{where}: trained over another {r.base_model}: {difference}")
 
 
 def load_base(

@@ -228,15 +228,6 @@ class Bank(nn.Module):
         for name, view in own.items():
             view.copy_(given[name])
 
-    def head_names(self) -> list[str]:
-        """Children of the classification model that hold the head: PEFT's ``modules_to_save``."""
-        return [name for name, child in self.heads[0].named_children() if any(True for _ in child.parameters())]
-
-    def zero_adapter(self) -> Adapter:
-        """An adapter of rank 1 on the encoder's last linear layer that changes nothing."""
-        path, layer = list(self.layers.items())[-1]
-        return Adapter(A={path: torch.zeros(1, layer.in_features)}, B={path: torch.zeros(layer.out_features, 1)})
-
     def encoder_state(self) -> dict[str, Tensor]:
         """The encoder's weights under the classification model's names, for a fully fine-tuned member."""
         return {f"{self.prefix}.{n}": p.detach().float().cpu().clone() for n, p in self.encoder.named_parameters()}

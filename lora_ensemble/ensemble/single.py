@@ -169,16 +169,8 @@ def write_peft(folder: Path, single: Single) -> None:
     model = single.classifier
     prefix, paths = model.base_model_prefix, list(single.adapter.A)
     rank = len(next(iter(single.adapter.A.values())))
-    heads = [n for n, child in model.named_children() if n != prefix and any(True for _ in child.parameters())]
-    config = peft_config(
-        paths,
-        rank=rank,
-        scaling=single.scaling,
-        prefix=prefix,
-        heads=heads,
-        base_model=single.base_model,
-        revision=single.revision,
-    )
+    base, revision = single.base_model, single.revision
+    config = peft_config(model, paths, rank=rank, scaling=single.scaling, base_model=base, revision=revision)
     (folder / pool.ADAPTER_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     from safetensors.torch import save
 

@@ -5,7 +5,6 @@ Axes: M members, B examples in a batch, N examples of a split, C outputs of a he
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from lora_ensemble.bank.base_model import (
     hub_id,
     load_classifier,
     on_hub,
-    way_back,
 )
 from lora_ensemble.bank.lora import Member, derived_seed, expand_members
 from lora_ensemble.bank.member_files import say_unknown_base
@@ -387,7 +385,7 @@ class BankModule(pl.LightningModule):
             "base_model": hub_id(self.base_model),
             "finetune": self.finetune,
             "tasks": [t.name for t in self.tasks],
-            "members": [dataclasses.asdict(m) for m in self.members],
+            "members": [m.recorded() for m in self.members],
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -408,11 +406,8 @@ class BankModule(pl.LightningModule):
         then, now = found.get("base_fingerprint", {}), self.base_fingerprint(self.trainer.datamodule)
         if not then:
             say_unknown_base("--ckpt_path")
-        if not self.any_base and (difference := base_difference(then, now)):
-            raise UserError(
-                f"--ckpt_path: the checkpoint was trained over another {self.base_model}: {difference}; "
-                f"{way_back(found['revision'])}"
-            )
+        if not self.any_base and (difference := base_difference(then, now, found.get("revision"))):
+            raise UserError(f"--ckpt_path: the checkpoint was trained over another {self.base_model}: {difference}")
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what was trained; the frozen rest may be missing, nothing else may."""

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lora_ensemble import __version__, pool
-from lora_ensemble.bank.base_model import base_difference, hub_id, way_back
+from lora_ensemble.bank.base_model import base_difference, hub_id
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 
@@ -83,5 +83,5 @@ def difference(found: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: 
         a, b = found.settings.get(key), wanted.settings.get(key)
         if a != b and not (resumed and key in _MAY_DIFFER_ON_RESUME):
             return f"{key} was {a!r}, is now {b!r}"
-    base = "" if any_base else base_difference(found.base_fingerprint, wanted.base_fingerprint)
-    return f"base_fingerprint: {base}; {way_back(found.revision)}" if base else ""
+    base = "" if any_base else base_difference(found.base_fingerprint, wanted.base_fingerprint, found.revision)
+    return f"base_fingerprint: {base}" if base else ""

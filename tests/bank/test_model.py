@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILY_NAMES, packed
+from conftest import FAMILY_NAMES, packed, tiny_config
 from torch.nn import functional as F
 
 from lora_ensemble.bank.base_model import load_classifier
 from lora_ensemble.bank.families import accepts_token_types, target_paths
-from lora_ensemble.bank.lora import Member, expand_members, peft_config, peft_tensors
+from lora_ensemble.bank.lora import Member, expand_members, head_names, peft_config, peft_tensors
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.bank.optim import BankAdamW, clip_rows
 from lora_ensemble.errors import UserError
@@ -216,7 +216,7 @@ def test_bank_of_one_trains_like_peft(tiny: Callable[[str], Path], family: str) 
         r=4,
         lora_alpha=12,
         target_modules=paths,
-        modules_to_save=bank.head_names(),
+        modules_to_save=head_names(bank.heads[0]),
         lora_dropout=0.0,
     )
     model = get_peft_model(classifier, config).double()
@@ -381,9 +381,11 @@ def test_frozen_weights_are_untouched(tiny: Callable[[str], Path]) -> None:
 
 
 def test_peft_config_of_a_member() -> None:
-    config = peft_config(
-        ["a.query"], rank=4, scaling=2.5, prefix="bert", heads=["classifier"], base_model="b", revision=None
-    )
+    from transformers import BertForSequenceClassification
+
+    bert = BertForSequenceClassification(tiny_config("bert", 9))
+    config = peft_config(bert, ["a.query"], rank=4, scaling=2.5, base_model="b", revision=None)
     assert config["r"] == 4
     assert config["lora_alpha"] == 10.0
     assert config["target_modules"] == ["bert.a.query"]
+    assert config["modules_to_save"] == ["classifier"]

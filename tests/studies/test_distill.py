@@ -20,7 +20,7 @@ from trained_pool import peft_logits, texts_of, write_pool
 
 from lora_ensemble import pool
 from lora_ensemble.bank.base_model import load_classifier
-from lora_ensemble.bank.lora import Member, expand_members, peft_tensors
+from lora_ensemble.bank.lora import Member, expand_members, head_names, peft_tensors
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.cli import main as dicor
@@ -184,7 +184,7 @@ def trained_by_peft(school: School, entry: Member, soft: np.ndarray, weight: flo
     adapter, heads = bank.member_state(0)
     paths = [f"{bank.prefix}.{p}" for p in bank.paths[0]]
     config = LoraConfig(
-        task_type="SEQ_CLS", r=4, lora_alpha=12, target_modules=paths, modules_to_save=bank.head_names()
+        task_type="SEQ_CLS", r=4, lora_alpha=12, target_modules=paths, modules_to_save=head_names(bank.heads[0])
     )
     model = get_peft_model(load_classifier(str(school.base), **sizes)[0], config).double()
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
