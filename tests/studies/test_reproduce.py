@@ -94,7 +94,7 @@ def test_oyeniyis_models_and_defaults(read: Any) -> None:
 
 def test_tolkunovs_baselines(read: Any) -> None:
     (frozen,), config = read("tolkunov/frozen.yaml", tasks="[sts]")
-    assert (frozen.targets, frozen.lr, config.trainer.max_epochs) == (None, 1e-3, 10)
+    assert (frozen.targets, frozen.lr, config.trainer.max_epochs) == ("none", 1e-3, 10)
     (full,), config = read("tolkunov/finetuned.yaml", tasks="[sts]")
     assert (config.model.finetune, full.lr, config.trainer.max_epochs) == ("full", 1e-5, 10)
 
@@ -157,7 +157,7 @@ def test_what_a_part_trains(paper: Any, scale: Any) -> None:
             entry["lr"] = float(entry["lr"])
         found = members(config)
         assert work.members == len(found)
-        assert work.heads_only == sum(m.targets in (None, "pooler") for m in found) * (not work.full)
+        assert work.heads_only == sum(m.targets in ("none", "pooler") for m in found) * (not work.full)
         assert work.epochs == config["trainer"]["max_epochs"]
 
 
