@@ -33,11 +33,8 @@ from lora_ensemble.tasks import Kind, check_task_name
 
 def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
     """A member's record, or None where there is no such member."""
-    check_task_name(task)
     check_name(name)
-    home = Path(pool) / task
-    with no_swap(home):
-        return MemberRecord.read(home / name / RECORD) if (home / name).is_dir() else None
+    return next(iter(read_records(pool, task, [name])), None)
 
 
 def read_records(pool: Path, task: str, names: Sequence[str] | None = None) -> list[MemberRecord]:
@@ -82,7 +79,10 @@ def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
     """One of a member's .npy files, memory-mapped, checksum compared, finite (``UserError`` otherwise)."""
     path = Path(pool, record.task, record.name, name)
     with no_swap(path.parent.parent):
-        content = _mapped(path)
+        try:
+            content = _mapped(path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            content = None
         # Of the mapping itself, so that the file is opened and read once.
         _check(path, record, None if content is None else checksum(content))
         assert content is not None
@@ -106,20 +106,14 @@ def map_array(path: Path) -> np.ndarray:
     A file that is no array raises what numpy raises. In half the time of ``np.lib.format.open_memmap``, which opens a
     file twice and follows each folder of its path.
     """
-    content = _mapped(path)
-    if content is None:
-        raise FileNotFoundError(f"{path}: no such file")
-    return _array(content)
+    return _array(_mapped(path))
 
 
-def _mapped(path: Path) -> mmap.mmap | bytes | None:
-    """A file's bytes, memory-mapped and read-only; None where there is none."""
-    try:
-        with open(path, "rb", buffering=0) as f:
-            # A file without bytes cannot be mapped.
-            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(f.fileno()).st_size else b""
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
+def _mapped(path: Path) -> mmap.mmap | bytes:
+    """A file's bytes, memory-mapped and read-only."""
+    with open(path, "rb", buffering=0) as f:
+        # A file without bytes cannot be mapped.
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(f.fileno()).st_size else b""
 
 
 def _array(content: mmap.mmap | bytes) -> np.ndarray:
@@ -166,17 +160,13 @@ class TaskPool:
         self.pool, self.name, self.split = Path(pool), task, split
         home = self.pool / task
         if not home.is_dir():
-            found = ", ".join(task_names(self.pool)) or "none"
-            raise UserError(f"{self.pool}: no task {task!r} in this pool; tasks found: {found}")
-        self.members: list[MemberRecord] = []
+            tasks = ", ".join(task_names(self.pool)) or "none"
+            raise UserError(f"{self.pool}: no task {task!r} in this pool; tasks found: {tasks}")
+        records = read_records(self.pool, task)
+        self.members = [r for r in records if r.finished]
         """Finished members, by name."""
-        self.left_out: dict[str, str] = {}
+        self.left_out = {r.name: "diverged" if r.diverged else "not finished" for r in records if not r.finished}
         """Name to reason of members that were not finished."""
-        for record in read_records(self.pool, task):
-            if record.finished:
-                self.members.append(record)
-            else:
-                self.left_out[record.name] = "diverged" if record.diverged else "not finished"
         if not self.members:
             more = f" ({len(self.left_out)} not finished)" if self.left_out else ""
             raise UserError(f"{home}: no finished member{more}; train some with lora-ensemble fit --pool.dir {pool}")
@@ -201,8 +191,8 @@ class TaskPool:
         fingerprints = [r.examples[self.split] for r in (one, other) if self.split in r.examples]
         if len(set(fingerprints)) < 2:
             return ""
-        examples = [read_examples(self.pool, self.name, self.split, f) for f in fingerprints]
-        return f"{_first_difference(*examples, self.split)}; they must be of the same data"
+        first, second = (read_examples(self.pool, self.name, self.split, f) for f in fingerprints)
+        return f"{_first_difference(first, second, self.split)}; they must be of the same data"
 
     def record(self, name: str) -> MemberRecord:
         """The finished member of that name; ``UserError`` where there is none."""
