@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -102,7 +103,7 @@ def expand_members(entries: Sequence[Member], *, finetune: str = "lora") -> list
         if entry.name and len(grid) > 1:
             raise UserError(f"{where}: name {entry.name!r} for a grid of {len(grid)} members; leave the name out")
         members += [_checked(where, entry.name, settings, finetune) for settings in grid]
-    numbers: dict[str | None, int] = {}
+    numbers: dict[str, int] = {}
     for number, member in enumerate(members):
         if numbers.setdefault(member.name, number) != number:
             raise UserError(
@@ -118,20 +119,17 @@ def expand_members(entries: Sequence[Member], *, finetune: str = "lora") -> list
 
 
 def _checked(where: str, name: str | None, settings: dict[str, Any], finetune: str) -> Member:
-    for key, value in settings.items():
-        if value is None:
-            raise UserError(f"{where}.{key}: null; expected a value, or leave it out")
     rank, scaling, lr, targets, seed = (settings[k] for k in ("rank", "scaling", "lr", "targets", "seed"))
-    adapted = finetune == "lora" and targets != NO_TARGETS
-    if adapted and rank < 1:
-        raise UserError(f"{where}.rank: {rank}; expected a rank of at least 1 (targets: none trains the head alone)")
-    # Written so that NaN fails too.
-    if not 0 < lr < float("inf"):
-        raise UserError(f"{where}.lr: {lr}; expected a learning rate above 0")
-    if adapted and not 0 < scaling < float("inf"):
-        raise UserError(f"{where}.scaling: {scaling}; expected c = alpha / r above 0")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"{where}.seed: {seed}; expected 0 to 2^63 - 1")
+    adapted = finetune == "lora" and targets not in (None, NO_TARGETS)
+    # YAML may say null. Written so that NaN fails too.
+    for key, value, right, expected in (
+        ("rank", rank, not adapted or (rank or 0) >= 1, "a rank of at least 1 (targets: none trains the head alone)"),
+        ("lr", lr, 0 < (lr or 0) < math.inf, "a learning rate above 0"),
+        ("scaling", scaling, not adapted or 0 < (scaling or 0) < math.inf, "c = alpha / r above 0"),
+        ("seed", seed, seed is not None and 0 <= seed < 2**63, "0 to 2^63 - 1"),
+    ):
+        if not right:
+            raise UserError(f"{where}.{key}: {value}; expected {expected}")
     if not adapted:
         rank, scaling, targets = 1, 1.0, NO_TARGETS
     member = Member(rank=rank, scaling=float(scaling), lr=float(lr), targets=targets, seed=seed)

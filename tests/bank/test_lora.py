@@ -8,6 +8,7 @@ import pytest
 
 from lora_ensemble.bank.lora import Member, expand_members
 from lora_ensemble.errors import UserError
+from lora_ensemble.pool import MemberRecord
 
 
 def test_a_list_is_a_grid() -> None:
@@ -44,6 +45,23 @@ def test_full_fine_tuning_has_no_rank() -> None:
     assert (member.recorded()["rank"], member.recorded()["targets"]) == (None, None)
 
 
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_what_a_record_says_comes_back(finetune: str) -> None:
+    """And is what earlier versions wrote, into records and checkpoints: nothing is adapted is None."""
+    entries = (
+        [Member(targets="none", rank=5, lr=1e-3)]
+        if finetune == "full"
+        else [Member(rank=[2, 3]), Member(targets="none")]
+    )
+    for member in expand_members(entries, finetune=finetune):
+        says = member.recorded()
+        assert sorted(says) == ["lr", "name", "rank", "scaling", "seed", "targets"]
+        assert [says[k] is None for k in ("rank", "scaling", "targets")] == [not member.adapted] * 3
+        record = MemberRecord(task="t", kind="binary", **says)
+        assert Member.of_record(record) == member
+        assert expand_members([member], finetune=finetune) == [member]
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -55,7 +73,8 @@ def test_full_fine_tuning_has_no_rank() -> None:
         ([{"scaling": -1}], "scaling: -1"),
         ([{"seed": -1}], "seed: -1"),
         ([{"rank": []}], "empty list"),
-        ([{"rank": None}], r"members\[0\].rank: null"),
+        ([{"rank": None}], r"members\[0\].rank: None"),
+        ([{"seed": None}], r"members\[0\].seed: None"),
         ([{}, {}], "members 0 and 1 are both named 'r8-c1-qv-lr1e-4-s11711'"),
         ([{"name": "x"}, {"rank": 2, "name": "x"}], "both named 'x'"),
         ([{"name": "x", "rank": [1, 2]}], "name 'x' for a grid of 2"),
