@@ -61,6 +61,7 @@ class PaddedEncoder:
         for path, layer in self._adapters.items():
             encoder.set_submodule(path, layer)
         self._positions: list[_PositionDropout] = []
+        attention: Any
         for attention in encoder.modules() if members > 1 else ():
             if type(attention).__name__ == "DisentangledSelfAttention" and attention.relative_attention:
                 self._positions.append(_PositionDropout(attention.pos_dropout))
