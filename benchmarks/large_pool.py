@@ -67,7 +67,7 @@ def members_of(kind: Kind, members: int, examples: int) -> tuple[np.ndarray, Ite
 def write_pool(pool: Path, kind: Kind, members: int, examples: int) -> int:
     """Write a pool of one task, ``large``; returns the bytes of its logits."""
     labels, each = members_of(kind, members, examples)
-    print_ = write_examples(pool, "large", "dev", np.arange(examples).astype(np.str_), labels)
+    fingerprint = write_examples(pool, "large", "dev", np.arange(examples).astype(np.str_), labels)
     written = 0
     for m, logits in enumerate(each):
         folder = pool / "large" / f"m{m:05d}"
@@ -81,7 +81,7 @@ def write_pool(pool: Path, kind: Kind, members: int, examples: int) -> int:
             labels=[] if kind == "regression" else [str(c) for c in range(5 if kind == "multiclass" else 2)],
             finished=True,
             rank=4 + m % 29,
-            examples={"dev": print_},
+            examples={"dev": fingerprint},
             files={logits_file("dev"): checksum(folder / logits_file("dev"))},
         )
         (folder / "member.json").write_text(record.to_json(), encoding="utf-8")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from lora_ensemble.bank.base_model import load_classifier, load_tokenizer
-from lora_ensemble.bank.lora import MemberConfig, expand_members
+from lora_ensemble.bank.lora import Member, expand_members, single
 from lora_ensemble.bank.member_files import weight_files
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor.cli import main as dicor
@@ -58,12 +58,12 @@ def make(folder: Path, task_name: str, members: int, rank: int, targets: str, ba
     """A pool of members with random weights and their ensemble, and each merged into a model of its own."""
     task = PRESETS[task_name]
     classifier, fresh = load_classifier(base_model, num_labels=task.num_outputs)
-    entries = expand_members([MemberConfig(rank=rank, targets=targets, seed=i) for i in range(members)])
+    entries = expand_members([Member(rank=rank, targets=targets, seed=i) for i in range(members)])
     bank = Bank(classifier, members=entries, tasks=[task], fresh=fresh)
     rng = np.random.default_rng(0)
     n = 50
     labels = rng.uniform(0, 5, n) if task.kind == "regression" else rng.integers(2, size=n)
-    print_ = write_examples(folder / "pool", task.name, "dev", [f"d{i}" for i in range(n)], labels)
+    fingerprint = write_examples(folder / "pool", task.name, "dev", [f"d{i}" for i in range(n)], labels)
     for i, member in enumerate(entries):
         adapter, heads = bank.member_state(i)
         for b in adapter.B.values():
@@ -72,15 +72,14 @@ def make(folder: Path, task_name: str, members: int, rank: int, targets: str, ba
         files = weight_files(bank, i, task, base_model=base_model, revision=None)
         files["dev.logits.npy"] = rng.normal(size=(n, task.num_outputs)).astype(np.float32)
         record = MemberRecord(
-            name=member.name, task=task.name, kind=task.kind, labels=task.labels, finished=True, text=task.text,
-            examples={"dev": print_}, base_model=base_model, finetune="lora", rank=member.rank, scaling=member.scaling,
-            targets=member.targets, lr=member.lr, seed=member.seed,
+            **member.recorded(), task=task.name, kind=task.kind, labels=task.labels, finished=True, text=task.text,
+            examples={"dev": fingerprint}, base_model=base_model, finetune="lora",
         )  # fmt: skip
         write_member(folder / "pool", record, files)
         merged, _ = load_classifier(base_model, num_labels=task.num_outputs)
         with torch.no_grad():
             for path, a in adapter.A.items():
-                merged.base_model.get_submodule(path).weight += (member.scaling or 0.0) * adapter.B[path] @ a
+                merged.base_model.get_submodule(path).weight += single(member.scaling) * adapter.B[path] @ a
             merged.load_state_dict(heads[task.name], strict=False)
         merged.save_pretrained(folder / "merged" / member.name)
     select = ["select", "--pool", str(folder / "pool"), "--task", task.name, "--method", "omni"]

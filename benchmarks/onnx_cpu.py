@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from lora_ensemble.bank.base_model import load_classifier, load_tokenizer
-from lora_ensemble.bank.lora import MemberConfig, expand_members
+from lora_ensemble.bank.lora import Member, expand_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.ensemble.restored import TOKENS
 from lora_ensemble.ensemble.single import merge
@@ -58,7 +58,7 @@ class _OneRow(torch.nn.Module):
 def bank_of(base_model: str, members: int) -> Bank:
     """Members of rank 8 on query and value that do differ."""
     classifier, fresh = load_classifier(base_model, num_labels=_TASK.num_outputs)
-    entries = [MemberConfig(rank=8, scaling=1.0, targets="qv", seed=i) for i in range(members)]
+    entries = [Member(rank=8, scaling=1.0, targets="qv", seed=i) for i in range(members)]
     bank = Bank(classifier, members=expand_members(entries), tasks=[_TASK], fresh=fresh)
     torch.manual_seed(1)
     with torch.no_grad():

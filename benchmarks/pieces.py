@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import workload
-from lora_ensemble.bank.attention import _padded, attend
+from lora_ensemble.bank.attention import attend, attend_padded
 from lora_ensemble.bank.dropout import dropped
 from lora_ensemble.text.packing import layout
 from machine import describe
@@ -62,7 +62,7 @@ def attentions(members: int, lengths: np.ndarray, p: float, repeats: int) -> lis
 
     return milliseconds(
         [
-            lambda: step(_padded(q, k, v, batch, _HEADS, p, None)),
+            lambda: step(attend_padded(q, k, v, batch, _HEADS, p, None)),
             lambda: step(attend(q, k, v, batch, heads=_HEADS, dropout=p)),
         ],
         repeats,

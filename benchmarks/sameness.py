@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_ensemble.bank.lora import MemberConfig
+from lora_ensemble.bank.lora import Member
 from machine import in_fresh_process
 from sides import PEERS, run_bank, run_peft_loop
 from workload import Workload
@@ -93,12 +93,10 @@ def _differences(ours: list[float], theirs: list[float]) -> list[float]:
     return [abs(a - b) / max(abs(b), _SMALLEST_LOSS) for a, b in pairs]
 
 
-def _different_members(work: Workload) -> list[MemberConfig]:
+def _different_members(work: Workload) -> list[Member]:
     """Higher rates than usual, so that a few steps move the losses."""
     return [
-        MemberConfig(rank=work.rank, scaling=work.scaling, lr=10 * work.lr, targets=work.targets, seed=1),
-        MemberConfig(
-            rank=max(1, work.rank // 2), scaling=2 * work.scaling, lr=5 * work.lr, targets=work.targets, seed=2
-        ),
-        MemberConfig(rank=work.rank + 1, scaling=3 * work.scaling, lr=20 * work.lr, targets=work.targets, seed=3),
+        Member(rank=work.rank, scaling=work.scaling, lr=10 * work.lr, targets=work.targets, seed=1),
+        Member(rank=max(1, work.rank // 2), scaling=2 * work.scaling, lr=5 * work.lr, targets=work.targets, seed=2),
+        Member(rank=work.rank + 1, scaling=3 * work.scaling, lr=20 * work.lr, targets=work.targets, seed=3),
     ]

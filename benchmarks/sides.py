@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, DataCol
 
 from lora_ensemble.bank.base_model import load_tokenizer, location
 from lora_ensemble.bank.families import set_dropout, target_paths
-from lora_ensemble.bank.lora import MemberConfig, peft_tensors
+from lora_ensemble.bank.lora import Member, head_names, peft_tensors, single
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.bank.optim import BankAdamW
 from lora_ensemble.text.readers import read_split
@@ -86,7 +86,7 @@ def peer_examples(work: Workload, data: BankData) -> list[dict[str, Any]]:
     return [{**{key: tokens[key][i] for key in tokens}, "labels": labels[i]} for i in range(len(rows))]
 
 
-def peer_model(work: Workload, member: MemberConfig, start: str | None) -> Any:
+def peer_model(work: Workload, member: Member, start: str | None) -> Any:
     """A member as PEFT makes it; ``start``: a file of weights under PEFT's keys to start from."""
     config = AutoConfig.from_pretrained(location(work.base_model))
     set_dropout(config, head=work.head_dropout, encoder=work.encoder_dropout)
@@ -96,16 +96,13 @@ def peer_model(work: Workload, member: MemberConfig, start: str | None) -> Any:
     )
     prefix = model.base_model_prefix
     paths = target_paths(model.base_model, config.model_type, str(member.targets))
-    heads = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
-    assert isinstance(member.rank, int)
-    assert isinstance(member.scaling, float)
     lora = LoraConfig(
         task_type="SEQ_CLS",
-        r=member.rank,
-        lora_alpha=member.scaling * member.rank,
+        r=single(member.rank),
+        lora_alpha=single(member.scaling) * single(member.rank),
         lora_dropout=0.0,
         target_modules=[f"{prefix}.{path}" for path in paths],
-        modules_to_save=heads,
+        modules_to_save=head_names(model),
     )
     model = get_peft_model(model, lora)
     if start is not None:
@@ -145,16 +142,15 @@ class _TrainerClock(transformers.TrainerCallback):
         self._stopwatch.step_done()
 
 
-def run_peft_trainer(work: Workload, member: MemberConfig, keep_losses: bool = False, start: str | None = None) -> Run:
+def run_peft_trainer(work: Workload, member: Member, keep_losses: bool = False, start: str | None = None) -> Run:
     """One member by PEFT and the HF Trainer with the Trainer's own settings, but for what must be the same."""
     with _measured(work) as (data, stopwatch, peak), tempfile.TemporaryDirectory() as folder:
         model = peer_model(work, member, start)
-        assert isinstance(member.lr, float)
         arguments = TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=work.batch_size,
             max_steps=work.all_steps,
-            learning_rate=member.lr,
+            learning_rate=single(member.lr),
             lr_scheduler_type="constant",
             weight_decay=0.0,
             max_grad_norm=0.0,
@@ -175,7 +171,7 @@ def run_peft_trainer(work: Workload, member: MemberConfig, keep_losses: bool = F
         return Run(stopwatch.seconds, peak.bytes(), _as_lists(trainer.kept))
 
 
-def run_peft_loop(work: Workload, member: MemberConfig, keep_losses: bool = False, start: str | None = None) -> Run:
+def run_peft_loop(work: Workload, member: Member, keep_losses: bool = False, start: str | None = None) -> Run:
     """One member by PEFT and the shortest loop that trains it."""
     with _measured(work) as (data, stopwatch, peak):
         model = peer_model(work, member, start).to(work.device).train()
@@ -183,8 +179,7 @@ def run_peft_loop(work: Workload, member: MemberConfig, keep_losses: bool = Fals
         examples: Any = peer_examples(work, data)
         loader = DataLoader(examples, batch_size=work.batch_size, collate_fn=collate)
         trained = [p for p in model.parameters() if p.requires_grad]
-        assert isinstance(member.lr, float)
-        optimizer = torch.optim.AdamW(trained, lr=member.lr, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(trained, lr=single(member.lr), weight_decay=0.0, fused=True)
         kept: list[Tensor] | None = [] if keep_losses else None
         for batch in loader:
             with torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bf16"):
@@ -245,9 +240,7 @@ def trainer_settings(work: Workload, folder: str) -> dict[str, Any]:
     }
 
 
-def run_bank(
-    work: Workload, members: list[MemberConfig], keep_losses: bool = False, starts: list[str] | None = None
-) -> Run:
+def run_bank(work: Workload, members: list[Member], keep_losses: bool = False, starts: list[str] | None = None) -> Run:
     """The members as one bank, by the Lightning Trainer.
 
     ``starts``: a file for each member; it then starts from random weights, B included, and the file says which.
@@ -290,7 +283,7 @@ def bare_steps(work: Workload, members: int) -> Iterator[None]:
     torch.set_num_threads(work.threads)
     data = work.data()
     module = work.module(work.members(members)).to(work.device).train()
-    optimizer = BankAdamW(module.bank.weights, [m.lr for m in module.members])
+    optimizer = BankAdamW(module.bank.weights, module.bank.rates)
     for batch in data.train_dataloader():
         moved = module.transfer_batch_to_device(batch, torch.device(work.device), 0)
         with torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bf16"):

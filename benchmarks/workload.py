@@ -20,7 +20,7 @@ import torch
 
 from lora_ensemble.bank.base_model import load_tokenizer, location
 from lora_ensemble.bank.families import target_paths
-from lora_ensemble.bank.lora import MemberConfig, linear_layers
+from lora_ensemble.bank.lora import Member, linear_layers
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import PRESETS, Task
 from lora_ensemble.text.readers import Split, read_split
@@ -78,10 +78,10 @@ class Workload:
         """Steps of a run."""
         return self.warmup_steps + self.steps
 
-    def members(self, count: int) -> list[MemberConfig]:
+    def members(self, count: int) -> list[Member]:
         """``count`` members that differ in their seeds."""
         common: dict[str, Any] = {"rank": self.rank, "scaling": self.scaling, "lr": self.lr, "targets": self.targets}
-        return [MemberConfig(**common, seed=_SEED + i) for i in range(count)]
+        return [Member(**common, seed=_SEED + i) for i in range(count)]
 
     def data(self) -> BankData:
         """The examples, read and tokenised."""
@@ -95,7 +95,7 @@ class Workload:
         data.setup("fit")
         return data
 
-    def module(self, members: Sequence[MemberConfig]) -> BankModule:
+    def module(self, members: Sequence[Member]) -> BankModule:
         """The bank as ``lora-ensemble fit`` makes it."""
         return BankModule(
             tasks=[self.task],

@@ -54,8 +54,8 @@ def one_label(labels: np.ndarray | None, names: Sequence[str], what: str = "labe
     """A notice where all labels (N,) are the same, values or class numbers of ``names``; ``what``: their name in it."""
     if labels is None or not len(labels) or (labels != labels[0]).any():
         return []
-    one = f"{labels[0]:g}" if not names else names[int(labels[0])]
-    return [f"all {len(labels)} {what} are the same ({one}), so a score on them says nothing of how good a member is"]
+    label = f"{labels[0]:g}" if not names else names[int(labels[0])]
+    return [f"all {len(labels)} {what} are the same ({label}), so a score on them says nothing of how good a member is"]
 
 
 def overall_score(scores: dict[str, tuple[float, Kind]]) -> float:

@@ -55,30 +55,27 @@ class Task:
 
     def __post_init__(self) -> None:
         check_task_name(self.name)
-        where = f"task {self.name!r}"
-        if self.kind not in get_args(Kind):
-            raise UserError(f"{where}: kind is {self.kind!r}; expected one of {', '.join(get_args(Kind))}")
-        if len(self.text) not in (1, 2):
-            raise UserError(f"{where}: text names {len(self.text)} columns; expected one, or two for a pair")
-        if self.kind == "multiclass" and len(self.label_names) < 2:
-            raise UserError(f"{where}: label_names has {len(self.label_names)} entries; multiclass needs them all")
-        if self.kind == "binary" and len(self.label_names) not in (0, 2):
-            raise UserError(f"{where}: label_names has {len(self.label_names)} entries; binary needs two or none")
-        if self.kind == "regression" and self.label_names:
-            raise UserError(f"{where}: label_names has no meaning for regression; use label_range")
-        if self.label_range and (self.kind != "regression" or len(self.label_range) != 2):
-            raise UserError(f"{where}: label_range is [lowest, highest], for regression only")
+        kinds, classes, bounds = get_args(Kind), len(self.label_names), len(self.label_range)
+        regression, names = self.kind == "regression", f"label_names has {classes} entries"
+
+        def refuse(wrong: bool, why: str) -> None:
+            if wrong:
+                raise UserError(f"task {self.name!r}: {why}")
+
+        refuse(self.kind not in kinds, f"kind is {self.kind!r}; expected one of {', '.join(kinds)}")
+        refuse(len(self.text) not in (1, 2), f"text names {len(self.text)} columns; expected one, or two for a pair")
+        refuse(self.kind == "multiclass" and classes < 2, f"{names}; multiclass needs them all")
+        refuse(self.kind == "binary" and classes not in (0, 2), f"{names}; binary needs two or none")
+        refuse(regression and classes > 0, "label_names has no meaning for regression; use label_range")
+        wrong_range = bounds > 0 and (not regression or bounds != 2)
+        refuse(wrong_range, "label_range is [lowest, highest], for regression only")
         for name in self.label_names:
-            if isinstance(name, bool):
-                word = "yes" if name else "no"
-                raise UserError(
-                    f'{where}: label_names holds {name}, which is what YAML makes of {word}; write "{word}" in quotes, '
-                    "or whatever stands in the data"
-                )
-        if len(set(self.labels)) != len(self.labels):
-            raise UserError(f"{where}: label_names holds a name twice: {self.labels}")
-        if self.columns and self.dataset is not None:
-            raise UserError(f"{where}: columns is for files without a header; a data set names its columns")
+            word = "yes" if name else "no"
+            yaml = f'which is what YAML makes of {word}; write "{word}" in quotes, or whatever stands in the data'
+            refuse(isinstance(name, bool), f"label_names holds {name}, {yaml}")
+        refuse(len(set(self.labels)) < len(self.labels), f"label_names holds a name twice: {self.labels}")
+        headless = bool(self.columns) and self.dataset is not None
+        refuse(headless, "columns is for files without a header; a data set names its columns")
 
     @property
     def labels(self) -> list[str]:
@@ -172,7 +169,7 @@ def class_reader(labels: Sequence[str], *, truth: bool) -> Callable[[Any], int |
 
     def read(cell: Any) -> int | None:
         text = str(cell).strip()
-        found = names.get(text, numbers.get(number(text)))
-        return words.get(text.lower()) if found is None else found
+        label = names.get(text, numbers.get(number(text)))
+        return words.get(text.lower()) if label is None else label
 
     return read

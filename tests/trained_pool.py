@@ -15,7 +15,7 @@ from pool_factory import LABELS, random_labels
 
 from lora_ensemble.bank.base_model import encoder_fingerprint, load_classifier, load_tokenizer, tokenizer_fingerprint
 from lora_ensemble.bank.families import accepts_token_types
-from lora_ensemble.bank.lora import MemberConfig, expand_members
+from lora_ensemble.bank.lora import Member, expand_members
 from lora_ensemble.bank.member_files import weight_files
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.pool import MemberRecord, member_folder, write_examples, write_member
@@ -23,10 +23,10 @@ from lora_ensemble.tasks import Kind, Task
 
 WORDS = ["good", "bad", "film", "the", "a", "story", "slow", "bright", "very", "not", "of", "music", "night"]
 ENTRIES = (
-    MemberConfig(rank=2, targets="qkv", scaling=2.0, seed=1),
-    MemberConfig(rank=5, targets="all-linear", seed=2),
-    MemberConfig(rank=3, targets="all-linear", scaling=0.5, seed=3),
-    MemberConfig(targets="none", seed=4),
+    Member(rank=2, targets="qkv", scaling=2.0, seed=1),
+    Member(rank=5, targets="all-linear", seed=2),
+    Member(rank=3, targets="all-linear", scaling=0.5, seed=3),
+    Member(targets="none", seed=4),
 )
 
 
@@ -46,7 +46,7 @@ def write_pool(
     kind: Kind,
     *,
     columns: int = 1,
-    entries: Sequence[MemberConfig] = ENTRIES,
+    entries: Sequence[Member] = ENTRIES,
     finetune: str = "lora",
     n: int = 24,
     max_length: int | None = None,
@@ -69,24 +69,19 @@ def write_pool(
         if finetune == "full":
             for p in bank.encoder.parameters():
                 p.add_(torch.randn(p.shape, generator=generator) * 0.05)
-    print_ = write_examples(pool, "mine", "dev", [f"d{i}" for i in range(n)], labels)
+    examples = write_examples(pool, "mine", "dev", [f"d{i}" for i in range(n)], labels)
     for i, member in enumerate(members):
         record = MemberRecord(
-            name=member.name,
+            **member.recorded(),
             task="mine",
             kind=kind,
             labels=task.labels,
             finished=True,
-            examples={"dev": print_},
+            examples={"dev": examples},
             text=task.text,
             base_model=str(base),
             base_fingerprint=fingerprint,
             finetune=finetune,
-            rank=member.rank,
-            scaling=member.scaling,
-            targets=member.targets,
-            lr=member.lr,
-            seed=member.seed,
             settings={"max_length": max_length},
         )
         files = weight_files(bank, i, task, base_model=str(base), revision=None)

@@ -26,7 +26,7 @@ from transformers import DataCollatorWithPadding
 import one_pass
 from gpu.setting import Setting
 from lora_ensemble.bank.base_model import load_tokenizer
-from lora_ensemble.bank.lora import MemberConfig, from_peft
+from lora_ensemble.bank.lora import Member, from_peft, single
 from lora_ensemble.bank.optim import BankAdamW
 from lora_ensemble.train.module import BankModule, member_losses
 from sides import peer_examples, peer_model, save_peft, start_anywhere
@@ -107,7 +107,7 @@ def _backward(module: BankModule, work: Workload, batch: Mapping[str, Any]) -> N
 
 def train(module: BankModule, work: Workload) -> BankAdamW:
     """A few steps; dropout, where it is on, is seeded by the step."""
-    optimizer = BankAdamW(module.bank.weights, [m.lr for m in module.members])
+    optimizer = BankAdamW(module.bank.weights, module.bank.rates)
     for step, batch in enumerate(_batches(work)):
         torch.manual_seed(step)
         optimizer.zero_grad()
@@ -138,10 +138,10 @@ def bank_alone(setting: Setting) -> list[dict[str, Any]]:
         work = _work(setting, precision)
         lr = work.lr
         members = [
-            MemberConfig(rank=8, lr=lr, targets="qv", seed=1),
-            MemberConfig(rank=3, scaling=2.0, lr=2 * lr, targets="all-linear", seed=2),
-            MemberConfig(rank=16, scaling=0.5, lr=lr / 2, targets="qkv+pooler", seed=3),
-            MemberConfig(lr=10 * lr, targets="none", seed=4),
+            Member(rank=8, lr=lr, targets="qv", seed=1),
+            Member(rank=3, scaling=2.0, lr=2 * lr, targets="all-linear", seed=2),
+            Member(rank=16, scaling=0.5, lr=lr / 2, targets="qkv+pooler", seed=3),
+            Member(lr=10 * lr, targets="none", seed=4),
         ]
         together = work.module(members).to(work.device)
         _start(together, setting, work)
@@ -205,13 +205,13 @@ def _by_the_bank(module: BankModule, work: Workload) -> list[Tensor]:
     return [before, torch.cat([parts[name] for name in sorted(parts)]), says(module, work)[0]]
 
 
-def _by_peft(member: MemberConfig, work: Workload, start: str) -> list[Tensor]:
+def _by_peft(member: Member, work: Workload, start: str) -> list[Tensor]:
     """The same by PEFT and transformers, padded as its user would do it."""
     collate = DataCollatorWithPadding(load_tokenizer(work.base_model))
     examples = peer_examples(work, work.data())
     model = peer_model(work, member, start).to(work.device)
-    assert isinstance(member.lr, float)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=member.lr, weight_decay=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=single(member.lr), weight_decay=0.0)
 
     def logits() -> Tensor:
         model.eval()

@@ -14,7 +14,7 @@ import yaml
 import workload
 from gpu.record import REPOSITORY
 from gpu.setting import Setting
-from lora_ensemble.bank.lora import MemberConfig
+from lora_ensemble.bank.lora import Member
 from lora_ensemble.tasks import PRESETS, Task
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
@@ -78,9 +78,9 @@ def grid(setting: Setting) -> dict[str, Any]:
     began = time.perf_counter()
     torch.set_num_threads(setting.threads)
     config = yaml.safe_load((REPOSITORY / "configs/tolkunov/sst.yaml").read_text(encoding="utf-8"))
-    entries = tuple(MemberConfig(**entry) for entry in config["model"]["members"])
+    entries = tuple(Member(**entry) for entry in config["model"]["members"])
     if setting.tiny:
-        entries = (MemberConfig(rank=[1, 2], scaling=[1.0, 5.0]),)
+        entries = (Member(rank=[1, 2], scaling=[1.0, 5.0]),)
     base = str(setting.minilm or setting.model("random:minilm"))
     root, task = _data(setting, base)
     data = BankData(base_model=base, root=str(root), tasks=(task,))

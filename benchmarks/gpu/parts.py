@@ -31,7 +31,10 @@ class Part:
 
 _OWN = "benchmarks/gpu/"
 _SIDES = [_OWN + "setting.py", *(f"benchmarks/{name}.py" for name in ("machine", "sides", "workload"))]
-_BANK = [f"lora_ensemble/bank/{n}.py" for n in ("attention", "dropout", "encode", "families", "lora", "model", "optim")]
+_BANK = [
+    f"lora_ensemble/bank/{n}.py"
+    for n in ("attention", "dropout", "encode", "families", "heads", "lora", "model", "optim")
+]
 _STEP = [*_BANK, "lora_ensemble/text/packing.py", "lora_ensemble/train/module.py"]
 _BATCHES = ["lora_ensemble/train/data.py"]
 

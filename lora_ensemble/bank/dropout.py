@@ -17,55 +17,42 @@ from torch import Tensor
 _STEPS = 1 << 16
 
 
-def keep_mask(shape: torch.Size, p: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0 with probability ``p``, rounded to 1/65536, and 1 / (1 - p) otherwise."""
+def keep_mask(x: Tensor, p: float) -> Tensor:
+    """As ``x``: 0 with probability ``p``, rounded to 1/65536, and 1 / (1 - p) otherwise."""
     dropped = round(p * _STEPS)
-    scale = _STEPS / (_STEPS - dropped)
-    n = math.prod(shape)
-    draws = torch.empty((n + 3) // 4, dtype=torch.int64, device=device).random_(-(1 << 63), None)
-    mask = torch.empty(shape, dtype=dtype, device=device)
+    n = math.prod(x.shape)
+    draws = torch.empty((n + 3) // 4, dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
+    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # Written as numbers at once: a bool mask would be turned into them by a slower pass.
-    torch.ge(draws.view(torch.int16)[:n].view(shape), dropped - _STEPS // 2, out=mask)
-    return mask.mul_(scale)
+    torch.ge(draws.view(torch.int16)[:n].view(x.shape), dropped - _STEPS // 2, out=mask)
+    return mask.mul_(_STEPS / (_STEPS - dropped))
 
 
 class _AddDropped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, x: Tensor, p: float) -> Tensor:
-        mask = keep_mask(x.shape, p, dtype=x.dtype, device=x.device)
+    def forward(ctx: Any, x: Tensor, p: float, residual: Tensor | None) -> Tensor:
+        mask = keep_mask(x, p)
         ctx.save_for_backward(mask)
-        ctx.shared = residual.shape != x.shape
+        ctx.shared = residual is not None and residual.shape != x.shape
         # The sum in the residual's precision, without the copies that torch makes of mixed operands.
-        return (x * mask).to(residual.dtype).add_(residual)
+        return x * mask if residual is None else (x * mask).to(residual.dtype).add_(residual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        residual = (grad.sum(0, keepdim=True) if ctx.shared else grad) if ctx.needs_input_grad[0] else None
-        return residual, (grad.to(mask.dtype) * mask) if ctx.needs_input_grad[1] else None, None
-
-
-class _Dropped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        mask = keep_mask(x.shape, p, dtype=x.dtype, device=x.device)
-        ctx.save_for_backward(mask)
-        return x * mask
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad * ctx.saved_tensors[0], None
+        residual = (grad.sum(0, keepdim=True) if ctx.shared else grad) if ctx.needs_input_grad[2] else None
+        return (grad.to(mask.dtype) * mask) if ctx.needs_input_grad[0] else None, None, residual
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
     """Dropout with probability ``p``."""
     if p == 0:
         return x
-    return _Dropped.apply(x, p) if x.device.type == "cpu" else F.dropout(x, p)
+    return _AddDropped.apply(x, p, None) if x.device.type == "cpu" else F.dropout(x, p)
 
 
 def add_dropped(residual: Tensor, x: Tensor, p: float) -> Tensor:
     """``residual + dropout(x)`` in the residual's precision. residual: (1 or M, T, H); x: (M, T, H)."""
     if p == 0 or x.device.type != "cpu":
         return residual + dropped(x, p)
-    return _AddDropped.apply(residual, x, p)
+    return _AddDropped.apply(x, p, residual)

@@ -9,7 +9,8 @@ Axes: M members (or 1 where all share), T tokens of a packed row, B examples in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_ensemble.bank.attention import attend
 from lora_ensemble.bank.dropout import add_dropped, dropped
-from lora_ensemble.bank.families import PostNorm, accepts_token_types, family_of
+from lora_ensemble.bank.families import accepts_token_types, family_of
 
 Adapters = Mapping[str, tuple[Tensor, Tensor]]
 """Path of a linear layer in the encoder to A (M, R, in) and scaling times B (M, out, R)."""
@@ -54,13 +55,12 @@ class PackedEncoder:
         x = self._embeddings(batch)
         run = _Run(self, batch, adapters, members, dropout, product_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
-            block = self.family.block
-            read = run.post_norm(x, block) if block else run.pre_norm(x)
+            read = run.post_norm(x) if self.family.post_norm else run.pre_norm(x)
         return read[:, : batch["examples"]]
 
     def _embeddings(self, batch: Mapping[str, Any]) -> Tensor:
         inputs = {"input_ids": batch["input_ids"][None]}
-        if self.family.block:  # ModernBERT sees positions in its attention
+        if self.family.post_norm:  # ModernBERT sees positions in its attention
             offset = self.config.pad_token_id + 1 if self.family.positions_after_padding else 0
             inputs["position_ids"] = batch["position_ids"][None] + offset
         if self._token_types:
@@ -96,40 +96,31 @@ class PackedEncoder:
             outputs = [F.linear(x, layer.weight, layer.bias) for layer in layers]
         else:
             outputs = list(F.linear(x, *self._weights(layers, dtype)).split([w.out_features for w in layers], -1))
-        found = [
-            (i, *adapters[path]) for i, path in enumerate(self._paths[layer] for layer in layers) if path in adapters
-        ]
-        if not found:
+        paths = [self._paths[layer] for layer in layers]
+        adapted = [(i, *adapters[path]) for i, path in enumerate(paths) if path in adapters]
+        if not adapted:
             return outputs
-        a = torch.cat([a for _, a, _ in found], 1) if len(found) > 1 else found[0][1]
+        a = torch.cat([a for _, a, _ in adapted], 1) if len(adapted) > 1 else adapted[0][1]
         m, rank, _ = a.shape
         if len(x) == m:
             low = torch.bmm(x, a.transpose(1, 2))
         else:  # one row for all members: one product with all their A
             low = F.linear(x[0], a.flatten(0, 1)).view(-1, m, rank).transpose(0, 1)
-        for (i, _, b), h in zip(found, low.split([a.shape[1] for _, a, _ in found], -1), strict=True):
+        for (i, _, b), h in zip(adapted, low.split([a.shape[1] for _, a, _ in adapted], -1), strict=True):
             outputs[i] = torch.baddbmm(outputs[i], h, b.transpose(1, 2))
         return outputs
 
 
+@dataclass
 class _Run:
-    """One pass over one packed row."""
+    """One pass over one packed row; see :meth:`PackedEncoder.__call__`."""
 
-    def __init__(
-        self,
-        packed: PackedEncoder,
-        batch: Mapping[str, Any],
-        adapters: Adapters,
-        members: int,
-        dropout: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        self.packed = packed
-        self.encoder: Any = packed.encoder
-        self.config: Any = packed.config
-        self.batch, self.adapters, self.members = batch, adapters, members
-        self.dropout, self.dtype = dropout, dtype
-        self.heads: int = self.config.num_attention_heads
+    packed: PackedEncoder
+    batch: Mapping[str, Any]
+    adapters: Adapters
+    members: int
+    dropout: bool
+    dtype: torch.dtype
 
     def p(self, dropout: Any) -> float:
         """A dropout's probability in this pass."""
@@ -145,55 +136,59 @@ class _Run:
         """See :meth:`PackedEncoder.project`."""
         return self.packed.project(x, layers, self.adapters, self.dtype)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: Any, window: int | None = None) -> Tensor:
+        """See :func:`attention.attend`."""
+        heads = self.packed.config.num_attention_heads
+        return attend(q, k, v, self.batch, heads=heads, dropout=self.p(dropout), window=window)
+
     def first(self, x: Tensor) -> Tensor:
         """The first token of each example, (M or 1, B, H)."""
         return x.index_select(1, self.batch["first"])
 
-    def post_norm(self, x: Tensor, names: PostNorm) -> Tensor:
+    def post_norm(self, x: Tensor) -> Tensor:
         """BERT and its kin: attention and feed-forward, each followed by its norm (Vaswani et al. 2017)."""
-        x = self.part(x, self.p(self.encoder.embeddings.dropout))
-        if hasattr(self.encoder, "embeddings_project"):  # ELECTRA
-            (x,) = self.project(x, self.encoder.embeddings_project)
-            x = x.to(self.encoder.embeddings_project.weight.dtype)
-        layers = list(self.encoder.get_submodule(names.layers))
+        encoder, family = self.packed.encoder, self.packed.family
+        x = self.part(x, self.p(encoder.embeddings.dropout))
+        if hasattr(encoder, "embeddings_project"):  # ELECTRA
+            (x,) = self.project(x, encoder.embeddings_project)
+            x = x.to(encoder.embeddings_project.weight.dtype)
+        layers = encoder.get_submodule(family.layers)
         for layer in layers:
-            get: Callable[[str], Any] = layer.get_submodule
-            query, key, value = get(names.query), get(names.key), get(names.value)
+            get = layer.get_submodule
+            query, key, value = get(family.query), get(family.key), get(family.value)
             if layer is layers[-1]:
                 k, v = self.project(x, key, value)
                 x = self.first(x)
                 (q,) = self.project(x, query)
             else:
                 q, k, v = self.project(x, query, key, value)
-            a = attend(q, k, v, self.batch, heads=self.heads, dropout=self.p(get(names.attention_dropout)))
-            (a,) = self.project(a, get(names.output))
-            x = get(names.attention_norm)(add_dropped(x, a, self.p(names.output_dropout and get(names.output_dropout))))
-            (up,) = self.project(x, get(names.up))
-            (down,) = self.project(get(names.activation)(up), get(names.down))
-            x = get(names.norm)(add_dropped(x, down, self.p(get(names.down_dropout))))
+            (a,) = self.project(self.attend(q, k, v, get(family.attention_dropout)), get(family.output))
+            p = self.p(family.output_dropout and get(family.output_dropout))
+            x = get(family.attention_norm)(add_dropped(x, a, p))
+            (up,) = self.project(x, get(family.up))
+            (down,) = self.project(get(family.activation)(up), get(family.down))
+            x = get(family.norm)(add_dropped(x, down, self.p(get(family.down_dropout))))
         return x
 
     def pre_norm(self, x: Tensor) -> Tensor:
         """ModernBERT: norms before attention and feed-forward, rotary positions, sliding windows, gated units."""
         from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
-        encoder, positions, width = self.encoder, self.batch["position_ids"][None], self.config.hidden_size
+        encoder, config = self.packed.encoder, self.packed.config
+        heads, positions = config.num_attention_heads, self.batch["position_ids"][None]
         x = self.part(x, self.p(encoder.embeddings.drop))
-        rotary = {kind: encoder.rotary_emb(x, positions, kind) for kind in set(self.config.layer_types)}
-        mean = self.config.classifier_pooling == "mean"
+        rotary = {kind: encoder.rotary_emb(x, positions, kind) for kind in set(config.layer_types)}
+        mean = config.classifier_pooling == "mean"
         for layer in encoder.layers:
-            last = layer is encoder.layers[-1] and not mean
             attention, mlp = layer.attn, layer.mlp
             (fused,) = self.project(layer.attn_norm(x), attention.Wqkv)
-            fused = fused.view(len(fused), -1, 3, self.heads, width // self.heads)
-            q, k, v = fused.unbind(2)
+            q, k, v = fused.view(len(fused), -1, 3, heads, config.hidden_size // heads).unbind(2)
             q, k = apply_rotary_pos_emb(q, k, *rotary[layer.attention_type], unsqueeze_dim=2)
             q, k, v = (t.flatten(2) for t in (q, k, v))
-            if last:
+            if layer is encoder.layers[-1] and not mean:
                 q, x = self.first(q), self.first(x)
-            window = self.config.sliding_window if layer.attention_type == "sliding_attention" else None
-            p = self.p(self.config.attention_dropout)
-            (a,) = self.project(attend(q, k, v, self.batch, heads=self.heads, dropout=p, window=window), attention.Wo)
+            window = config.sliding_window if layer.attention_type == "sliding_attention" else None
+            (a,) = self.project(self.attend(q, k, v, config.attention_dropout, window), attention.Wo)
             x = add_dropped(x, a, self.p(attention.out_drop))
             (up,) = self.project(layer.mlp_norm(x), mlp.Wi)
             up, gate = up.chunk(2, -1)

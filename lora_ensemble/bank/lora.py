@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -20,11 +21,15 @@ from lora_ensemble import pool
 from lora_ensemble.errors import UserError
 
 NO_TARGETS = "none"
+T = TypeVar("T", int, float, str)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemberConfig:
-    """One entry of ``model.members``. A setting that is a list is a grid over it."""
+class Member:
+    """One entry of ``model.members``. A setting that is a list is a grid over it.
+
+    What :func:`expand_members` returns has no lists, and names.
+    """
 
     rank: int | list[int] = 8
     """LoRA rank r. Without meaning for targets ``none``."""
@@ -37,45 +42,51 @@ class MemberConfig:
     only), or module-name suffixes joined by '+'."""
     seed: int | list[int] = 11711
     """Draws this member's A and head."""
-    name: str | None = None
+    name: str = None  # type: ignore[assignment]  # to jsonargparse a str or null; an expanded member has one
     """Folder in the pool; made from the settings by default."""
 
+    @property
+    def adapted(self) -> bool:
+        """Whether it has adapters; False where it trains its head alone, or the whole encoder."""
+        return self.targets != NO_TARGETS
 
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One member: a :class:`MemberConfig` with one value for each setting.
+    def recorded(self) -> dict[str, Any]:
+        """Its settings as ``member.json`` has them: rank, scaling and targets are None where nothing is adapted."""
+        settings = dataclasses.asdict(self)
+        return settings if self.adapted else settings | dict.fromkeys(("rank", "scaling", "targets"))
 
-    ``rank``, ``scaling`` and ``targets`` are None where nothing is adapted.
-    """
+    @classmethod
+    def of_record(cls, record: pool.MemberRecord) -> Member:
+        """The member that a record is of."""
+        return cls(
+            rank=record.rank or 1,
+            scaling=1.0 if record.scaling is None else record.scaling,
+            lr=record.lr or 0.0,
+            targets=record.targets or NO_TARGETS,
+            seed=record.seed or 0,
+            name=record.name,
+        )
 
-    name: str
-    rank: int | None
-    scaling: float | None
-    lr: float
-    targets: str | None
-    seed: int
 
-
-def _scientific(x: float) -> str:
-    """A number to its last digit in scientific form: 0.0001 is 1e-4."""
-    sign, digits, exponent = Decimal(repr(float(x))).normalize().as_tuple()
-    assert isinstance(exponent, int)
-    first, rest = str(digits[0]), "".join(map(str, digits[1:]))
-    return f"{'-' * sign}{first}{'.' * bool(rest)}{rest}e{exponent + len(digits) - 1}"
+def single(setting: T | list[T]) -> T:
+    """A setting of an expanded member, which is no list."""
+    assert not isinstance(setting, list)
+    return setting
 
 
 def member_name(member: Member, finetune: str) -> str:
     """``r12-c3-qv-lr1e-4-s11711``; ``head-…`` for targets none, ``full-…`` for full fine-tuning."""
-    end = f"lr{_scientific(member.lr)}-s{member.seed}"
+    # The rate to its last digit in scientific form: 0.0001 is 1e-4.
+    end = f"lr{Decimal(repr(member.lr)).normalize():e}-s{member.seed}".replace("e+", "e")
     if finetune == "full":
         return f"full-{end}"
-    if member.rank is None or member.scaling is None:
+    if not member.adapted:
         return f"head-{end}"
     return f"r{member.rank}-c{repr(member.scaling).removesuffix('.0')}-{member.targets}-{end}"
 
 
-def expand_members(entries: Sequence[MemberConfig], *, finetune: str = "lora") -> list[Member]:
-    """All members that the entries describe, grids expanded, in order.
+def expand_members(entries: Sequence[Member], *, finetune: str = "lora") -> list[Member]:
+    """All members that the entries describe, grids expanded, in order; of an expanded one, itself.
 
     ``UserError`` where the list is empty, a value is out of range, a name is used twice, or ``finetune`` is full and
     there is more than one member.
@@ -84,24 +95,21 @@ def expand_members(entries: Sequence[MemberConfig], *, finetune: str = "lora") -
         raise UserError("model.members: the list is empty; give at least one member, e.g. [{rank: 8, lr: 1e-4}]")
     members = []
     for number, entry in enumerate(entries):
-        settings = [entry.rank, entry.scaling, entry.lr, entry.targets, entry.seed]
-        grid: Iterable[Any] = itertools.product(*(v if isinstance(v, list) else [v] for v in settings))
-        found = [_member(f"model.members[{number}]", entry.name, *point, finetune=finetune) for point in grid]
-        if not found:
-            raise UserError(f"model.members[{number}]: a setting is an empty list; a grid needs at least one value")
-        if entry.name and len(found) > 1:
-            raise UserError(
-                f"model.members[{number}]: name {entry.name!r} for a grid of {len(found)} members; leave the name out"
-            )
-        members += found
-    seen: dict[str, int] = {}
+        where = f"model.members[{number}]"
+        values = {k: v if isinstance(v, list) else [v] for k, v in vars(entry).items() if k != "name"}
+        grid = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+        if not grid:
+            raise UserError(f"{where}: a setting is an empty list; a grid needs at least one value")
+        if entry.name and len(grid) > 1:
+            raise UserError(f"{where}: name {entry.name!r} for a grid of {len(grid)} members; leave the name out")
+        members += [_checked(where, entry.name, settings, finetune) for settings in grid]
+    numbers: dict[str, int] = {}
     for number, member in enumerate(members):
-        if member.name in seen:
+        if numbers.setdefault(member.name, number) != number:
             raise UserError(
-                f"model.members: members {seen[member.name]} and {number} are both named {member.name!r}; "
+                f"model.members: members {numbers[member.name]} and {number} are both named {member.name!r}; "
                 "names must differ (change a setting, or give a name)"
             )
-        seen[member.name] = number
     if finetune == "full" and len(members) > 1:
         raise UserError(
             f"model.members: {len(members)} members with finetune: full; full fine-tuning changes the encoder that a "
@@ -110,42 +118,24 @@ def expand_members(entries: Sequence[MemberConfig], *, finetune: str = "lora") -
     return members
 
 
-def _member(
-    where: str, name: str | None, rank: int, scaling: float, lr: float, targets: str, seed: int, *, finetune: str
-) -> Member:
-    adapted = finetune == "lora" and targets != NO_TARGETS
-    if adapted and rank < 1:
-        raise UserError(f"{where}.rank: {rank}; expected a rank of at least 1 (targets: none trains the head alone)")
-    # Written so that NaN fails too.
-    if not 0 < lr < float("inf"):
-        raise UserError(f"{where}.lr: {lr}; expected a learning rate above 0")
-    if adapted and not 0 < scaling < float("inf"):
-        raise UserError(f"{where}.scaling: {scaling}; expected c = alpha / r above 0")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"{where}.seed: {seed}; expected 0 to 2^63 - 1")
-    member = Member(
-        name="",
-        rank=rank if adapted else None,
-        scaling=float(scaling) if adapted else None,
-        lr=float(lr),
-        targets=targets if adapted else None,
-        seed=seed,
-    )
-    member = dataclasses.replace(member, name=name or member_name(member, finetune))
-    pool.check_name(member.name)
-    return member
-
-
-def entry_of(member: Member) -> MemberConfig:
-    """The entry of ``model.members`` that describes this member alone."""
-    return MemberConfig(
-        rank=member.rank or 1,  # a member without one adapts nothing; its entry says so by its targets
-        scaling=member.scaling or 1.0,
-        lr=member.lr,
-        targets=member.targets or NO_TARGETS,
-        seed=member.seed,
-        name=member.name,
-    )
+def _checked(where: str, name: str | None, settings: dict[str, Any], finetune: str) -> Member:
+    rank, scaling, lr, targets, seed = (settings[k] for k in ("rank", "scaling", "lr", "targets", "seed"))
+    adapted = finetune == "lora" and targets not in (None, NO_TARGETS)
+    # YAML may say null. Written so that NaN fails too.
+    for key, value, right, expected in (
+        ("rank", rank, not adapted or (rank or 0) >= 1, "a rank of at least 1 (targets: none trains the head alone)"),
+        ("lr", lr, 0 < (lr or 0) < math.inf, "a learning rate above 0"),
+        ("scaling", scaling, not adapted or 0 < (scaling or 0) < math.inf, "c = alpha / r above 0"),
+        ("seed", seed, seed is not None and 0 <= seed < 2**63, "0 to 2^63 - 1"),
+    ):
+        if not right:
+            raise UserError(f"{where}.{key}: {value}; expected {expected}")
+    if not adapted:
+        rank, scaling, targets = 1, 1.0, NO_TARGETS
+    member = Member(rank=rank, scaling=float(scaling), lr=float(lr), targets=targets, seed=seed)
+    name = name or member_name(member, finetune)
+    pool.check_name(name)
+    return dataclasses.replace(member, name=name)
 
 
 def derived_seed(seed: int, purpose: str) -> int:
@@ -162,20 +152,25 @@ def linear_layers(encoder: nn.Module) -> dict[str, nn.Linear]:
 class Adapter:
     """Where one member's adapters sit and what they hold, at the member's own rank."""
 
-    A: dict[str, Tensor]
+    A: dict[str, Tensor] = field(default_factory=dict)
     """Path of the linear layer in the encoder to (r, in)."""
-    B: dict[str, Tensor]
+    B: dict[str, Tensor] = field(default_factory=dict)
     """Path to (out, r)."""
 
 
-def peft_config(
-    member: Member, paths: Sequence[str], *, prefix: str, heads: Sequence[str], base_model: str, revision: str | None
-) -> dict:
-    """``adapter_config.json`` for ``AutoModelForSequenceClassification``.
+def head_names(model: Any) -> list[str]:
+    """Children of a classification model that hold its head: PEFT's ``modules_to_save``."""
+    others = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
+    return [name for name, child in others if any(True for _ in child.parameters())]
 
-    ``paths``: adapted linear layers, as in the encoder; ``prefix``: the encoder's name in the classification model.
+
+def peft_config(
+    model: Any, paths: Iterable[str], *, rank: int, scaling: float, base_model: str, revision: str | None
+) -> dict[str, Any]:
+    """``adapter_config.json`` for ``model``, an ``AutoModelForSequenceClassification``.
+
+    ``paths``: adapted linear layers, as in the encoder.
     """
-    rank, scaling = member.rank or 1, 1.0 if member.scaling is None else member.scaling
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
@@ -187,8 +182,8 @@ def peft_config(
         "bias": "none",
         "inference_mode": True,
         # Whole paths: a suffix may match a layer of the head, or of another block.
-        "target_modules": [f"{prefix}.{path}" for path in paths],
-        "modules_to_save": list(heads),
+        "target_modules": [f"{model.base_model_prefix}.{path}" for path in paths],
+        "modules_to_save": head_names(model),
     }
 
 
@@ -198,19 +193,17 @@ def peft_tensors(adapter: Adapter, head: dict[str, Tensor], *, prefix: str) -> d
     for path in adapter.A:
         tensors[f"base_model.model.{prefix}.{path}.lora_A.weight"] = adapter.A[path]
         tensors[f"base_model.model.{prefix}.{path}.lora_B.weight"] = adapter.B[path]
-    tensors.update({f"base_model.model.{name}": value for name, value in head.items()})
-    return tensors
+    return tensors | {f"base_model.model.{name}": value for name, value in head.items()}
 
 
 def from_peft(tensors: dict[str, Tensor], *, prefix: str) -> tuple[Adapter, dict[str, Tensor]]:
     """The inverse of :func:`peft_tensors`."""
-    a, b, head = {}, {}, {}
-    start = f"base_model.model.{prefix}."
+    parts: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    head = {}
     for key, value in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            a[key.removeprefix(start).removesuffix(".lora_A.weight")] = value
-        elif key.endswith(".lora_B.weight"):
-            b[key.removeprefix(start).removesuffix(".lora_B.weight")] = value
+        name, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        if part in parts:
+            parts[part][name.removeprefix(f"{prefix}.")] = value
         else:
             head[key.removeprefix("base_model.model.")] = value
-    return Adapter(A=a, B=b), head
+    return Adapter(**parts), head

@@ -1,4 +1,4 @@
-"""Members between a bank and the pool: a member's weights as files, and a bank filled from them. No lightning."""
+"""Members between a bank and the pool: a member's weights as files, and a bank filled from them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ from lora_ensemble.bank.base_model import (
     load_classifier,
     load_tokenizer,
     tokenizer_fingerprint,
-    way_back,
 )
-from lora_ensemble.bank.lora import Adapter, Member, from_peft, peft_config, peft_tensors
+from lora_ensemble.bank.lora import Adapter, from_peft, peft_config, peft_tensors, single
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
-
-_NO_ADAPTER = Adapter(A={}, B={})
 
 
 def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revision: str | None) -> dict[str, Any]:
@@ -35,40 +32,37 @@ def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revisio
     ``base_model``, ``revision``: what the adapter names as its base.
     """
     adapter, heads = bank.member_state(index)
+    model: Any = bank.heads[bank.tasks.index(task)]
     if bank.train_encoder:
-        classifier: Any = bank.heads[bank.tasks.index(task)]
-        state = {**bank.encoder_state(), **heads[task.name]}
         # Its own name for itself would be the path that it was loaded from.
-        own = {"architectures": [type(classifier).__name__], "_name_or_path": base_model}
-        return {
-            pool.FULL_CONFIG: classifier.config.to_dict() | own,
-            pool.FULL: {name: tensor.numpy() for name, tensor in state.items()},
-        }
+        own = {"architectures": [type(model).__name__], "_name_or_path": base_model}
+        state = bank.encoder_state() | heads[task.name]
+        return {pool.FULL_CONFIG: model.config.to_dict() | own, pool.FULL: {n: t.numpy() for n, t in state.items()}}
     if not adapter.A:
-        # PEFT refuses an empty list: an adapter of rank 1 that is all zeros changes nothing.
-        adapter = bank.zero_adapter()
-    tensors = peft_tensors(adapter, heads[task.name], prefix=bank.prefix)
-    config = peft_config(
-        bank.members[index],
-        list(adapter.A),
-        prefix=bank.prefix,
-        heads=bank.head_names(),
-        base_model=base_model,
-        revision=revision,
-    )
+        # PEFT refuses an empty list: an adapter of rank 1 on the last layer that is all zeros changes nothing.
+        path, layer = list(bank.layers.items())[-1]
+        adapter = Adapter(A={path: torch.zeros(1, layer.in_features)}, B={path: torch.zeros(layer.out_features, 1)})
+    member, tensors = bank.members[index], peft_tensors(adapter, heads[task.name], prefix=bank.prefix)
+    rank, scaling = single(member.rank), single(member.scaling)
+    config = peft_config(model, adapter.A, rank=rank, scaling=scaling, base_model=base_model, revision=revision)
     return {pool.ADAPTER_CONFIG: config, pool.ADAPTER: {name: tensor.numpy() for name, tensor in tensors.items()}}
 
 
-def member_of(record: pool.MemberRecord) -> Member:
-    """The member that a record is of, as a bank takes it."""
-    return Member(
-        name=record.name,
-        rank=record.rank,
-        scaling=record.scaling,
-        lr=record.lr or 0.0,
-        targets=record.targets,
-        seed=record.seed or 0,
-    )
+def read_weights(
+    folder: Path, record: pool.MemberRecord, *, prefix: str
+) -> tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]:
+    """A member's adapter, head and, where it was fully fine-tuned, encoder, from the pool at ``folder``.
+
+    ``prefix``: the encoder's name in the classification model.
+    """
+    full = record.finetune == "full"
+    arrays = pool.read_tensors(folder, record, pool.FULL if full else pool.ADAPTER)
+    tensors = {key: torch.from_numpy(array).float() for key, array in arrays.items()}
+    if not full:
+        adapter, head = from_peft(tensors, prefix=prefix)
+        return adapter, head, {}
+    encoder = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + ".")}
+    return Adapter(), {key: tensor for key, tensor in tensors.items() if key not in encoder}, encoder
 
 
 @functools.cache  # once, however many members, banks and tasks there are
@@ -87,10 +81,10 @@ def check_base(records: Sequence[pool.MemberRecord], folder: Path, here: Mapping
         if not r.base_fingerprint:
             say_unknown_base(str(folder))
         # A fully fine-tuned member brings the whole encoder.
-        but = ["weights"] if r.finetune == "full" else []
-        if difference := base_difference(r.base_fingerprint, here, but=but):
+        but = "weights" if r.finetune == "full" else None
+        if difference := base_difference(r.base_fingerprint, here, r.revision, but=but):
             where = pool.member_folder(folder, r.task, r.name)
-            raise UserError(f"{where}: trained over another {r.base_model}: {difference}; {way_back(r.revision)}")
+            raise UserError(f"{where}: trained over another {r.base_model}: {difference}")
 
 
 def load_base(
@@ -121,49 +115,45 @@ def restore_members(bank: Bank, folder: Path, *, base_model: str, fingerprint: M
     other settings, or comes from different runs or epochs in several tasks.
     """
     for index, member in enumerate(bank.members):
-        heads: dict[str, dict[str, Tensor]] = {}
-        origins, adapter = {}, _NO_ADAPTER
-        for task in bank.tasks:
-            where = pool.member_folder(folder, task.name, member.name)
-            record = pool.read_record(folder, task.name, member.name)
-            if record is None:
-                raise UserError(f"{where}: no such member; train it first, or set --pool.dir or --ckpt_path")
-            if record.base_model != base_model:
-                raise UserError(f"{where}: its base model is {record.base_model}; model.base_model is {base_model}")
-            if fingerprint is not None:
-                check_base([record], folder, fingerprint)
-            given = {
-                "finetune": "full" if bank.train_encoder else "lora",
-                **{key: getattr(member, key) for key in ("rank", "scaling", "targets")},
-                **{key: getattr(task, key) for key in ("kind", "labels")},
-            }
-            for key, wanted in given.items():
-                if getattr(record, key) != wanted:
-                    found = getattr(record, key)
-                    raise UserError(f"{where}: another member of this name: its {key} was {found!r}, is now {wanted!r}")
-            origins[task.name] = (record.run, record.best_epoch)
-            adapter, heads[task.name] = _read_weights(bank, folder, record)
+        records = [_record_of(bank, index, task, folder, base_model) for task in bank.tasks]
+        if fingerprint is not None:
+            check_base(records, folder, fingerprint)
+        origins = {r.task: (r.run, r.best_epoch) for r in records}
         if len(set(origins.values())) > 1:
             raise UserError(f"{folder}: {member.name!r} comes from different runs or epochs: {origins}; train it again")
-        if member.rank is None:  # what PEFT made us write there is all zeros
-            adapter = _NO_ADAPTER
+        heads = {}
+        for record in records:
+            adapter, heads[record.task], encoder = read_weights(folder, record, prefix=bank.prefix)
+            if encoder:
+                _load_encoder(bank, encoder, pool.member_folder(folder, record.task, record.name))
+        # What PEFT made us write of a member without adapters is all zeros.
+        adapter = adapter if member.adapted else Adapter()
         try:
             bank.load_member(index, adapter, heads)
         except ValueError as e:
             raise UserError(f"{folder}: member {member.name!r} has other settings than given: {e}") from e
 
 
-def _read_weights(bank: Bank, folder: Path, record: pool.MemberRecord) -> tuple[Adapter, dict[str, Tensor]]:
-    """A member's adapter and head; a fully fine-tuned encoder goes straight into the bank."""
-    name = pool.FULL if bank.train_encoder else pool.ADAPTER
-    tensors = {key: torch.from_numpy(array) for key, array in pool.read_tensors(folder, record, name).items()}
-    if not bank.train_encoder:
-        return from_peft(tensors, prefix=bank.prefix)
-    encoder = {key: tensor for key, tensor in tensors.items() if key.startswith(bank.prefix + ".")}
+def _record_of(bank: Bank, index: int, task: Task, folder: Path, base_model: str) -> pool.MemberRecord:
+    """The record of a bank's member in a task of the pool; ``UserError`` unless it is of the same settings."""
+    member = bank.members[index]
+    where = pool.member_folder(folder, task.name, member.name)
+    record = pool.read_record(folder, task.name, member.name)
+    if record is None:
+        raise UserError(f"{where}: no such member; train it first, or set --pool.dir or --ckpt_path")
+    if record.base_model != base_model:
+        raise UserError(f"{where}: its base model is {record.base_model}; model.base_model is {base_model}")
+    given = member.recorded() | {"kind": task.kind, "labels": task.labels}
+    given["finetune"] = "full" if bank.train_encoder else "lora"
+    for key in ("finetune", "rank", "scaling", "targets", "kind", "labels"):
+        if (there := getattr(record, key)) != given[key]:
+            raise UserError(f"{where}: another member of this name: its {key} was {there!r}, is now {given[key]!r}")
+    return record
+
+
+def _load_encoder(bank: Bank, encoder: Mapping[str, Tensor], where: Path) -> None:
     try:
         bank.load_encoder(encoder)
     except RuntimeError as e:
-        where = pool.member_folder(folder, record.task, record.name)
         reason = " ".join(str(e).split())
         raise UserError(f"{where}: its weights do not fit model.base_model ({reason[:200]})") from e
-    return _NO_ADAPTER, {key: tensor for key, tensor in tensors.items() if key not in encoder}

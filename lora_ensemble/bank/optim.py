@@ -29,22 +29,21 @@ class BankAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:
         super().__init__([weights], {"lr": 1.0, "weight_decay": weight_decay, "betas": betas, "eps": eps})
-        self._rates = torch.tensor(rates, dtype=torch.float64).view(-1, 1)
-        self._own = self._rates
+        self._rates = self._own = torch.tensor(rates, dtype=torch.float64).view(-1, 1)
+
+    def _state(self) -> dict[str, Any]:
+        (weights,) = self.param_groups[0]["params"]
+        state = self.state[weights]
+        if not state:
+            moments = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
+            alive = torch.ones(len(weights), 1, dtype=torch.bool, device=weights.device)
+            state.update(step=0, alive=alive, **moments)  # whole or not at all
+        return state
 
     @property
     def alive(self) -> Tensor:
         """(M,) bool: members whose gradients have all been finite."""
-        (weights,) = self.param_groups[0]["params"]
-        state = self.state[weights]
-        if not state:
-            self._start(weights, state)
-        return state["alive"][:, 0].bool()
-
-    def _start(self, weights: Tensor, state: dict[str, Any]) -> None:
-        moments = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
-        alive = torch.ones(len(weights), 1, dtype=torch.bool, device=weights.device)
-        state.update(step=0, alive=alive, **moments)  # whole or not at all
+        return self._state()["alive"][:, 0].bool()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -57,9 +56,7 @@ class BankAdamW(torch.optim.Optimizer):
         (weights,) = group["params"]
         if weights.grad is None:
             return loss
-        state = self.state[weights]
-        if not state:
-            self._start(weights, state)
+        state = self._state()
         # All that takes memory comes first: a step that runs out of it has changed nothing, and can be done again.
         # A sum is finite only if every part is. bool: loading a checkpoint casts the state to the weights' type.
         alive = state["alive"].bool() & weights.grad.abs().sum(1, keepdim=True).isfinite()

@@ -9,6 +9,7 @@ Axes: M members, B examples in a batch, L tokens, S relative positions, H hidden
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,14 +28,17 @@ class BankLinear(nn.Module):
     member with a lower rank, or without an adapter here, has zeros.
     """
 
+    A: Tensor | None = None
+    B: Tensor | None = None
+
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base
-        self.A: Tensor | None = None
-        self.B: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (M·B, ..., in), members outermost. Returns (M·B, ..., out)."""
+        """x: (M·B, ..., in), members outermost, or positions (1, S, M, in). Returns the same with ``out``."""
+        if x.dim() == 4:
+            return self(x[0].transpose(0, 1).contiguous()).transpose(0, 1)[None]
         y = self.base(x)
         if self.A is None or self.B is None:
             return y
@@ -55,16 +59,21 @@ class PaddedEncoder:
         layers = linear_layers(encoder)
         self._adapters = {path: BankLinear(layers[path]) for path in adapted}
         for path, layer in self._adapters.items():
-            parent, _, name = path.rpartition(".")
-            setattr(encoder.get_submodule(parent), name, layer)
-        self._positions = _give_positions_members(encoder) if members > 1 else []
+            encoder.set_submodule(path, layer)
+        self._positions: list[_PositionDropout] = []
+        attention: Any
+        for attention in encoder.modules() if members > 1 else ():
+            if type(attention).__name__ == "DisentangledSelfAttention" and attention.relative_attention:
+                self._positions.append(_PositionDropout(attention.pos_dropout))
+                attention.pos_dropout = self._positions[-1]
+                attention.transpose_for_scores = partial(_by_head, attention.transpose_for_scores)
 
     def __call__(self, batch: Mapping[str, Any], adapters: Adapters, *, members: int, dropout: bool) -> Tensor:
         """What the head reads of each example: the first token's vector, (M, B, H)."""
         for path, layer in self._adapters.items():
             layer.A, layer.B = adapters.get(path, (None, None))
-        for shared in self._positions:
-            shared.members = members
+        for positions in self._positions:
+            positions.members = members
         inputs = {
             "input_ids": unpack(batch, "input_ids", self.encoder.config.pad_token_id),
             "attention_mask": batch["attention_mask"][: batch["examples"]],
@@ -84,27 +93,8 @@ class _PositionDropout(nn.Module):
         self.base, self.members = base, 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (S, H) shared positions. Returns (S, M·H), which only :class:`_PositionLinear` understands."""
-        return self.base(x.unsqueeze(1).expand(-1, self.members, -1)).flatten(1)
-
-
-class _PositionLinear(nn.Module):
-    """A projection that DeBERTa applies to tokens and to relative positions alike.
-
-    Tokens (M·B, L, H) go straight through. Positions come as (1, S, M·H), because all rows share them and only the
-    members differ; they leave as (1, S, M·out).
-    """
-
-    def __init__(self, base: nn.Module, width: int) -> None:
-        super().__init__()
-        self.base, self.width = base, width
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] == self.width:
-            return self.base(x)
-        s, members = x.shape[1], x.shape[-1] // self.width
-        y = self.base(x.view(s, members, self.width).transpose(0, 1).contiguous())  # (M, S, out)
-        return y.transpose(0, 1).reshape(1, s, -1)
+        """x: (S, H) shared positions. Returns (S, M, H)."""
+        return self.base(x.unsqueeze(1).expand(-1, self.members, -1))
 
 
 class _Positions:
@@ -119,31 +109,6 @@ class _Positions:
         return self.per_member.unsqueeze(1).expand(m, rows // m, heads, s, d).reshape(-1, s, d)
 
 
-def _give_positions_members(encoder: nn.Module) -> list[_PositionDropout]:
-    """Make room for the member axis where relative positions are shared between rows; returns where it is set."""
-    dropouts = []
-    attention: Any
-    for attention in [m for m in encoder.modules() if type(m).__name__ == "DisentangledSelfAttention"]:
-        if not attention.relative_attention:
-            continue
-        attention.pos_dropout = _PositionDropout(attention.pos_dropout)
-        dropouts.append(attention.pos_dropout)
-        for name in ("query_proj", "key_proj", "pos_query_proj", "pos_key_proj"):
-            layer = getattr(attention, name, None)
-            if layer is not None:
-                width = (layer.base if isinstance(layer, BankLinear) else layer).in_features
-                setattr(attention, name, _PositionLinear(layer, width))
-        attention.transpose_for_scores = _transpose_for_scores(attention)
-    return dropouts
-
-
-def _transpose_for_scores(attention: Any) -> Any:
-    original, out, heads = attention.transpose_for_scores, attention.all_head_size, attention.num_attention_heads
-
-    def transpose(x: Tensor, attention_heads: int) -> Tensor | _Positions:
-        if x.shape[-1] == out:
-            return original(x, attention_heads)
-        s = x.shape[1]
-        return _Positions(x.view(s, -1, heads, out // heads).permute(1, 2, 0, 3))
-
-    return transpose
+def _by_head(original: Any, x: Tensor, heads: int) -> Tensor | _Positions:
+    """DeBERTa's ``transpose_for_scores`` of tokens (M·B, L, H), or of positions (1, S, M, H)."""
+    return original(x, heads) if x.dim() == 3 else _Positions(x[0].unflatten(-1, (heads, -1)).permute(1, 2, 0, 3))

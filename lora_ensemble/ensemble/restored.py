@@ -25,7 +25,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from lora_ensemble.bank.member_files import load_base, member_of, restore_members
+from lora_ensemble.bank.lora import Member
+from lora_ensemble.bank.member_files import load_base, restore_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.choose.choice import probabilities
@@ -211,7 +212,7 @@ def _part(source: Source, places: list[int], device: torch.device, any_base: boo
     classifier, fresh, tokenizer = load_base(
         records, source.pool, where, revision, outputs=task.num_outputs, any_base=any_base
     )
-    members = [member_of(r) for r in records]
+    members = [Member.of_record(r) for r in records]
     bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=full)
     restore_members(bank, source.pool, base_model=base_model)
     bank.eval().requires_grad_(False).to(device)

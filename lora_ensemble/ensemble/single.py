@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lora_ensemble import pool
 from lora_ensemble.bank.families import accepts_token_types
-from lora_ensemble.bank.lora import Adapter, from_peft, linear_layers
-from lora_ensemble.bank.member_files import load_base
+from lora_ensemble.bank.lora import Adapter, linear_layers
+from lora_ensemble.bank.member_files import load_base, read_weights
 from lora_ensemble.ensemble.card import Contents
 from lora_ensemble.ensemble.folder import copy_files, save_pretrained
 from lora_ensemble.ensemble.sources import Base, check_readers, find_bases, known_columns, longest_text
@@ -56,14 +56,9 @@ def write_member(target: Path, folder: Path, member: MemberRecord, *, merged: bo
 
 def _merged_member(classifier: Any, folder: Path, member: MemberRecord, base: Base) -> Any:
     """``classifier``, changed, with the member's weights."""
-    prefix, full = classifier.base_model_prefix, member.finetune == "full"
-    arrays = pool.read_tensors(folder, member, pool.FULL if full else pool.ADAPTER)
-    weights = {key: torch.from_numpy(array).float() for key, array in arrays.items()}
-    adapter = Adapter(A={}, B={})
-    if not full:
-        adapter, weights = from_peft(weights, prefix=prefix)
+    adapter, head, encoder = read_weights(folder, member, prefix=classifier.base_model_prefix)
     try:
-        return merge(classifier, adapter, weights, scaling=1.0 if member.scaling is None else member.scaling)
+        return merge(classifier, adapter, head | encoder, scaling=1.0 if member.scaling is None else member.scaling)
     except (KeyError, RuntimeError) as e:
         reason = " ".join(str(e).split())
         raise UserError(

@@ -3,9 +3,8 @@
     <pool>/<task>/examples/<split>-<fingerprint>.npz   ids and, where known, labels; once per split
     <pool>/<task>/<member>/                            weights, logits and, written last, member.json
 
-Only numpy and safetensors are imported here, and nothing is ever pickled. Three rooms, each standing on the one before:
-``contract`` (names, records, examples), ``swap`` (writing, locking, mending) and ``reading``. From outside it is one
-module, and this is its door.
+Nothing is ever pickled. Three files, each standing on the one before: ``contract`` (names, records, examples), ``swap``
+(writing, locking, mending) and ``reading``. From outside it is one module, and this is its door.
 """
 
 from lora_ensemble.pool.contract import (
@@ -17,13 +16,11 @@ from lora_ensemble.pool.contract import (
     FULL,
     FULL_CONFIG,
     RECORD,
-    SCHEMA,
     Examples,
     MemberRecord,
     check_name,
     checksum,
-    examples_file,
-    fingerprint,
+    examples_fingerprint,
     logits_file,
     member_folder,
     read_examples,
@@ -38,39 +35,11 @@ from lora_ensemble.pool.reading import (
     read_tensors,
     task_names,
 )
-from lora_ensemble.pool.swap import NewMember, can_lock, sole_process, sole_sweep, write_member, write_members
+from lora_ensemble.pool.swap import NewMember, can_lock, sole_sweep, write_member, write_members
 
-__all__ = [
-    "ADAPTER",
-    "ADAPTER_CONFIG",
-    "DISTILLED",
-    "EPOCHS",
-    "EXAMPLES",
-    "FULL",
-    "FULL_CONFIG",
-    "RECORD",
-    "SCHEMA",
-    "Examples",
-    "MemberRecord",
-    "NewMember",
-    "TaskPool",
-    "can_lock",
-    "check_name",
-    "checksum",
-    "examples_file",
-    "fingerprint",
-    "logits_file",
-    "map_array",
-    "member_folder",
-    "read_array",
-    "read_examples",
-    "read_record",
-    "read_records",
-    "read_tensors",
-    "sole_process",
-    "sole_sweep",
-    "task_names",
-    "write_examples",
-    "write_member",
-    "write_members",
-]
+# Names of files; records and examples; writing; reading.
+__all__ = ["ADAPTER", "ADAPTER_CONFIG", "DISTILLED", "EPOCHS", "EXAMPLES", "FULL", "FULL_CONFIG", "RECORD"]
+__all__ += ["check_name", "checksum", "logits_file", "member_folder"]
+__all__ += ["Examples", "MemberRecord", "examples_fingerprint", "read_examples", "write_examples"]
+__all__ += ["NewMember", "can_lock", "sole_sweep", "write_member", "write_members"]
+__all__ += ["TaskPool", "map_array", "read_array", "read_record", "read_records", "read_tensors", "task_names"]

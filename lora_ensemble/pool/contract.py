@@ -11,7 +11,9 @@ import json
 import math
 import mmap
 import os
+import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lora_ensemble.errors import UserError
+from lora_ensemble.files import replacing
 from lora_ensemble.tasks import Kind, check_task_name
 
 SCHEMA = 1
@@ -33,12 +36,27 @@ EPOCHS = "dev.epochs.npy"
 EXAMPLES = "examples"
 DISTILLED = "distilled"
 """The key of a record's settings that says which ensemble a member was taught by."""
-NEW, OLD, LOCK, SWEEP = ".new.", ".old.", ".lock", ".sweep"
+NEW, OLD, LOCK = ".new.", ".old.", ".lock"
 
 
 def logits_file(split: str) -> str:
     """File name of a split's logits (N, C) float32 inside a member's folder."""
     return f"{split}.logits.npy"
+
+
+def member_folder(pool: Path, task: str, name: str) -> Path:
+    """Where a member lives."""
+    return Path(pool) / task / name
+
+
+def check_name(name: str, *, what: str = "member name") -> None:
+    """``UserError`` unless ``name`` can be the name of a member's folder, or of another."""
+    # File systems end at 255 bytes.
+    if not re.fullmatch(r"[\w+-][\w.+-]*", name) or name[0] == "_" or name == EXAMPLES or len(name.encode()) > 150:
+        raise UserError(
+            f"{what} {name!r}: expected up to 150 bytes of letters, digits, '-', '_', '.' or '+', not starting "
+            f"with '.' or '_', and not {EXAMPLES!r}"
+        )
 
 
 @dataclass(kw_only=True)
@@ -111,60 +129,45 @@ class MemberRecord:
             record = cls(**raw)
         except TypeError as e:
             raise UserError(f"{path}: {str(e).removeprefix('MemberRecord.__init__() ')}") from e
-        for key, hint, plain in _record_types():
-            value = getattr(record, key)
-            if type(value) not in plain and not _fits(value, hint):
+        for key, (hint, fits) in _record_types().items():
+            if not fits(value := getattr(record, key)):
                 expected = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
                 raise UserError(f"{path}: {key} is {value!r}; expected {expected}")
         for key, names in (("files", record.files), ("examples", record.examples.values())):
             if any("/" in name or "\\" in name for name in names):
                 raise UserError(f"{path}: {key} holds a path; expected names of files in the same folder")
         task, folder = path.parts[-3:-1]
-        if record.name != folder.removeprefix(NEW).removeprefix(OLD):
-            raise UserError(f"{path}: name is {record.name!r}, but the folder is {folder!r}")
-        if record.task != task:
-            raise UserError(f"{path}: task is {record.task!r}, but the folder is {task!r}")
+        for key, name in (("name", folder.removeprefix(NEW).removeprefix(OLD)), ("task", task)):
+            if (value := getattr(record, key)) != name:
+                raise UserError(f"{path}: {key} is {value!r}, but the folder is {name!r}")
         return record
 
 
-@cache
-def _record_types() -> list[tuple[str, Any, frozenset[type]]]:
-    """Each key of a record, its type, and the classes that are right without looking at the value (``_plain``).
-
-    Worked out once, not for each of thousands of members.
-    """
-    return [(key, hint, _plain(hint)) for key, hint in typing.get_type_hints(MemberRecord).items()]
+@cache  # not for each of thousands of members
+def _record_types() -> dict[str, tuple[Any, Callable[[Any], bool]]]:
+    """Each key of a record, its type, and whether a value is of it."""
+    return {key: (hint, _test_of(hint)) for key, hint in typing.get_type_hints(MemberRecord).items()}
 
 
-def _plain(hint: Any) -> frozenset[type]:
-    """The classes of which any value fits a type. A float must be finite besides, what holds others is looked into."""
-    origin, args = _parts(hint)
-    if origin in (typing.Literal, list, dict):
-        return frozenset()
-    if args:
-        return frozenset().union(*(_plain(a) for a in args))
-    return frozenset([int]) if hint is float else frozenset([hint])
-
-
-@cache
-def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    return typing.get_origin(hint), typing.get_args(hint)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of a JSON file is what a field's type says; a whole number is a float too."""
-    origin, args = _parts(hint)
-    if origin is typing.Literal:
-        return value in args
-    if origin is list:
-        return isinstance(value, list) and all(_fits(v, args[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(v, args[1]) for v in value.values())
-    if args:
-        return any(_fits(value, a) for a in args)
+def _test_of(hint: Any) -> Callable[[Any], bool]:
+    """A test of whether a value out of a JSON file is of a field's type; a whole number is a float too."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return lambda value: True
     if hint is float:
-        return type(value) is int or (type(value) is float and math.isfinite(value))
-    return hint is Any or type(value) is hint
+        return lambda value: type(value) is int or (type(value) is float and math.isfinite(value))
+    if origin is typing.Literal:
+        return args.__contains__
+    if origin is list:
+        item = _test_of(args[0])
+        return lambda value: type(value) is list and all(map(item, value))
+    if origin is dict:
+        item = _test_of(args[1])
+        return lambda value: type(value) is dict and all(map(item, value.values()))
+    if args:  # a union, of what is or of None
+        tests = [_test_of(a) for a in args]
+        return lambda value: any(test(value) for test in tests)
+    return lambda value: type(value) is hint
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class Examples:
     labels: np.ndarray | None
 
 
-def fingerprint(ids: np.ndarray, labels: np.ndarray | None) -> str:
+def examples_fingerprint(ids: np.ndarray, labels: np.ndarray | None) -> str:
     """16 hex digits over ids and labels in their order."""
     digest = hashlib.sha256("\0".join(ids.tolist()).encode())
     if labels is not None:
@@ -188,10 +191,10 @@ def _label_type(labels: np.ndarray) -> str:
     return "<f8" if np.issubdtype(labels.dtype, np.floating) else "<i8"
 
 
-def examples_file(pool: Path, task: str, split: str, print_: str) -> Path:
+def examples_file(pool: Path, task: str, split: str, fingerprint: str) -> Path:
     """Where the examples of a split lie that have this fingerprint."""
     check_task_name(task)
-    return Path(pool) / task / EXAMPLES / f"{split}-{print_}.npz"
+    return Path(pool) / task / EXAMPLES / f"{split}-{fingerprint}.npz"
 
 
 def write_examples(pool: Path, task: str, split: str, ids: ArrayLike, labels: ArrayLike | None) -> str:
@@ -200,37 +203,32 @@ def write_examples(pool: Path, task: str, split: str, ids: ArrayLike, labels: Ar
     ``ids`` (N,), ``labels`` (N,) numbers (classes count from 0) or None. ``UserError`` where ids are not unique, a
     label is no finite number, or the lengths differ.
     """
-    where = f"{task} {split} examples"
     arrays = {"ids": np.asarray(ids, dtype=np.str_)}
-    _check_ids(arrays["ids"], where)
     if labels is not None:
         arrays["labels"] = np.asarray(labels)
-        _check_labels(arrays["labels"], arrays["ids"], where)
+    _check_examples(arrays["ids"], arrays.get("labels"), f"{task} {split} examples")
+    if labels is not None:
         arrays["labels"] = arrays["labels"].astype(_label_type(arrays["labels"]))
-    print_ = fingerprint(arrays["ids"], arrays.get("labels"))
-    path = examples_file(pool, task, split, print_)
-    if path.exists():
-        return print_
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f".{path.name}.{os.getpid()}"
-    with open(beside, "wb") as f:
-        np.savez_compressed(f, allow_pickle=False, **arrays)
-        f.flush()
-        os.fsync(f.fileno())  # members will vouch for it
-    os.replace(beside, path)
-    return print_
+    fingerprint = examples_fingerprint(arrays["ids"], arrays.get("labels"))
+    path = examples_file(pool, task, split, fingerprint)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as beside, open(beside, "wb") as f:
+            np.savez_compressed(f, allow_pickle=False, **arrays)
+            f.flush()
+            os.fsync(f.fileno())  # members will vouch for it
+    return fingerprint
 
 
-def _check_ids(ids: np.ndarray, where: str) -> None:
+def _check_examples(ids: np.ndarray, labels: np.ndarray | None, where: str) -> None:
     if ids.ndim != 1:
         raise UserError(f"{where}: ids of shape {ids.shape}; expected (N,)")
-    if len(set(ids.tolist())) < len(ids):
-        first: dict[str, int] = {}
-        i = next(i for i, x in enumerate(ids.tolist()) if first.setdefault(x, i) != i)
-        raise UserError(f"{where}: id {str(ids[i])!r} is there twice, in rows {first[ids[i]]} and {i}")
-
-
-def _check_labels(labels: np.ndarray, ids: np.ndarray, where: str) -> None:
+    rows: dict[str, int] = {}
+    for row, example in enumerate(ids.tolist()):
+        if (first := rows.setdefault(example, row)) != row:
+            raise UserError(f"{where}: id {example!r} is there twice, in rows {first} and {row}")
+    if labels is None:
+        return
     if labels.shape != ids.shape:
         raise UserError(f"{where}: {len(ids)} ids, but labels of shape {labels.shape}; expected one for each")
     if labels.dtype.kind not in "biuf":
@@ -240,44 +238,25 @@ def _check_labels(labels: np.ndarray, ids: np.ndarray, where: str) -> None:
         raise UserError(f"{where}: the label is {labels[row]} in row {row}; expected a finite number")
 
 
-def read_examples(pool: Path, task: str, split: str, print_: str) -> Examples:
+def read_examples(pool: Path, task: str, split: str, fingerprint: str) -> Examples:
     """Read a split's examples; ``UserError`` where they are missing or are not those of the fingerprint."""
-    path = examples_file(pool, task, split, print_)
+    path = examples_file(pool, task, split, fingerprint)
     if not path.is_file():
         raise UserError(f"{path}: missing, though members of this pool refer to it; copy it back, or train again")
     try:
         with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
-            ids, labels = data["ids"], data.get("labels")
-        found = fingerprint(ids, labels)
+            examples = Examples(data["ids"], data.get("labels"))
+        there = examples_fingerprint(examples.ids, examples.labels)
     except Exception as e:  # a damaged zip raises many kinds of exception
         raise UserError(f"{path}: cannot be read ({type(e).__name__}: {e}); copy it again") from e
-    if found != print_:
+    if there != fingerprint:
         raise UserError(f"{path}: its content is not what its name says (tampered with, or damaged); copy it again")
-    return Examples(ids, labels)
+    return examples
 
 
-def member_folder(pool: Path, task: str, name: str) -> Path:
-    """Where a member lives."""
-    return Path(pool) / task / name
-
-
-def check_name(name: str, *, what: str = "member name") -> None:
-    """``UserError`` unless ``name`` can be the name of a member's folder, or of another."""
-    good = name and name[0] not in "._" and name != EXAMPLES and all(c.isalnum() or c in "-_.+" for c in name)
-    # File systems end at 255 bytes.
-    if not good or len(name.encode()) > 150:
-        raise UserError(
-            f"{what} {name!r}: expected up to 150 bytes of letters, digits, '-', '_', '.' or '+', not starting "
-            f"with '.' or '_', and not {EXAMPLES!r}"
-        )
-
-
-def checksum(path: Path) -> str:
-    """ "sha256:<hex>" of a file."""
-    with open(path, "rb") as f:
-        return "sha256:" + hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def checksum_of(content: bytes | mmap.mmap) -> str:
-    """The same of what is in memory, or mapped into it."""
+def checksum(content: Path | bytes | mmap.mmap) -> str:
+    """ "sha256:<hex>" of a file, or of what is in memory or mapped into it."""
+    if isinstance(content, Path):
+        with open(content, "rb") as f:
+            return "sha256:" + hashlib.file_digest(f, "sha256").hexdigest()
     return "sha256:" + hashlib.sha256(content).hexdigest()

@@ -23,7 +23,6 @@ from lora_ensemble.pool.contract import (
     MemberRecord,
     check_name,
     checksum,
-    checksum_of,
     logits_file,
     member_folder,
     read_examples,
@@ -34,17 +33,14 @@ from lora_ensemble.tasks import Kind, check_task_name
 
 def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
     """A member's record, or None where there is no such member."""
-    check_task_name(task)
     check_name(name)
-    home = Path(pool) / task
-    with no_swap(home):
-        return MemberRecord.read(home / name / RECORD) if (home / name).is_dir() else None
+    return next(iter(read_records(pool, task, [name])), None)
 
 
 def read_records(pool: Path, task: str, names: Sequence[str] | None = None) -> list[MemberRecord]:
     """The records of a task's members, finished or not: all by name, or those of ``names`` that are there, in order.
 
-    None where there is no such task.
+    Empty where there is no such task.
     """
     check_task_name(task)
     home = Path(pool) / task
@@ -59,38 +55,36 @@ def read_records(pool: Path, task: str, names: Sequence[str] | None = None) -> l
         return [MemberRecord.read(Path(home, name, RECORD)) for name in names]
 
 
-def _listed(pool: Path, record: MemberRecord, name: str) -> Path:
-    """Path of one of a member's files; ``UserError`` where its record does not list it."""
-    if name not in record.files:
-        raise UserError(f"{member_folder(pool, record.task, record.name)}: this member has no {name}")
-    return Path(pool, record.task, record.name, name)
-
-
 def _check(path: Path, record: MemberRecord, found: str | None) -> None:
     """``UserError`` unless ``found``, the checksum of a member's file, None where it is missing, is the record's.
 
     Call it while reading.
     """
-    folder, name = path.parent, path.name
-    if found == record.files[name]:
+    folder, name, recorded = path.parent, path.name, record.files.get(path.name)
+    if recorded is None:
+        raise UserError(f"{folder}: this member has no {name}")
+    if found == recorded:
         return
-    if (folder / RECORD).is_file() and MemberRecord.read(folder / RECORD).files.get(name) != record.files[name]:
+    if (folder / RECORD).is_file() and MemberRecord.read(folder / RECORD).files.get(name) != recorded:
         raise UserError(f"{folder}: this member was replaced while it was being read; run the command again")
     if found is None:
         raise UserError(f"{folder}: half-written member: {name} is missing; delete the folder, or copy it again whole")
     raise UserError(
-        f"{folder / name}: tampered with, or damaged: found {found[:19]}..., {RECORD} says "
-        f"{record.files[name][:19]}...; copy the member again, or train it again"
+        f"{path}: tampered with, or damaged: found {found[:19]}..., {RECORD} says {recorded[:19]}...; copy the member "
+        "again, or train it again"
     )
 
 
 def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
     """One of a member's .npy files, memory-mapped, checksum compared, finite (``UserError`` otherwise)."""
-    path = _listed(pool, record, name)
+    path = Path(pool, record.task, record.name, name)
     with no_swap(path.parent.parent):
-        content = _mapped(path)
+        try:
+            content = _mapped(path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            content = None
         # Of the mapping itself, so that the file is opened and read once.
-        _check(path, record, None if content is None else checksum_of(content))
+        _check(path, record, None if content is None else checksum(content))
         assert content is not None
         try:
             array = _array(content)
@@ -107,25 +101,19 @@ def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
 
 
 def map_array(path: Path) -> np.ndarray:
-    """An array file of the pool, memory-mapped and read-only. Nothing is ever unpickled, unlike by np.load.
+    """An array file of the pool, memory-mapped and read-only, without the checks of :func:`read_array`.
 
-    Nothing is compared with the record, see :func:`read_array`; a file that is no array raises what numpy raises. As
-    ``np.lib.format.open_memmap``, which opens a file twice and follows each folder of its path: twice the time.
+    A file that is no array raises what numpy raises. In half the time of ``np.lib.format.open_memmap``, which opens a
+    file twice and follows each folder of its path.
     """
-    content = _mapped(path)
-    if content is None:
-        raise FileNotFoundError(f"{path}: no such file")
-    return _array(content)
+    return _array(_mapped(path))
 
 
-def _mapped(path: Path) -> mmap.mmap | bytes | None:
-    """A file's bytes, memory-mapped and read-only; None where there is none."""
-    try:
-        with open(path, "rb", buffering=0) as f:
-            # A file without bytes cannot be mapped.
-            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(f.fileno()).st_size else b""
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
+def _mapped(path: Path) -> mmap.mmap | bytes:
+    """A file's bytes, memory-mapped and read-only."""
+    with open(path, "rb", buffering=0) as f:
+        # A file without bytes cannot be mapped.
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(f.fileno()).st_size else b""
 
 
 def _array(content: mmap.mmap | bytes) -> np.ndarray:
@@ -154,8 +142,8 @@ def read_tensors(pool: Path, record: MemberRecord, name: str) -> dict[str, np.nd
     """One of a member's .safetensors files, checksum compared."""
     from safetensors.numpy import load_file
 
-    with no_swap(Path(pool) / record.task):
-        path = _listed(pool, record, name)
+    path = Path(pool, record.task, record.name, name)
+    with no_swap(path.parent.parent):
         _check(path, record, checksum(path) if path.is_file() else None)
         return load_file(path)
 
@@ -172,59 +160,39 @@ class TaskPool:
         self.pool, self.name, self.split = Path(pool), task, split
         home = self.pool / task
         if not home.is_dir():
-            found = ", ".join(task_names(self.pool)) or "none"
-            raise UserError(f"{self.pool}: no task {task!r} in this pool; tasks found: {found}")
-        self.members: list[MemberRecord] = []
+            tasks = ", ".join(task_names(self.pool)) or "none"
+            raise UserError(f"{self.pool}: no task {task!r} in this pool; tasks found: {tasks}")
+        records = read_records(self.pool, task)
+        self.members = [r for r in records if r.finished]
         """Finished members, by name."""
-        self.left_out: dict[str, str] = {}
+        self.left_out = {r.name: "diverged" if r.diverged else "not finished" for r in records if not r.finished}
         """Name to reason of members that were not finished."""
-        for record in read_records(self.pool, task):
-            if record.finished:
-                self.members.append(record)
-            else:
-                self.left_out[record.name] = "diverged" if record.diverged else "not finished"
         if not self.members:
             more = f" ({len(self.left_out)} not finished)" if self.left_out else ""
             raise UserError(f"{home}: no finished member{more}; train some with lora-ensemble fit --pool.dir {pool}")
         self._by_name = {record.name: record for record in self.members}
-        self._agree()
+        # The split is compared with the first that has it.
+        first = next((r for r in self.members if split in r.examples), self.members[0])
+        for other in self.members:
+            if difference := self._difference(first, other):
+                both = f"{self._folder(first)} and {self._folder(other)}"
+                raise UserError(f"{both} do not belong together: {difference}")
         self.kind: Kind = self.members[0].kind
         self.labels = self.members[0].labels
 
     def _folder(self, record: MemberRecord) -> Path:
         return member_folder(self.pool, self.name, record.name)
 
-    def _agree(self) -> None:
-        # The split is compared with the first that has it.
-        first = next((r for r in self.members if self.split in r.examples), self.members[0])
-        for other in self.members:
-            for key in ("task", "kind", "labels"):
-                a, b = getattr(first, key), getattr(other, key)
-                if a != b:
-                    raise UserError(f"{self._both(first, other)}: {key} is {a!r} in one and {b!r} in the other")
-            a, b = first.examples.get(self.split), other.examples.get(self.split)
-            if a != b and a is not None and b is not None:
-                found = self._first_difference(a, b)
-                raise UserError(f"{self._both(first, other)}: {found}; they must be of the same data")
-
-    def _both(self, a: MemberRecord, b: MemberRecord) -> str:
-        return f"{self._folder(a)} and {self._folder(b)} do not belong together"
-
-    def _first_difference(self, a: str, b: str) -> str:
-        one, two = (read_examples(self.pool, self.name, self.split, x) for x in (a, b))
-        if len(one.ids) != len(two.ids):
-            return f"{len(one.ids)} {self.split} examples against {len(two.ids)}"
-        differ = np.flatnonzero(one.ids != two.ids)
-        if len(differ):
-            i = differ[0]
-            return f"{self.split} ids differ, first in row {i}: {str(one.ids[i])!r} against {str(two.ids[i])!r}"
-        if one.labels is None or two.labels is None:
-            return f"one has labels for {self.split}, the other has none"
-        if one.labels.dtype != two.labels.dtype:
-            return f"{self.split} labels are {one.labels.dtype} in one and {two.labels.dtype} in the other"
-        i = np.flatnonzero(one.labels != two.labels)[0]
-        both = f"{one.labels[i]} against {two.labels[i]}"
-        return f"{self.split} labels differ, first in row {i} ({str(one.ids[i])!r}): {both}"
+    def _difference(self, one: MemberRecord, other: MemberRecord) -> str:
+        """Why two members do not belong together; empty where they do."""
+        for key in ("task", "kind", "labels"):
+            if (a := getattr(one, key)) != (b := getattr(other, key)):
+                return f"{key} is {a!r} in one and {b!r} in the other"
+        fingerprints = [r.examples[self.split] for r in (one, other) if self.split in r.examples]
+        if len(set(fingerprints)) < 2:
+            return ""
+        first, second = (read_examples(self.pool, self.name, self.split, f) for f in fingerprints)
+        return f"{_first_difference(first, second, self.split)}; they must be of the same data"
 
     def record(self, name: str) -> MemberRecord:
         """The finished member of that name; ``UserError`` where there is none."""
@@ -246,8 +214,8 @@ class TaskPool:
 
     @cached_property
     def _examples(self) -> Examples:
-        print_ = next(r.examples[self.split] for r in self.members if self.split in r.examples)
-        return read_examples(self.pool, self.name, self.split, print_)
+        fingerprint = next(r.examples[self.split] for r in self.members if self.split in r.examples)
+        return read_examples(self.pool, self.name, self.split, fingerprint)
 
     def logits(self, name: str) -> np.ndarray:
         """(N, C) float32 logits of a member on the split, memory-mapped, checked."""
@@ -261,6 +229,21 @@ class TaskPool:
                 "the rows of the examples file by the outputs of the task"
             )
         return array
+
+
+def _first_difference(a: Examples, b: Examples, split: str) -> str:
+    """Where two sets of examples of a split differ, in words."""
+    if len(a.ids) != len(b.ids):
+        return f"{len(a.ids)} {split} examples against {len(b.ids)}"
+    for row in np.flatnonzero(a.ids != b.ids):
+        return f"{split} ids differ, first in row {row}: {str(a.ids[row])!r} against {str(b.ids[row])!r}"
+    if a.labels is None or b.labels is None:
+        return f"one has labels for {split}, the other has none"
+    if a.labels.dtype != b.labels.dtype:
+        return f"{split} labels are {a.labels.dtype} in one and {b.labels.dtype} in the other"
+    row = np.flatnonzero(a.labels != b.labels)[0]
+    labels = f"{a.labels[row]} against {b.labels[row]}"
+    return f"{split} labels differ, first in row {row} ({str(a.ids[row])!r}): {labels}"
 
 
 def task_names(pool: str | Path) -> list[str]:

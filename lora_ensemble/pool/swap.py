@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import io
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool.contract import LOCK, NEW, OLD, RECORD, SWEEP, MemberRecord, check_name, checksum, checksum_of
+from lora_ensemble.files import locked, sole_process
+from lora_ensemble.pool.contract import LOCK, NEW, OLD, RECORD, MemberRecord, check_name, checksum
 from lora_ensemble.tasks import check_task_name
-
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,178 +58,51 @@ def write_members(
     fails. ``check``: is given the record of each member that is there, with nobody else writing, and raises where it
     may not be replaced; then nothing is written. ``UserError`` where the record to ``keep`` is another by now.
     """
-    written: dict[str, MemberRecord] = {}
+    written: dict[int, MemberRecord] = {}
     for member in members:
         check_task_name(member.record.task)
         check_name(member.record.name)
     for task in dict.fromkeys(m.record.task for m in members):
         home = Path(pool) / task
         home.mkdir(parents=True, exist_ok=True)
-        here = [m for m in members if m.record.task == task]
-        with _locked(home):
+        of_task = {i: m for i, m in enumerate(members) if m.record.task == task}
+        with locked(home / LOCK):
             _mend(home)
-            for member in here:
-                _check(home / member.record.name, member.keep, check)
-            records = [_write_files(home, m) for m in here]
-            _sync([home / (NEW + r.name) / name for r in records for name in r.files])
-            for record in records:
-                (home / (NEW + record.name) / RECORD).write_text(record.to_json(), encoding="utf-8")
-            _sync([home / (NEW + r.name) / RECORD for r in records])
-            for member, record in zip(here, records, strict=True):
-                _swap(home, record.name, member.replaced_to)
-                written[f"{task}/{record.name}"] = record
+            for member in of_task.values():
+                _check_old(home / member.record.name, member.keep, check)
+            new = {i: _write_files(home, m) for i, m in of_task.items()}
+            _sync([home / (NEW + r.name) / name for r in new.values() for name in r.files])
+            records = {home / (NEW + r.name) / RECORD: r for r in new.values()}
+            for path, record in records.items():
+                path.write_text(record.to_json(), encoding="utf-8")
+            _sync(list(records))
+            for member in of_task.values():
+                _swap(home, member.record.name, member.replaced_to)
             _sync([home])
-    return [written[f"{m.record.task}/{m.record.name}"] for m in members]
+        written |= new
+    return [written[i] for i in range(len(members))]
 
 
-def _check(folder: Path, keep: MemberRecord | None, check: Callable[[MemberRecord], None] | None) -> None:
-    there = MemberRecord.read(folder / RECORD) if (keep or check) and folder.is_dir() else None
-    if keep and (there is None or there.files != keep.files):
+def _check_old(folder: Path, keep: MemberRecord | None, check: Callable[[MemberRecord], None] | None) -> None:
+    old = MemberRecord.read(folder / RECORD) if (keep or check) and folder.is_dir() else None
+    if keep and (old is None or old.files != keep.files):
         raise UserError(f"{folder}: replaced or deleted by another process meanwhile; let one run write it at a time")
-    if check and there:
-        check(there)
+    if check and old:
+        check(old)
 
 
 def _write_files(home: Path, member: NewMember) -> MemberRecord:
     """All of a member but its record, beside where it belongs; returns the record."""
-    record, keep = member.record, member.keep
-    folder, beside = home / record.name, home / (NEW + record.name)
+    record, kept = member.record, member.keep.files if member.keep else {}
+    beside = home / (NEW + record.name)
     beside.mkdir()
     checksums = {}
-    for name in sorted(set(keep.files if keep else ()) - set(member.files)):
-        _link(folder / name, beside / name)
-        checksums[name] = keep.files[name]  # type: ignore[union-attr]
+    for name in sorted(kept.keys() - member.files.keys()):
+        _link(home / record.name / name, beside / name)
+        checksums[name] = kept[name]
     for name, content in member.files.items():
         checksums[name] = _write_file(beside / name, content)
     return dataclasses.replace(record, files=checksums)
-
-
-def _swap(home: Path, name: str, replaced_to: Path | None) -> None:
-    folder, aside = home / name, home / (OLD + name)
-    if folder.exists():
-        os.rename(folder, aside)  # a folder cannot be renamed onto one that is not empty
-    os.rename(home / (NEW + name), folder)
-    if replaced_to is not None and aside.exists() and not replaced_to.exists():
-        replaced_to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(aside, replaced_to)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(paths: Sequence[Path]) -> None:
-    """Wait until files, or the names in folders, are on the disk: together, for a disk does that at a time."""
-
-    def sync(path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    if os.name == "posix":  # Windows opens no folder, and syncs no file that is open for reading
-        with ThreadPoolExecutor(8) as threads:
-            list(threads.map(sync, paths))
-
-
-def _flock(f: IO[Any], *, wait: bool) -> bool:
-    """Lock an open file for this process; whether that could be done. ``BlockingIOError`` where another one has it.
-
-    Windows has no such locks, nor have some network file systems: there, one run at a time is for the user to see to,
-    which :func:`can_lock` is asked for.
-    """
-    try:
-        import fcntl
-
-        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except ImportError:
-        return False
-    except OSError as e:
-        if e.errno not in _NO_LOCKS:
-            raise
-        return False
-    return True
-
-
-def can_lock(folder: Path) -> bool:
-    """Whether processes can keep each other out of a folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as f:
-        return _flock(f, wait=True)
-
-
-@contextlib.contextmanager
-def _locked(home: Path, mode: str = "a") -> Iterator[None]:
-    """One process at a time swaps folders in a task's folder, or reads there. Not to be entered twice."""
-    with open(home / LOCK, mode) as f:
-        _flock(f, wait=True)
-        yield  # closing the file lets the lock go
-
-
-@contextlib.contextmanager
-def no_swap(home: Path) -> Iterator[None]:
-    """Nobody swaps folders meanwhile, and what a kill left behind is put right first."""
-    with contextlib.ExitStack() as stack:
-        # A pool that cannot be written (somebody else's, mounted read-only) is read as it is. One without a lock was
-        # never written here, and reading makes no file.
-        with contextlib.suppress(OSError):
-            try:
-                stack.enter_context(_locked(home, "r+"))
-            except OSError:
-                stack.enter_context(_locked(home, "r"))
-            _mend_once(home)
-        yield
-
-
-@contextlib.contextmanager
-def sole_sweep(pool: Path, tasks: Sequence[str]) -> Iterator[None]:
-    """One sweep at a time trains members for a task's folder; ``UserError`` where another one does."""
-    with contextlib.ExitStack() as stack:
-        for task in sorted(tasks):
-            stack.enter_context(sole_process(Path(pool) / task, "sweeps here", way_out="choose another --pool.dir"))
-        yield
-
-
-@contextlib.contextmanager
-def sole_process(folder: Path, does: str, *, wait: float = 0.0, way_out: str = "let it end") -> Iterator[None]:
-    """One process at a time does something in a folder. The lock goes with the process, however that ends.
-
-    ``UserError``, naming the process that has it, where another one has it for longer than ``wait`` seconds. Where
-    there are no locks (``can_lock``), nothing is locked.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + wait
-    with open(folder / SWEEP, "a+", encoding="utf-8") as f:
-        while True:
-            try:
-                _flock(f, wait=False)
-                break
-            except BlockingIOError:
-                if time.monotonic() < until:
-                    time.sleep(0.2)
-                    continue
-                f.seek(0)
-                who = f.read().strip() or "another process"
-                raise UserError(f"{folder}: {who} {does}; wait until it has ended, or {way_out}") from None
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {platform.node()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})\n")
-        f.flush()
-        yield
-
-
-_mended: dict[Path, int] = {}
-
-
-def _mend_once(home: Path) -> None:
-    """``_mend``, unless nothing was renamed here since it last was; call it with the lock held.
-
-    Looking for what is left lists the whole folder, which for each of ten thousand members takes minutes.
-    """
-    changed = home.stat().st_mtime_ns
-    if _mended.get(home) != changed:
-        _mend(home)
-        changed = home.stat().st_mtime_ns
-        # A folder's clock is coarse: of a change just now, another may have the same time.
-        if time.time_ns() - changed > 2_000_000_000:
-            _mended[home] = changed
 
 
 def _write_file(path: Path, content: Any) -> str:
@@ -252,7 +123,7 @@ def _write_file(path: Path, content: Any) -> str:
     else:
         data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
     path.write_bytes(data)
-    return checksum_of(data)
+    return checksum(data)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -260,6 +131,32 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # file systems without hard links
         shutil.copy2(source, target)
+
+
+def _sync(paths: Sequence[Path]) -> None:
+    """Wait until files, or the names in folders, are on the disk: together, for a disk does that at a time."""
+
+    def sync(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    if os.name == "posix":  # Windows opens no folder, and syncs no file that is open for reading
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(sync, paths))
+
+
+def _swap(home: Path, name: str, replaced_to: Path | None) -> None:
+    folder, aside = home / name, home / (OLD + name)
+    if folder.exists():
+        os.rename(folder, aside)  # a folder cannot be renamed onto one that is not empty
+    os.rename(home / (NEW + name), folder)
+    if replaced_to is not None and aside.exists() and not replaced_to.exists():
+        replaced_to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(aside, replaced_to)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _mend(home: Path) -> None:
@@ -279,3 +176,48 @@ def _is_whole(folder: Path) -> bool:
     except UserError:  # the kill came while member.json was being written
         return False
     return all((folder / name).is_file() for name in record.files)
+
+
+@lru_cache(maxsize=256)
+def _mend_as_of(home: Path, changed_ns: int) -> None:
+    """``_mend``, once for each time at which something was renamed in the folder.
+
+    Looking for what is left lists the whole folder, which for each of ten thousand members takes minutes.
+    """
+    _mend(home)
+
+
+@contextlib.contextmanager
+def no_swap(home: Path) -> Iterator[None]:
+    """Nobody swaps folders of a task meanwhile, and what a kill left behind is put right first."""
+    with contextlib.ExitStack() as stack:
+        # A pool that cannot be written (somebody else's, mounted read-only) is read as it is. One without a lock was
+        # never written here, and reading makes no file.
+        with contextlib.suppress(OSError):
+            try:
+                stack.enter_context(locked(home / LOCK, "r+"))
+            except OSError:
+                stack.enter_context(locked(home / LOCK, "r"))
+            changed = home.stat().st_mtime_ns
+            # A folder's clock is coarse: of a change just now, another may have the same time.
+            if time.time_ns() - changed > 2_000_000_000:
+                _mend_as_of(home, changed)
+            else:
+                _mend(home)
+        yield
+
+
+def can_lock(folder: Path) -> bool:
+    """Whether processes can keep each other out of a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK) as has_locks:
+        return has_locks
+
+
+@contextlib.contextmanager
+def sole_sweep(pool: Path, tasks: Sequence[str]) -> Iterator[None]:
+    """One sweep at a time trains members for a task's folder; ``UserError`` where another one does."""
+    with contextlib.ExitStack() as stack:
+        for task in sorted(tasks):
+            stack.enter_context(sole_process(Path(pool) / task, "sweeps here", way_out="choose another --pool.dir"))
+        yield

@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 from lora_ensemble import pool
 from lora_ensemble.bank.base_model import on_hub
-from lora_ensemble.bank.lora import NO_TARGETS, MemberConfig, entry_of, expand_members, member_name
+from lora_ensemble.bank.lora import NO_TARGETS, Member, expand_members, member_name
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.choose.choice import probabilities
 from lora_ensemble.dicor.located import chosen_records, locate
 from lora_ensemble.ensemble.restored import Ensemble, Text
 from lora_ensemble.errors import UserError
+from lora_ensemble.files import sole_process
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Kind, Task
 from lora_ensemble.text.readers import Split, read_texts, shared_texts
@@ -101,15 +102,13 @@ class Distillation:
                 options |= _settings(best)
         return options
 
-    def named(self, entries: Sequence[MemberConfig] | None, *, finetune: str) -> list[MemberConfig]:
+    def named(self, entries: Sequence[Member] | None, *, finetune: str) -> list[Member]:
         """The students that ``model.members`` describes, grids expanded, with names that say what they are."""
-        members = expand_members([MemberConfig()] if entries is None else entries, finetune=finetune)
+        members = expand_members([Member()] if entries is None else entries, finetune=finetune)
         digest = hashlib.sha256(json.dumps(self.how, sort_keys=True).encode()).hexdigest()[:8]
         return [
-            entry_of(
-                # A name that the user gave is the name.
-                dataclasses.replace(m, name=f"{m.name}-distilled-{digest}") if m.name == member_name(m, finetune) else m
-            )
+            # A name that the user gave is the name.
+            dataclasses.replace(m, name=f"{m.name}-distilled-{digest}") if m.name == member_name(m, finetune) else m
             for m in members
         ]
 
@@ -179,7 +178,7 @@ class Distillation:
         what = [_identity(self.record), precision, texts]
         file = keep / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npy"
         # Of several processes on one machine, or several runs, one asks.
-        with pool.sole_process(keep, "asks an ensemble", wait=math.inf):
+        with sole_process(keep, "asks an ensemble", wait=math.inf):
             if (soft := _kept(file, len(texts))) is None:
                 soft = self._ask(texts, task, trainer, precision)
                 beside = file.with_suffix(".new")
@@ -246,7 +245,7 @@ def _settings(best: MemberRecord) -> dict[str, Any]:
     """How a member was trained, by option."""
     own: dict[str, Any] = {"rank": best.rank, "scaling": best.scaling, "lr": best.lr, "seed": best.seed}
     own["targets"] = best.targets or NO_TARGETS
-    options: dict[str, Any] = {"model.members": (MemberConfig(**{k: v for k, v in own.items() if v is not None}),)}
+    options: dict[str, Any] = {"model.members": (Member(**{k: v for k, v in own.items() if v is not None}),)}
     for group, keys in (("model", _MODEL), ("data", _DATA), ("trainer", _TRAINER)):
         options |= {f"{group}.{key}": best.settings[key] for key in keys if key in best.settings}
     if "data_seed" in best.settings:

@@ -27,7 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lora_ensemble import __version__
-from lora_ensemble.bank.lora import MemberConfig
+from lora_ensemble.bank.lora import Member
 from lora_ensemble.bank.precision import advice
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import check_name
@@ -171,7 +171,7 @@ class CLI(LightningCLI):
         model = self.config.distill.model
         if model.base_model != defaults.get("model.base_model") and model.revision == defaults.get("model.revision"):
             model.revision = self.config.distill.data.revision = None  # the ensemble's is of its own base model
-        entries = None if model.members is None else [MemberConfig(**vars(entry)) for entry in model.members]
+        entries = None if model.members is None else [Member(**vars(entry)) for entry in model.members]
         students = self._distillation.named(entries, finetune=model.finetune)
         model.members = tuple(Namespace(**dataclasses.asdict(s)) for s in students)
 

@@ -5,7 +5,6 @@ Axes: M members, B examples in a batch, N examples of a split, C outputs of a he
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +23,8 @@ from lora_ensemble.bank.base_model import (
     hub_id,
     load_classifier,
     on_hub,
-    way_back,
 )
-from lora_ensemble.bank.lora import Member, MemberConfig, derived_seed, entry_of, expand_members
+from lora_ensemble.bank.lora import Member, derived_seed, expand_members
 from lora_ensemble.bank.member_files import say_unknown_base
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.bank.optim import BankAdamW, clip_rows
@@ -83,7 +81,7 @@ class BankModule(pl.LightningModule):
         self,
         tasks: list[Task],
         base_model: str = "all-MiniLM-L6-v2",
-        members: tuple[MemberConfig, ...] | None = None,
+        members: tuple[Member, ...] | None = None,
         finetune: Literal["lora", "full"] = "lora",
         init_std: float = 0.02,
         head_dropout: float | None = 0.3,
@@ -115,7 +113,7 @@ class BankModule(pl.LightningModule):
         """
         super().__init__()
         self.tasks, self.base_model, self.finetune, self.seed = tasks, base_model, finetune, seed
-        self.members = expand_members([MemberConfig()] if members is None else members, finetune=finetune)
+        self.members = expand_members([Member()] if members is None else members, finetune=finetune)
         self.training_settings: dict[str, Any] = {
             "init_std": init_std,
             "head_dropout": head_dropout,
@@ -169,7 +167,7 @@ class BankModule(pl.LightningModule):
         return BankModule(
             self.tasks,
             self.base_model,
-            members=tuple(entry_of(m) for m in members),
+            members=tuple(members),
             finetune=self.finetune,
             seed=self.seed,
             revision=self.revision,
@@ -277,10 +275,9 @@ class BankModule(pl.LightningModule):
         if self.finetune == "full":
             trained = [p for p in self.parameters() if p.requires_grad]
             # fused: far faster on a CPU than torch's default there
-            optimizer = torch.optim.AdamW(trained, lr=self.members[0].lr, weight_decay=self.weight_decay, fused=True)
+            optimizer = torch.optim.AdamW(trained, lr=self.bank.rates[0], weight_decay=self.weight_decay, fused=True)
         else:
-            rates = [m.lr for m in self.members]
-            optimizer = BankAdamW(self.bank.weights, rates, weight_decay=self.weight_decay)
+            optimizer = BankAdamW(self.bank.weights, self.bank.rates, weight_decay=self.weight_decay)
         if self.schedule == "constant" and self.warmup == 0:
             return optimizer
         total = self._total_steps()
@@ -388,7 +385,7 @@ class BankModule(pl.LightningModule):
             "base_model": hub_id(self.base_model),
             "finetune": self.finetune,
             "tasks": [t.name for t in self.tasks],
-            "members": [dataclasses.asdict(m) for m in self.members],
+            "members": [m.recorded() for m in self.members],
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -409,11 +406,8 @@ class BankModule(pl.LightningModule):
         then, now = found.get("base_fingerprint", {}), self.base_fingerprint(self.trainer.datamodule)
         if not then:
             say_unknown_base("--ckpt_path")
-        if not self.any_base and (difference := base_difference(then, now)):
-            raise UserError(
-                f"--ckpt_path: the checkpoint was trained over another {self.base_model}: {difference}; "
-                f"{way_back(found['revision'])}"
-            )
+        if not self.any_base and (difference := base_difference(then, now, found.get("revision"))):
+            raise UserError(f"--ckpt_path: the checkpoint was trained over another {self.base_model}: {difference}")
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what was trained; the frozen rest may be missing, nothing else may."""

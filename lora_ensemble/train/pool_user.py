@@ -62,11 +62,11 @@ class PoolUser(pl.Callback):
     def _add_logits(self, module: BankModule, data: BankData, split: str) -> None:
         for task in module.tasks:
             examples, logits = data.splits[split][task.name], module.evaluations[task.name].logits
-            print_ = pool.write_examples(self.dir, task.name, split, examples.ids, examples.labels)
+            fingerprint = pool.write_examples(self.dir, task.name, split, examples.ids, examples.labels)
             new = []
             records = pool.read_records(self.dir, task.name, [m.name for m in module.members])
             for index, record in enumerate(records):
-                added = dataclasses.replace(record, examples={**record.examples, split: print_})
+                added = dataclasses.replace(record, examples={**record.examples, split: fingerprint})
                 new.append(pool.NewMember(record=added, files={pool.logits_file(split): logits[index]}, keep=record))
             pool.write_members(self.dir, new)
             say(f"{task.name}: {split} logits of {len(module.members)} members added to {self.dir / task.name}")

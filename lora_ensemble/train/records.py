@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lora_ensemble import __version__, pool
-from lora_ensemble.bank.base_model import base_difference, hub_id, way_back
+from lora_ensemble.bank.base_model import base_difference, hub_id
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 
@@ -47,7 +47,7 @@ def described(
             "task": task.name,
             "kind": task.kind,
             "labels": task.labels,
-            "examples": {"dev": pool.fingerprint(dev[task.name].ids, dev[task.name].labels)},
+            "examples": {"dev": pool.examples_fingerprint(dev[task.name].ids, dev[task.name].labels)},
             "text": task.text,
             "train_fingerprint": train[task.name].fingerprint,
             "base_model": hub_id(module.base_model),
@@ -58,10 +58,7 @@ def described(
             "run": run,
             "versions": _versions(),
         }
-        own = ("name", "rank", "scaling", "targets", "lr", "seed")
-        found[task.name] = [
-            pool.MemberRecord(**{key: getattr(member, key) for key in own}, **common) for member in module.members
-        ]
+        found[task.name] = [pool.MemberRecord(**member.recorded(), **common) for member in module.members]
     return found
 
 
@@ -86,5 +83,5 @@ def difference(found: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: 
         a, b = found.settings.get(key), wanted.settings.get(key)
         if a != b and not (resumed and key in _MAY_DIFFER_ON_RESUME):
             return f"{key} was {a!r}, is now {b!r}"
-    base = "" if any_base else base_difference(found.base_fingerprint, wanted.base_fingerprint)
-    return f"base_fingerprint: {base}; {way_back(found.revision)}" if base else ""
+    base = "" if any_base else base_difference(found.base_fingerprint, wanted.base_fingerprint, found.revision)
+    return f"base_fingerprint: {base}" if base else ""

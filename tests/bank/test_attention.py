@@ -70,14 +70,14 @@ def test_gradients_are_those_of_finite_differences(dropout: float, first_only: b
 
 def test_gradients_through_the_padded_way() -> None:
     """What a GPU uses, on a CPU: the gradients of the two ways are the same."""
-    from lora_ensemble.bank.attention import _padded
+    from lora_ensemble.bank.attention import attend_padded
 
     batch: dict[str, Any] = layout(LENGTHS)
     inputs = [torch.randn(2, 16, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     weight = torch.randn(2, 16, 4, dtype=torch.float64)
     found = [
         torch.autograd.grad((way * weight).sum(), inputs)
-        for way in (attend(*inputs, batch, heads=2), _padded(*inputs, batch, 2, 0.0, None))
+        for way in (attend(*inputs, batch, heads=2), attend_padded(*inputs, batch, 2, 0.0, None))
     ]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

@@ -335,9 +335,10 @@ ON_THE_HUB = """
 import json, sys
 from pathlib import Path
 
-from lora_ensemble import Ensemble, ray_sweep
+from lora_ensemble import Ensemble
 from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.main import main
+from lora_ensemble.train.runs import ray_sweep
 
 home, root = map(Path, sys.argv[1:])
 newest = home / "hf/hub/models--someone--encoder/refs/main"

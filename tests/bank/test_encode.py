@@ -15,7 +15,7 @@ from test_model import THREE, bank_of, batches, sst_losses
 import lora_ensemble.bank.encode as encode
 from lora_ensemble.bank.base_model import load_classifier
 from lora_ensemble.bank.families import accepts_token_types
-from lora_ensemble.bank.lora import MemberConfig, expand_members
+from lora_ensemble.bank.lora import Member, expand_members, single
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.tasks import PRESETS
 from lora_ensemble.text.readers import Split
@@ -41,8 +41,7 @@ def merged(bank: Bank, base: Path, index: int, batch: dict[str, Any]) -> tuple[A
     adapter, heads = bank.member_state(index)
     with torch.no_grad():
         for path, a in adapter.A.items():
-            scaling = bank.members[index].scaling
-            assert scaling is not None
+            scaling = single(bank.members[index].scaling)
             model.base_model.get_submodule(path).weight += scaling * adapter.B[path] @ a
         own = dict(model.named_parameters())
         for name, value in heads["sst"].items():
@@ -102,7 +101,7 @@ def test_only_what_the_head_reads_and_the_lowest_adapter_needs(
     monkeypatch.setattr(encode, "attend", spy)
     classifier, _ = load_classifier(str(tiny(family)), num_labels=5)
     inside = [p for p, m in classifier.base_model.named_modules() if isinstance(m, torch.nn.Linear) and ".1." in p]
-    bank = bank_of(tiny(family), *(MemberConfig(rank=2, targets=inside[0], seed=s) for s in (1, 2)))
+    bank = bank_of(tiny(family), *(Member(rank=2, targets=inside[0], seed=s) for s in (1, 2)))
     part = packed(batches(1, b=3)[0]["sst"])
     sst_losses(bank, batches(1, b=3)[0]).sum().backward()
     tokens, examples = len(part["input_ids"]), len(part["lengths"])
@@ -118,7 +117,7 @@ def test_mean_pooling_reads_every_token(tiny: Callable[[str], Path]) -> None:
     with torch.no_grad():
         wanted = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     head = {n: p.clone() for n, p in classifier.named_parameters() if not n.startswith("model.")}
-    bank = Bank(classifier, members=expand_members([MemberConfig(targets="none")]), tasks=[PRESETS["sst"]], fresh=fresh)
+    bank = Bank(classifier, members=expand_members([Member(targets="none")]), tasks=[PRESETS["sst"]], fresh=fresh)
     adapter, heads = bank.member_state(0)
     bank.load_member(0, adapter, {"sst": {n: head[n] for n in heads["sst"]}})
     torch.testing.assert_close(bank.eval()({"sst": packed(batch)})["sst"][0], wanted, rtol=0, atol=2e-6)
@@ -126,7 +125,7 @@ def test_mean_pooling_reads_every_token(tiny: Callable[[str], Path]) -> None:
 
 def test_frozen_weights_that_change_are_cast_anew(tiny: Callable[[str], Path]) -> None:
     """The casts are kept, but never kept too long."""
-    bank = bank_of(tiny("bert"), MemberConfig(targets="qv"))
+    bank = bank_of(tiny("bert"), Member(targets="qv"))
     batch = {"sst": packed(batches(1)[0]["sst"])}
     with torch.autocast("cpu", torch.bfloat16):
         before = bank(batch)["sst"]
@@ -138,7 +137,7 @@ def test_frozen_weights_that_change_are_cast_anew(tiny: Callable[[str], Path]) -
 
 def test_fused_weights_of_a_trained_encoder_have_gradients(tiny: Callable[[str], Path]) -> None:
     """After an evaluation too, and in each of two passes before a step."""
-    bank = bank_of(tiny("bert"), MemberConfig(targets="none"), train_encoder=True)
+    bank = bank_of(tiny("bert"), Member(targets="none"), train_encoder=True)
     batch, query = batches(1)[0], bank.encoder.get_submodule("encoder.layer.0.attention.self.query")
     with torch.no_grad():
         bank({"sst": packed(batch["sst"])})
@@ -182,7 +181,7 @@ def test_every_dropout_that_transformers_has_acts_on_every_member(tiny: Callable
     batch = batches(1, b=5)[0]["sst"]
     plain, fresh = load_classifier(str(tiny(family)), num_labels=5, head_dropout=0.0, encoder_dropout=0.5)
     classifier, _ = load_classifier(str(tiny(family)), num_labels=5, head_dropout=0.0, encoder_dropout=0.5)
-    twins = [MemberConfig(seed=5, name=name, targets="qkv") for name in ("one", "two")]
+    twins = [Member(seed=5, name=name, targets="qkv") for name in ("one", "two")]
     bank = Bank(classifier, members=expand_members(twins), tasks=[PRESETS["sst"]], fresh=fresh).double()
     plain = plain.double().train()  # in float64 rounding is far below the least effect, that of DeBERTa's positions
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "token_type_ids")}
@@ -211,9 +210,9 @@ def test_every_dropout_that_transformers_has_acts_on_every_member(tiny: Callable
 
 
 MIXED = (
-    MemberConfig(targets="none", lr=1e-2, seed=3),
-    MemberConfig(rank=3, targets="qkv", lr=3e-3, seed=1),
-    MemberConfig(rank=2, targets="pooler", lr=1e-2, seed=4),
+    Member(targets="none", lr=1e-2, seed=3),
+    Member(rank=3, targets="qkv", lr=3e-3, seed=1),
+    Member(rank=2, targets="pooler", lr=1e-2, seed=4),
 )
 
 
@@ -234,7 +233,7 @@ def test_frozen_members_train_the_same_with_the_output_kept(tiny: Callable[[str]
     """Kept against run anew in every step, dropout off: the same losses; and every block of examples read once."""
     entries = [m for m in MIXED if m.targets != "pooler" or family == "bert"]
     if family == "modernbert":
-        entries[1] = MemberConfig(rank=3, targets="qkv", lr=3e-3, seed=1)
+        entries[1] = Member(rank=3, targets="qkv", lr=3e-3, seed=1)
     split, steps = split_of(150), [np.arange(k, k + 5) * 7 % 150 for k in range(0, 40, 4)]
     history = []
     for frozen_dropout in (False, True):

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from lora_ensemble.bank.lora import MemberConfig, expand_members
+from lora_ensemble.bank.lora import Member, expand_members
 from lora_ensemble.errors import UserError
+from lora_ensemble.pool import MemberRecord
 
 
 def test_a_list_is_a_grid() -> None:
     """Tolkunov's SST grid has 16 × 5 = 80 members."""
-    members = expand_members([MemberConfig(rank=list(range(1, 17)), scaling=[1, 2, 3, 4, 5])])
+    members = expand_members([Member(rank=list(range(1, 17)), scaling=[1, 2, 3, 4, 5])])
     assert len(members) == 80
     assert len({m.name for m in members}) == 80
     assert [(m.rank, m.scaling) for m in members[:6]] == [(1, 1.0), (1, 2.0), (1, 3.0), (1, 4.0), (1, 5.0), (2, 1.0)]
@@ -30,17 +31,35 @@ def test_a_list_is_a_grid() -> None:
     ],
 )
 def test_names(entry: dict[str, Any], name: str) -> None:
-    assert [m.name for m in expand_members([MemberConfig(**entry)])] == [name]
+    assert [m.name for m in expand_members([Member(**entry)])] == [name]
 
 
 def test_names_tell_neighbouring_rates_apart() -> None:
-    names = {m.name for m in expand_members([MemberConfig(lr=[1e-4, 1.0000001e-4, 9.999999e-5])])}
+    names = {m.name for m in expand_members([Member(lr=[1e-4, 1.0000001e-4, 9.999999e-5])])}
     assert len(names) == 3
 
 
 def test_full_fine_tuning_has_no_rank() -> None:
-    (member,) = expand_members([MemberConfig(lr=1e-5)], finetune="full")
-    assert (member.name, member.rank, member.targets) == ("full-lr1e-5-s11711", None, None)
+    (member,) = expand_members([Member(lr=1e-5)], finetune="full")
+    assert (member.name, member.adapted) == ("full-lr1e-5-s11711", False)
+    assert (member.recorded()["rank"], member.recorded()["targets"]) == (None, None)
+
+
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_what_a_record_says_comes_back(finetune: str) -> None:
+    """And is what earlier versions wrote, into records and checkpoints: nothing is adapted is None."""
+    entries = (
+        [Member(targets="none", rank=5, lr=1e-3)]
+        if finetune == "full"
+        else [Member(rank=[2, 3]), Member(targets="none")]
+    )
+    for member in expand_members(entries, finetune=finetune):
+        says = member.recorded()
+        assert sorted(says) == ["lr", "name", "rank", "scaling", "seed", "targets"]
+        assert [says[k] is None for k in ("rank", "scaling", "targets")] == [not member.adapted] * 3
+        record = MemberRecord(task="t", kind="binary", **says)
+        assert Member.of_record(record) == member
+        assert expand_members([member], finetune=finetune) == [member]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +73,8 @@ def test_full_fine_tuning_has_no_rank() -> None:
         ([{"scaling": -1}], "scaling: -1"),
         ([{"seed": -1}], "seed: -1"),
         ([{"rank": []}], "empty list"),
+        ([{"rank": None}], r"members\[0\].rank: None"),
+        ([{"seed": None}], r"members\[0\].seed: None"),
         ([{}, {}], "members 0 and 1 are both named 'r8-c1-qv-lr1e-4-s11711'"),
         ([{"name": "x"}, {"rank": 2, "name": "x"}], "both named 'x'"),
         ([{"name": "x", "rank": [1, 2]}], "name 'x' for a grid of 2"),
@@ -64,9 +85,9 @@ def test_full_fine_tuning_has_no_rank() -> None:
 )
 def test_mistakes(entries: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        expand_members([MemberConfig(**e) for e in entries])
+        expand_members([Member(**e) for e in entries])
 
 
 def test_full_fine_tuning_of_two_is_refused() -> None:
     with pytest.raises(UserError, match="2 members with finetune: full"):
-        expand_members([MemberConfig(lr=[1e-5, 2e-5])], finetune="full")
+        expand_members([Member(lr=[1e-5, 2e-5])], finetune="full")

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILY_NAMES, packed
+from conftest import FAMILY_NAMES, packed, tiny_config
 from torch.nn import functional as F
 
 from lora_ensemble.bank.base_model import load_classifier
 from lora_ensemble.bank.families import accepts_token_types, target_paths
-from lora_ensemble.bank.lora import Member, MemberConfig, expand_members, peft_config, peft_tensors
+from lora_ensemble.bank.lora import Member, expand_members, head_names, peft_config, peft_tensors
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.bank.optim import BankAdamW, clip_rows
 from lora_ensemble.errors import UserError
@@ -23,9 +23,7 @@ from lora_ensemble.tasks import PRESETS, Task
 SST = PRESETS["sst"]
 
 
-def bank_of(
-    base: Path, *entries: MemberConfig, tasks: list[Task] | None = None, dropout: float = 0.0, **kw: Any
-) -> Bank:
+def bank_of(base: Path, *entries: Member, tasks: list[Task] | None = None, dropout: float = 0.0, **kw: Any) -> Bank:
     tasks = tasks or [SST]
     classifier, fresh = load_classifier(
         str(base), num_labels=tasks[0].num_outputs, head_dropout=dropout, encoder_dropout=dropout
@@ -65,7 +63,7 @@ def sst_losses(bank: Bank, batch: dict[str, Any]) -> torch.Tensor:
 
 def train(bank: Bank, data: list[dict[str, Any]], *, clip: float | None = None, decay: float = 0.0) -> torch.Tensor:
     """Train by the sum of the members' losses; returns them (steps, M)."""
-    optimizer = BankAdamW(bank.weights, [m.lr for m in bank.members], weight_decay=decay)
+    optimizer = BankAdamW(bank.weights, bank.rates, weight_decay=decay)
     history = []
     for batch in data:
         losses = sst_losses(bank, batch)
@@ -82,7 +80,7 @@ def train(bank: Bank, data: list[dict[str, Any]], *, clip: float | None = None, 
 def flat_state(bank: Bank, index: int) -> dict[str, torch.Tensor]:
     """A member's tensors at full precision by name (member_state rounds to float32)."""
     views = bank._views(bank.weights.detach())
-    rank = bank.members[index].rank or 0
+    rank = bank.ranks[index]
     state = {}
     for path in bank.paths[index]:
         state[f"{path}.A"] = views[f"{path}.A"][index, :rank]
@@ -92,9 +90,9 @@ def flat_state(bank: Bank, index: int) -> dict[str, torch.Tensor]:
 
 
 THREE = (
-    MemberConfig(rank=3, targets="qkv", lr=3e-3, scaling=2.0, seed=1),
-    MemberConfig(rank=8, targets="all-linear", lr=1e-3, seed=2),
-    MemberConfig(targets="none", lr=1e-2, seed=3),
+    Member(rank=3, targets="qkv", lr=3e-3, scaling=2.0, seed=1),
+    Member(rank=8, targets="all-linear", lr=1e-3, seed=2),
+    Member(targets="none", lr=1e-2, seed=3),
 )
 
 
@@ -165,7 +163,7 @@ def test_a_member_driven_to_nan_changes_no_other_by_one_bit(tiny: Callable[[str]
 
     def run(poisoned: bool) -> Bank:
         bank = bank_of(tiny("bert"), *THREE)
-        optimizer = BankAdamW(bank.weights, [m.lr for m in bank.members])
+        optimizer = BankAdamW(bank.weights, bank.rates)
         for step, batch in enumerate(data):
             if poisoned and step == 4:
                 bank.weights.data[1] *= 1e30  # overflows in its forward pass
@@ -186,7 +184,7 @@ def test_a_member_driven_to_nan_changes_no_other_by_one_bit(tiny: Callable[[str]
 
 def test_dropout_masks_of_members_are_independent(tiny: Callable[[str], Path]) -> None:
     """Two members with the same weights agree without dropout and differ with it, in the encoder and in the head."""
-    twins = [MemberConfig(seed=5, name=name, targets="qkv") for name in ("one", "two")]
+    twins = [Member(seed=5, name=name, targets="qkv") for name in ("one", "two")]
     batch = batches(1)[0]
     for family in FAMILY_NAMES:
         still = bank_of(tiny(family), *twins)(row(batch))["sst"]
@@ -209,7 +207,7 @@ def test_bank_of_one_trains_like_peft(tiny: Callable[[str], Path], family: str) 
     from peft import LoraConfig, get_peft_model
 
     targets = "qkv" if family == "modernbert" else "qv"
-    bank = bank_of(tiny(family), MemberConfig(rank=4, scaling=3.0, lr=2e-3, targets=targets))
+    bank = bank_of(tiny(family), Member(rank=4, scaling=3.0, lr=2e-3, targets=targets))
     adapter, heads = bank.member_state(0)
     classifier, _ = load_classifier(str(tiny(family)), num_labels=5, head_dropout=0.0, encoder_dropout=0.0)
     paths = [f"{bank.prefix}.{p}" for p in bank.paths[0]]
@@ -218,7 +216,7 @@ def test_bank_of_one_trains_like_peft(tiny: Callable[[str], Path], family: str) 
         r=4,
         lora_alpha=12,
         target_modules=paths,
-        modules_to_save=bank.head_names(),
+        modules_to_save=head_names(bank.heads[0]),
         lora_dropout=0.0,
     )
     model = get_peft_model(classifier, config).double()
@@ -259,7 +257,7 @@ def test_a_member_is_the_same_whoever_is_beside_it_at_the_start(tiny: Callable[[
 
 
 def test_adapter_starts_normal_with_the_given_deviation_and_b_at_zero(tiny: Callable[[str], Path]) -> None:
-    bank = bank_of(tiny("bert"), MemberConfig(rank=64, targets="all-linear"), init_std=0.05)
+    bank = bank_of(tiny("bert"), Member(rank=64, targets="all-linear"), init_std=0.05)
     adapter, heads = bank.member_state(0)
     drawn = torch.cat([t.flatten() for t in adapter.A.values()])
     assert abs(float(drawn.std()) - 0.05) < 0.001  # 28,000 draws: standard error 0.0002
@@ -275,10 +273,10 @@ def test_pretrained_head_weights_are_kept(tiny: Callable[[str], Path], tmp_path:
     classifier.save_pretrained(tmp_path)
     for file in tiny("distilbert").glob("*token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    heads = bank_of(tmp_path, MemberConfig()).member_state(0)[1]["sst"]
+    heads = bank_of(tmp_path, Member()).member_state(0)[1]["sst"]
     assert torch.equal(heads["pre_classifier.weight"], classifier.pre_classifier.weight)
     three = Task(name="t", kind="multiclass", text=["x"], label_names=["a", "b", "c"])
-    other = bank_of(tmp_path, MemberConfig(), tasks=[three]).member_state(0)[1]["t"]
+    other = bank_of(tmp_path, Member(), tasks=[three]).member_state(0)[1]["t"]
     assert torch.equal(other["pre_classifier.weight"], classifier.pre_classifier.weight)
     assert other["classifier.weight"].shape == (3, 32)
 
@@ -294,13 +292,13 @@ def test_member_state_round_trip_and_mismatches(tiny: Callable[[str], Path]) -> 
     out, wanted = other(row(batches(1)[0]))["sst"], bank(row(batches(1)[0]))["sst"]
     assert not torch.equal(out, wanted)  # the padding of `bank` was noise; a loaded member has zeros there
     adapter, heads = bank.member_state(0)
-    with pytest.raises(ValueError, match="other layers"):
+    with pytest.raises(ValueError, match="member 1 lacks"):
         other.load_member(1, adapter, heads)
     with pytest.raises(ValueError, match="lacks"):
         other.load_member(0, adapter, {"sst": {}})
     with pytest.raises(ValueError, match="shape"):
         other.load_member(0, adapter, {"sst": {**heads["sst"], "classifier.bias": torch.zeros(4)}})
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(ValueError, match="no place for sst/extra"):
         other.load_member(0, adapter, {"sst": {**heads["sst"], "extra": torch.zeros(4)}})
 
 
@@ -383,8 +381,11 @@ def test_frozen_weights_are_untouched(tiny: Callable[[str], Path]) -> None:
 
 
 def test_peft_config_of_a_member() -> None:
-    member = Member(name="m", rank=4, scaling=2.5, lr=1e-3, targets="qv", seed=0)
-    config = peft_config(member, ["a.query"], prefix="bert", heads=["classifier"], base_model="b", revision=None)
+    from transformers import BertForSequenceClassification
+
+    bert = BertForSequenceClassification(tiny_config("bert", 9))
+    config = peft_config(bert, ["a.query"], rank=4, scaling=2.5, base_model="b", revision=None)
     assert config["r"] == 4
     assert config["lora_alpha"] == 10.0
     assert config["target_modules"] == ["bert.a.query"]
+    assert config["modules_to_save"] == ["classifier"]

@@ -20,7 +20,7 @@ from scipy.special import expit, log_softmax, softmax
 from trained_pool import ENTRIES, peft_logits, texts_of, write_pool
 
 from lora_ensemble import Ensemble
-from lora_ensemble.bank.lora import MemberConfig
+from lora_ensemble.bank.lora import Member
 from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.ensemble import restored
 from lora_ensemble.errors import UserError
@@ -147,8 +147,8 @@ def test_members_of_other_encoders_and_lengths(tiny: Callable[[str], Path], tmp_
     groups: list[tuple[str, Any]] = [
         ("bert", {"entries": ENTRIES[:2]}),
         ("electra", {"entries": ENTRIES[2:3]}),
-        ("bert", {"entries": (MemberConfig(lr=1e-5),), "finetune": "full"}),
-        ("bert", {"entries": (MemberConfig(name="short"),), "max_length": 10}),
+        ("bert", {"entries": (Member(lr=1e-5),), "finetune": "full"}),
+        ("bert", {"entries": (Member(name="short"),), "max_length": 10}),
     ]
     for family, how in groups:
         write_pool(pool, tiny(family), "binary", **how)

@@ -19,7 +19,7 @@ from test_ensemble import select
 from trained_pool import ENTRIES, peft_logits, texts_of, write_pool
 
 from lora_ensemble import Ensemble
-from lora_ensemble.bank.lora import MemberConfig
+from lora_ensemble.bank.lora import Member
 from lora_ensemble.ensemble import export
 from lora_ensemble.ensemble.card import SIGNED
 from lora_ensemble.ensemble.folder import whole_folder
@@ -54,8 +54,8 @@ def test_the_folder_is_complete(tiny: Callable[[str], Path], tmp_path: Path) -> 
     groups: list[tuple[str, Any]] = [
         ("bert", {"entries": ENTRIES[:2]}),
         ("electra", {"entries": ENTRIES[2:]}),
-        ("bert", {"entries": (MemberConfig(lr=1e-5),), "finetune": "full"}),
-        ("bert", {"entries": (MemberConfig(name="short"),), "max_length": 10}),
+        ("bert", {"entries": (Member(lr=1e-5),), "finetune": "full"}),
+        ("bert", {"entries": (Member(name="short"),), "max_length": 10}),
     ]
     for family, how in groups:
         write_pool(pool, home / "bases" / family, "binary", columns=2, **how)
@@ -533,7 +533,7 @@ def test_a_pipeline_gives_the_labels(tiny: Callable[[str], Path], tmp_path: Path
 
 
 def test_a_fully_fine_tuned_member(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", entries=(MemberConfig(lr=1e-5),), finetune="full")
+    write_pool(tmp_path / "pool", tiny("bert"), "multiclass", entries=(Member(lr=1e-5),), finetune="full")
     (name,) = (p.name for p in (tmp_path / "pool/mine").glob("full-*"))
     member = ("--pool", tmp_path / "pool", "--task", "mine", "--member", name, "--output", tmp_path / "out")
     with pytest.raises(UserError, match=f"{name}: fully fine-tuned, so it has no adapter; use --format merged"):

@@ -38,7 +38,7 @@ from lora_ensemble.pool import (
     MemberRecord,
     TaskPool,
     check_name,
-    fingerprint,
+    examples_fingerprint,
     read_array,
     read_examples,
     read_record,
@@ -68,9 +68,9 @@ def pool(tmp_path: Path) -> Path:
 )
 def test_examples_come_back_to_the_last_bit(tmp_path, labels):
     ids = np.array(["dev-1", "é", "日本", "a b\tc"])
-    print_ = write_examples(tmp_path, "sst", "dev", ids, labels)
-    assert [p.name for p in (tmp_path / "sst" / "examples").iterdir()] == [f"dev-{print_}.npz"]
-    found = read_examples(tmp_path, "sst", "dev", print_)
+    fingerprint = write_examples(tmp_path, "sst", "dev", ids, labels)
+    assert [p.name for p in (tmp_path / "sst" / "examples").iterdir()] == [f"dev-{fingerprint}.npz"]
+    found = read_examples(tmp_path, "sst", "dev", fingerprint)
     assert found.ids.tolist() == ids.tolist()
     if labels is None:
         assert found.labels is None
@@ -82,13 +82,13 @@ def test_examples_come_back_to_the_last_bit(tmp_path, labels):
 def test_fingerprint_by_hand():
     ids, labels = np.array(["a", "bc"]), np.array([1, 0], np.int32)
     told = b"a\0bc" + b"\1" + b"\1" + b"\0" * 7 + b"\0" * 8  # int64, little-endian
-    assert fingerprint(ids, labels) == hashlib.sha256(told).hexdigest()[:16]
-    assert fingerprint(ids, None) == hashlib.sha256(b"a\0bc").hexdigest()[:16]
+    assert examples_fingerprint(ids, labels) == hashlib.sha256(told).hexdigest()[:16]
+    assert examples_fingerprint(ids, None) == hashlib.sha256(b"a\0bc").hexdigest()[:16]
 
 
 def test_fingerprint_knows_order_labels_and_their_absence():
     prints = {
-        fingerprint(np.array(ids), None if labels is None else np.array(labels))
+        examples_fingerprint(np.array(ids), None if labels is None else np.array(labels))
         for ids in (["a", "b"], ["b", "a"])
         for labels in ([0, 1], [1, 0], [0.0, 1.0], None)
     }
@@ -96,18 +96,18 @@ def test_fingerprint_knows_order_labels_and_their_absence():
 
 
 def test_examples_are_written_once(tmp_path):
-    print_ = write_examples(tmp_path, "quora", "dev", np.array(IDS), TRUTH)
-    path = tmp_path / "quora" / "examples" / f"dev-{print_}.npz"
+    fingerprint = write_examples(tmp_path, "quora", "dev", np.array(IDS), TRUTH)
+    path = tmp_path / "quora" / "examples" / f"dev-{fingerprint}.npz"
     before = path.stat()
-    assert write_examples(tmp_path, "quora", "dev", np.array(IDS), TRUTH) == print_
+    assert write_examples(tmp_path, "quora", "dev", np.array(IDS), TRUTH) == fingerprint
     assert path.stat().st_mtime_ns == before.st_mtime_ns
     assert path.stat().st_ino == before.st_ino
 
 
 def test_ids_and_labels_may_be_lists_and_numbers(tmp_path):
     """What a user of another program has at hand."""
-    print_ = write_examples(tmp_path, "quora", "dev", [10, 11], [0, 1])
-    found = read_examples(tmp_path, "quora", "dev", print_)
+    fingerprint = write_examples(tmp_path, "quora", "dev", [10, 11], [0, 1])
+    found = read_examples(tmp_path, "quora", "dev", fingerprint)
     assert found.ids.tolist() == ["10", "11"]
     assert found.labels.tolist() == [0, 1]
 

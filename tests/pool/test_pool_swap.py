@@ -280,7 +280,7 @@ def test_a_pool_that_cannot_be_written_is_read_as_it_is(pool, monkeypatch, error
     def locked(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(swap, "_locked", locked)
+    monkeypatch.setattr(swap, "locked", locked)
     opened = TaskPool(pool, "quora")
     np.testing.assert_array_equal(opened.logits("m0"), LOGITS)
     assert read_record(pool, "quora", "m0") == opened.record("m0")

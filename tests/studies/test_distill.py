@@ -20,7 +20,7 @@ from trained_pool import peft_logits, texts_of, write_pool
 
 from lora_ensemble import pool
 from lora_ensemble.bank.base_model import load_classifier
-from lora_ensemble.bank.lora import MemberConfig, expand_members, peft_tensors
+from lora_ensemble.bank.lora import Member, expand_members, head_names, peft_tensors
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.cli import main as dicor
@@ -173,7 +173,7 @@ class School:
         return (expit(logits) if self.kind == "binary" else logits)[..., 0].mean(0)
 
 
-def trained_by_peft(school: School, entry: MemberConfig, soft: np.ndarray, weight: float, epochs: int) -> np.ndarray:
+def trained_by_peft(school: School, entry: Member, soft: np.ndarray, weight: float, epochs: int) -> np.ndarray:
     """(N, C) dev logits of PEFT's member after some steps on all texts at once: both losses by torch, AdamW."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
@@ -184,7 +184,7 @@ def trained_by_peft(school: School, entry: MemberConfig, soft: np.ndarray, weigh
     adapter, heads = bank.member_state(0)
     paths = [f"{bank.prefix}.{p}" for p in bank.paths[0]]
     config = LoraConfig(
-        task_type="SEQ_CLS", r=4, lora_alpha=12, target_modules=paths, modules_to_save=bank.head_names()
+        task_type="SEQ_CLS", r=4, lora_alpha=12, target_modules=paths, modules_to_save=head_names(bank.heads[0])
     )
     model = get_peft_model(load_classifier(str(school.base), **sizes)[0], config).double()
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -243,7 +243,7 @@ def test_a_student_is_what_peft_trains(
     # Texts of train, repeated and empty ones are left out.
     blank: Any = "" if columns == 1 else ("good", " ")
     extra = school.write("extra", [*school.texts["extra"], school.texts["train"][3], school.texts["extra"][0], blank])
-    entry = MemberConfig(rank=4, scaling=3.0, lr=1e-2, targets="qv", seed=6)
+    entry = Member(rank=4, scaling=3.0, lr=1e-2, targets="qv", seed=6)
     members = "--model.members=[{rank: 4, scaling: 3, lr: 1e-2, targets: qv, seed: 6}, {targets: none, lr: 1e-2}]"
     options = (f"--unlabelled={extra}", f"--soft_weight={weight}", "--data.batch_size=100", members)
     # Evaluated once, at the end: what the pool has is the last step's.

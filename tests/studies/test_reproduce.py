@@ -12,7 +12,7 @@ import yaml
 from conftest import REPOSITORY
 from test_cli import Program
 
-from lora_ensemble.bank.lora import MemberConfig, expand_members
+from lora_ensemble.bank.lora import Member, expand_members
 from lora_ensemble.main import main
 from lora_ensemble.pool import MemberRecord, TaskPool
 from lora_ensemble.scores import overall_score
@@ -33,7 +33,7 @@ def settings(*names: str) -> dict[str, Any]:
 
 
 def members(config: dict[str, Any]) -> list[Any]:
-    entries = [MemberConfig(**entry) for entry in config["model"]["members"]]
+    entries = [Member(**entry) for entry in config["model"]["members"]]
     return expand_members(entries, finetune=config["model"].get("finetune", "lora"))
 
 
@@ -79,8 +79,8 @@ def program(tmp_path: Path, tiny: Any, demo_root: Path) -> Program:
 
 def test_oyeniyis_models_and_defaults(read: Any) -> None:
     found, config = read("oyeniyi.yaml")
-    assert [(m.targets, m.rank, m.lr) for m in found] == ELEVEN
-    assert {m.scaling for m in found if m.rank} == {1.0}
+    assert [(m.recorded()["targets"], m.recorded()["rank"], m.lr) for m in found] == ELEVEN
+    assert {m.scaling for m in found if m.adapted} == {1.0}
     assert {m.seed for m in found} == {11711}
     assert [m.name for m in found] == list(papers.OYENIYI_DEV)
     assert config.seed_everything == 11711
@@ -94,7 +94,7 @@ def test_oyeniyis_models_and_defaults(read: Any) -> None:
 
 def test_tolkunovs_baselines(read: Any) -> None:
     (frozen,), config = read("tolkunov/frozen.yaml", tasks="[sts]")
-    assert (frozen.targets, frozen.lr, config.trainer.max_epochs) == (None, 1e-3, 10)
+    assert (frozen.targets, frozen.lr, config.trainer.max_epochs) == ("none", 1e-3, 10)
     (full,), config = read("tolkunov/finetuned.yaml", tasks="[sts]")
     assert (config.model.finetune, full.lr, config.trainer.max_epochs) == ("full", 1e-5, 10)
 
@@ -157,7 +157,7 @@ def test_what_a_part_trains(paper: Any, scale: Any) -> None:
             entry["lr"] = float(entry["lr"])
         found = members(config)
         assert work.members == len(found)
-        assert work.heads_only == sum(m.targets in (None, "pooler") for m in found) * (not work.full)
+        assert work.heads_only == sum(m.targets in ("none", "pooler") for m in found) * (not work.full)
         assert work.epochs == config["trainer"]["max_epochs"]
 
 

@@ -32,8 +32,8 @@ def counts(program: Program, members: int, monkeypatch: pytest.MonkeyPatch) -> C
     with monkeypatch.context() as patch:
         counted(pool.MemberRecord, "__init__")
         counted(importlib.metadata, "distribution")
-        counted(pool, "fingerprint")
-        counted(contract, "fingerprint")
+        counted(pool, "examples_fingerprint")
+        counted(contract, "examples_fingerprint")
         counted(swap, "_mend")
         counted(os, "fsync")
         heads = f"[{{targets: none, lr: 1e-2, seed: {list(range(members))}}}]"

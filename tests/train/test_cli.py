@@ -18,7 +18,7 @@ from conftest import FAMILY_NAMES, REPOSITORY
 from safetensors.torch import load_file, save_file
 
 from lora_ensemble import Ensemble, pool
-from lora_ensemble.bank.lora import MemberConfig
+from lora_ensemble.bank.lora import Member
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.main import _LIGHTNINGS, main
@@ -226,7 +226,7 @@ def test_full_fine_tuning_is_clipped_in_bf16_too(program: Program) -> None:
 @pytest.mark.parametrize("algorithm", [None, "norm", "value"])
 def test_full_fine_tuning_clips_the_whole_model(program: Program, algorithm: str | None) -> None:
     """By norm, all gradients together have the norm asked for; by value, none is larger."""
-    module = BankModule([PRESETS["sst"]], str(program.base), members=(MemberConfig(lr=1e-3),), finetune="full")
+    module = BankModule([PRESETS["sst"]], str(program.base), members=(Member(lr=1e-3),), finetune="full")
     trained = [p for p in module.parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.full_like(p, 2.0)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import FAMILY_NAMES
 
-from lora_ensemble.bank.lora import MemberConfig
+from lora_ensemble.bank.lora import Member
 from lora_ensemble.bank.model import row_width
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
@@ -133,7 +133,7 @@ def test_a_need_is_a_line() -> None:
 class Trial:
     """A module of some members, its data and a Trainer, on the CPU."""
 
-    def __init__(self, base: Path, root: Path, *entries: MemberConfig, tasks: tuple[str, ...] = ("sst", "sts")) -> None:
+    def __init__(self, base: Path, root: Path, *entries: Member, tasks: tuple[str, ...] = ("sst", "sts")) -> None:
         self.data = BankData(str(base), str(root), tasks)
         self.data.setup("fit")
         self.module = BankModule(self.data.tasks, str(base), entries)
@@ -152,7 +152,7 @@ def test_a_larger_bank_takes_what_one_and_two_foretell(
     tiny: Callable[[str], Path], demo_root: Path, family: str
 ) -> None:
     """At most a fiftieth less and a tenth more, in both phases; the estimate without a probe is above it."""
-    trial = Trial(tiny(family), demo_root, MemberConfig(rank=4, targets="all-linear", seed=list(range(7))))
+    trial = Trial(tiny(family), demo_root, Member(rank=4, targets="all-linear", seed=list(range(7))))
     few = [trial.measured(m) for m in (1, 2, 7)]
     for phase in ("train", "dev"):
         need = Need.through([(1, few[0][phase]), (2, few[1][phase])])
@@ -169,7 +169,7 @@ def test_a_larger_bank_takes_what_one_and_two_foretell(
 
 
 def test_the_largest_steps_by_brute_force(tiny: Callable[[str], Path], demo_root: Path) -> None:
-    trial = Trial(tiny("bert"), demo_root, MemberConfig())
+    trial = Trial(tiny("bert"), demo_root, Member())
     batches = trial.data.train_dataloader()
     padded, real = [], []
     for epoch in range(2):
@@ -188,7 +188,7 @@ def test_a_probe_decides_where_the_estimate_is_too_large(
     tiny: Callable[[str], Path], demo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory for four and a half members takes four, for less than one takes one; no random state moves."""
-    trial = Trial(tiny("bert"), demo_root, MemberConfig(rank=4, seed=list(range(9))))
+    trial = Trial(tiny("bert"), demo_root, Member(rank=4, seed=list(range(9))))
     four, five = (trial.measured(m)["train"] for m in (4, 5))
     assert four < five
     torch.manual_seed(3)
@@ -206,7 +206,7 @@ def test_a_probe_decides_where_the_estimate_is_too_large(
 def test_a_probe_that_does_not_fit(
     tiny: Callable[[str], Path], demo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trial = Trial(tiny("bert"), demo_root, MemberConfig(rank=4, seed=[1, 2, 3]))
+    trial = Trial(tiny("bert"), demo_root, Member(rank=4, seed=[1, 2, 3]))
     monkeypatch.setattr(probe, "usable_memory", lambda _: 1)
     original = BankModule.with_members
     for most in (1, 0):
@@ -268,10 +268,10 @@ def test_the_order_that_pads_least(tiny: Callable[[str], Path], demo_root: Path)
 def test_the_shapes_are_those_of_the_smaller_bank(tiny: Callable[[str], Path], demo_root: Path) -> None:
     """Names and shapes as a bank of these members alone has them, and their number by hand."""
     entries = [
-        MemberConfig(rank=4, targets="all-linear"),
-        MemberConfig(rank=2),
-        MemberConfig(targets="none"),
-        MemberConfig(rank=3, targets="qkv"),
+        Member(rank=4, targets="all-linear"),
+        Member(rank=2),
+        Member(targets="none"),
+        Member(rank=3, targets="qkv"),
     ]
     module = Trial(tiny("bert"), demo_root, *entries).module
     for rows in ([0], [1, 2], [2], [1, 3], [0, 1, 2, 3]):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_ensemble.bank.lora import MemberConfig
+from lora_ensemble.bank.lora import Member
 from lora_ensemble.tasks import PRESETS
 from lora_ensemble.train.module import BankModule, member_losses
 
@@ -59,7 +59,7 @@ def test_schedules(
     module = BankModule(
         [PRESETS["sst"]],
         base_model=str(tiny("bert")),
-        members=(MemberConfig(lr=[1e-3, 1e-5]),),
+        members=(Member(lr=[1e-3, 1e-5]),),
         schedule=schedule,  # type: ignore[arg-type]
         warmup=warmup,
     )

@@ -21,6 +21,7 @@ from test_banks import EXACT, FIVE, NAMES, fail_once
 from test_cli import Program
 
 from lora_ensemble import pool
+from lora_ensemble.files import sole_process
 from lora_ensemble.main import main
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.runs.sweep import Sweep
@@ -269,7 +270,7 @@ def test_jobs_that_make_no_sense(
     assert program("sweep", "--bank=0", members=TWO) == 2  # not the last one
     assert "--bank 0: the plan has 1 banks" in capsys.readouterr().err
     monkeypatch.setattr("lora_ensemble.train.runs.sweep._WAIT", 0.0)
-    with pool.sole_process(program.run_dir() / "checkpoint", "trains this bank"):
+    with sole_process(program.run_dir() / "checkpoint", "trains this bank"):
         assert program("sweep", "--bank=1", members=TWO) == 2
     assert f"process {os.getpid()} on " in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from lora_ensemble.dicor.imports.layout import read_classes
 from lora_ensemble.dicor.imports.request import Request
 from lora_ensemble.dicor.imports.sources import Source, check_ids, read_source, vector
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import Examples, MemberRecord, fingerprint, read_examples
+from lora_ensemble.pool import Examples, MemberRecord, examples_fingerprint, read_examples
 from lora_ensemble.tasks import PRESETS, Kind, Task, number
 
 
@@ -36,7 +36,7 @@ class Truth:
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.examples.ids, self.examples.labels)
+        return examples_fingerprint(self.examples.ids, self.examples.labels)
 
 
 def find_truth(request: Request, members: Sequence[MemberRecord], notices: list[str]) -> Truth:

@@ -73,13 +73,12 @@ def run(args: Sequence[str]) -> int:
         if code := _program("sweep", part, given):
             print(f"lora-ensemble: stopped in part {number} ({part.name}); the same command goes on", file=sys.stderr)
             return code
-    from lora_ensemble.bank.lora import entry_of
-    from lora_ensemble.bank.member_files import member_of
+    from lora_ensemble.bank.lora import Member
     from lora_ensemble.studies.reproduce.results import write_results
 
     def predict(pool: str, tasks: tuple[str, ...], members: list[MemberRecord]) -> None:
         part = next(p for p in paper.parts if p.pool == pool and p.tasks == tasks)
-        entries = json.dumps([asdict(entry_of(member_of(r))) for r in members])
+        entries = json.dumps([asdict(Member.of_record(r)) for r in members])
         if _program("predict", part, given, f"--model.members={entries}"):
             raise UserError(f"predictions of {part.name} failed; the same command goes on")
 

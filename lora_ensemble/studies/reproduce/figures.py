@@ -11,8 +11,8 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from lora_ensemble.bank.base_model import hub_id
-from lora_ensemble.bank.lora import entry_of
-from lora_ensemble.bank.member_files import member_of, restore_members
+from lora_ensemble.bank.lora import Member
+from lora_ensemble.bank.member_files import restore_members
 from lora_ensemble.dicor.report import command as report_command
 from lora_ensemble.errors import UserError
 from lora_ensemble.files import replacing
@@ -35,7 +35,7 @@ def embeddings(pool: Path, task: str, records: Sequence[MemberRecord], root: Pat
     """The first token's last hidden state of each dev example: (M, N, H), rows in the order of the pool's examples."""
     data = BankData(base_model=base_model, root=str(root), tasks=(task,))
     data.setup("fit")
-    module = BankModule(data.tasks, base_model, members=tuple(entry_of(member_of(r)) for r in records))
+    module = BankModule(data.tasks, base_model, members=tuple(Member.of_record(r) for r in records))
     here = module.base_fingerprint(data)
     restore_members(module.bank, pool, base_model=hub_id(base_model), fingerprint=here)
     module.eval()

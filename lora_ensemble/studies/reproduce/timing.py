@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from lora_ensemble.bank.lora import MemberConfig
+from lora_ensemble.bank.lora import Member
 from lora_ensemble.bank.optim import BankAdamW
 from lora_ensemble.studies.reproduce.grids import Work
 from lora_ensemble.train.data import BankData
@@ -42,9 +42,9 @@ def measure(root: Path, tasks: tuple[str, ...], base_model: str, *, precision: s
     """
     data = BankData(base_model=base_model, root=str(root), tasks=tasks)
     data.setup("fit")
-    module = BankModule(data.tasks, base_model, members=(MemberConfig(rank=8, seed=list(range(_MEMBERS))),))
+    module = BankModule(data.tasks, base_model, members=(Member(rank=8, seed=list(range(_MEMBERS))),))
     module.to(device)
-    optimizer = BankAdamW(module.bank.weights, [m.lr for m in module.members])
+    optimizer = BankAdamW(module.bank.weights, module.bank.rates)
     times, batches = [], data.train_dataloader()
     for step, batch in zip(range(_STEPS + 1), batches, strict=False):
         here = move_data_to_device(batch, device)

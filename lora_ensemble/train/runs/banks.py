@@ -47,8 +47,8 @@ def banks_of(module: BankModule, names: Sequence[str], size: int) -> list[list[s
     """Some of the module's members in banks of at most ``size``, put together so that little is padded."""
     bank, members = module.bank, module.members
     rows = [i for i, m in enumerate(members) if m.name in names]
-    by_targets = sorted(rows, key=lambda i: (len(bank.paths[i]), bank.paths[i], members[i].rank or 0))
-    by_rank = sorted(rows, key=lambda i: (members[i].rank or 0, len(bank.paths[i]), bank.paths[i]))
+    by_targets = sorted(rows, key=lambda i: (len(bank.paths[i]), bank.paths[i], bank.ranks[i]))
+    by_rank = sorted(rows, key=lambda i: (bank.ranks[i], len(bank.paths[i]), bank.paths[i]))
     orders = [rows, by_targets, by_rank, by_targets[::-1], by_rank[::-1]]
     cut = arrange(orders, size, width=lambda some: row_width(bank.row_shapes(some)))
     return [[members[i].name for i in some] for some in cut]
@@ -335,7 +335,7 @@ def let_go(module: BankModule) -> None:
     """Free the encoder and the state of a module that only makes others from now on."""
     module.trainer = None
     if "bank" in module._modules:
-        module.bank.let_go()  # whoever else still holds the bank holds no numbers
+        module.bank.release()  # whoever else still holds the bank holds no numbers
         del module.bank, module._frozen
     gc.collect()
 

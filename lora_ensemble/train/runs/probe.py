@@ -157,7 +157,7 @@ class _Trial:
 
     def _train(self, module: BankModule) -> None:
         with self._on_device(module) as brought:
-            optimizer = BankAdamW(module.bank.weights, [m.lr for m in module.members])
+            optimizer = BankAdamW(module.bank.weights, module.bank.rates)
             # As in the middle of a run: the moments are there, and the last step's gradient until the backward pass.
             assert optimizer.alive.all()
             module.bank.weights.grad = torch.zeros_like(module.bank.weights)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import pool
 from lora_ensemble.errors import UserError
+from lora_ensemble.files import sole_process
 from lora_ensemble.scores import overall
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import say
@@ -98,7 +99,7 @@ class Sweep(BankRun):
     def _train(self, plan: Plan, bank: PlannedBank, ckpt_path: str | None, weights_only: bool | None) -> Plan:
         if rank_zero_only.rank != 0 or not self.keep:
             return super()._train(plan, bank, ckpt_path, weights_only)
-        with pool.sole_process(self._folder(bank), "trains this bank", wait=_WAIT):
+        with sole_process(self._folder(bank), "trains this bank", wait=_WAIT):
             return super()._train(plan, bank, ckpt_path, weights_only)
 
     # The plan
