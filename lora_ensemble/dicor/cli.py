@@ -133,10 +133,6 @@ def _head(task_pool: TaskPool) -> str:
     )
 
 
-def _score_name(task_pool: TaskPool) -> str:
-    return "Pearson r" if task_pool.kind == "regression" else "accuracy"
-
-
 def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
     from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
@@ -145,6 +141,7 @@ def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor.report import words
     from lora_ensemble.dicor.table import about, number, table, verdict
     from lora_ensemble.pool import TaskPool
+    from lora_ensemble.tasks import score_name
 
     with record.whole(given.output) as f:
         task_pool, options = TaskPool(given.pool, given.task), _options(given)
@@ -157,13 +154,13 @@ def _select(given: argparse.Namespace) -> None:
     width = max(len(m.name) for m in ensemble.members)
     settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in ensemble.settings.items() if v is not None)
     print(f"{_head(task_pool)}\n{method}{f' ({settings})' if settings else ''}; strategy {ensemble.strategy}\n")
-    print(f"{'member':<{width}} {_score_name(task_pool):>10} {'weight':>7} {'mean similarity to those above':>32}")
+    print(f"{'member':<{width}} {score_name(ensemble.kind):>10} {'weight':>7} {'mean similarity to those above':>32}")
     for m in ensemble.members:
         print(f"{m.name:<{width}} {m.score:>10.4f} {m.weight:>7.4f} {number(m.mean_similarity):>32}")
     if ensemble.offsets is not None:
         print(words.offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
     found = comparison.estimates
-    print(f"\n{table(found, _score_name(task_pool))}\n\n{verdict(method, found.of[method])}\n{about(found)}")
+    print(f"\n{table(found)}\n\n{verdict(method, found.of[method])}\n{about(found)}")
     print(f"saved {given.output}")
 
 
@@ -192,7 +189,7 @@ def _compare(given: argparse.Namespace) -> None:
         found = comparison.estimates
         test = test_scores(comparison) if given.split == "test" else None
         _say(task, comparison.notices)
-        print(f"{_head(task_pool)}\n\n{table(found, _score_name(task_pool), test)}\n")
+        print(f"{_head(task_pool)}\n\n{table(found, test)}\n")
         default = DEFAULT_METHOD[task_pool.kind]
         method = default if default in found.of else list(found.of)[-1]
         print(verdict(method, found.of[method]))
@@ -217,6 +214,7 @@ def _apply(options: argparse.Namespace) -> None:
     from lora_ensemble.dicor.located import locate
     from lora_ensemble.dicor.table import IN_SAMPLE, number
     from lora_ensemble.scores import one_label
+    from lora_ensemble.tasks import score_name
 
     with record.whole(options.output) as f:
         found = locate(options.ensemble, options.pool)
@@ -224,8 +222,7 @@ def _apply(options: argparse.Namespace) -> None:
         write_predictions(f, ensemble, prediction.examples.ids, prediction.decided)
     if prediction.score is not None:
         _say(ensemble.task, one_label(prediction.examples.labels, ensemble.labels, f"{options.split} labels"))
-        name = "Pearson r" if ensemble.kind == "regression" else "accuracy"
-        print(f"{ensemble.task} {options.split} {name} {number(prediction.score)}")
+        print(f"{ensemble.task} {options.split} {score_name(ensemble.kind)} {number(prediction.score)}")
         if options.split == "dev":
             print(IN_SAMPLE)
     print(f"saved {len(prediction.decided)} predictions of {ensemble.size} members in {options.output}")

@@ -30,7 +30,7 @@ from lora_ensemble.bank.base_model import longest_input
 from lora_ensemble.bank.member_files import load_base, member_of, restore_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
-from lora_ensemble.dicor.choose.choice import probabilities
+from lora_ensemble.dicor.choose.combine import probabilities
 from lora_ensemble.dicor.located import chosen_records, locate
 from lora_ensemble.ensemble.folder import Base, read_bases
 from lora_ensemble.errors import UserError

@@ -6,11 +6,14 @@ Axes: k members, N examples, C outputs of a head; K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.combine import LEAST_PROBABILITY, log_probabilities
-from lora_ensemble.dicor.choose.view import losses
+from lora_ensemble.dicor.choose.combine import Choice
+from lora_ensemble.dicor.choose.probabilities import LEAST_PROBABILITY, log_probabilities, losses
+from lora_ensemble.dicor.members import Members
+from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Kind
 
 SHRINK = 1.0
@@ -26,28 +29,56 @@ PRECISION = 1e-9
 """The search ends when no weight moves by more."""
 
 
-def convex_weights(
-    voices: np.ndarray, labels: np.ndarray, kind: Kind, *, true_probabilities: np.ndarray | None, shrink: float = SHRINK
-) -> np.ndarray:
+def fitted(members: Members, choice: Choice, *, temperature: bool = False, offset: bool = False) -> Choice:
+    """The choice with the weights that the strategy ``weighted`` needs; members without weight are none.
+
+    ``temperature``: with temperatures. ``offset``: with scale and offsets of a classifier's weighted mean. Raises
+    ``UserError`` where temperatures would have no meaning.
+    """
+    chosen = members.take(choice.members)
+    if temperature:
+        if chosen.kind == "regression" or choice.strategy in ("mean", "majority"):
+            raise UserError(
+                "--temperature: only a classifier's probabilities have one; use --strategy mean-probability"
+            )
+        found = temperatures(chosen.logits, chosen.labels, chosen.kind)
+        choice = replace(choice, temperatures=found)
+        chosen = replace(chosen, logits=chosen.logits / found[:, None, None])
+    if choice.strategy != "weighted":
+        return choice
+    weights = convex_weights(chosen)
+    if offset and chosen.kind != "regression":
+        mean = np.tensordot(weights, chosen.soft_votes, axes=1)
+        scale, offsets = scale_and_offsets(mean, chosen.labels, chosen.kind)
+        choice = replace(choice, scale=scale, offsets=offsets)
+    kept = np.flatnonzero(weights > 0)
+    return replace(
+        choice,
+        members=[choice.members[i] for i in kept],
+        weights=weights[kept],
+        temperatures=None if choice.temperatures is None else choice.temperatures[kept],
+        similarities=choice.similarities if len(kept) == len(chosen) else [],
+    )
+
+
+def convex_weights(members: Members, *, shrink: float = SHRINK) -> np.ndarray:
     """Weights (k,), none below 0, of sum 1, that make the weighted mean good on these examples.
 
-    Classifiers: the log-loss of the weighted mean of probabilities, from ``true_probabilities`` (k, N): stacking of
-    predictive distributions (Yao et al. 2018, section 3.3). Regression: the squared error of the straight line through
-    the weighted mean of ``voices`` (k, N, 1) that is best, since r, the score, looks at neither level nor scale; in
-    units of twice what the plain mean's line leaves, which makes it a Gaussian's log-loss (``_of_values``).
-    Plus the penalty of ``SHRINK``, which makes both strictly convex: there is one minimum.
+    Classifiers: the log-loss of the weighted mean of probabilities: stacking of predictive distributions (Yao et al.
+    2018, section 3.3). Regression: the squared error of the straight line through the weighted mean that is best, since
+    r, the score, looks at neither level nor scale; in units of twice what the plain mean's line leaves, which makes it
+    a Gaussian's log-loss. Plus the penalty of ``SHRINK``, which makes both strictly convex: there is one minimum.
 
     It is found by projected gradients rather than by scipy's SLSQP, which finds the same (the tests compare them): this
     is done for every split of the dev set, and importing scipy alone takes as long as all of them.
     """
-    k = len(voices)
+    k = len(members)
     equal = np.full(k, 1 / k)
     if k == 1:
         return equal
-    if kind == "regression":
-        return _of_values(voices[..., 0], labels, shrink)
-    assert true_probabilities is not None
-    p = np.maximum(true_probabilities, LEAST_PROBABILITY)
+    if members.kind == "regression":
+        return _of_values(members.soft_votes[..., 0], members.labels, shrink)
+    p = np.maximum(members.true_probabilities, LEAST_PROBABILITY)
     ratio = p / (equal @ p)
     curvature = ratio @ ratio.T
 
@@ -88,8 +119,8 @@ def _of_values(values: np.ndarray, labels: np.ndarray, shrink: float) -> np.ndar
         return np.asarray(curvature @ u - towards + 2 * shrink * k * (u - equal))
 
     steepest = float(np.linalg.eigvalsh(curvature)[-1]) + 2 * shrink * k
-    found = _descend(slope, equal, steepest, lambda u: np.maximum(u, 0))
-    return _clean(found) if found.any() else equal
+    u = _descend(slope, equal, steepest, lambda u: np.maximum(u, 0))
+    return _clean(u) if u.any() else equal
 
 
 def _descend(
@@ -152,22 +183,22 @@ def temperatures(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np.ndarr
 
 
 def scale_and_offsets(
-    voice: np.ndarray, labels: np.ndarray, kind: Kind, *, pull: float = PULL
+    votes: np.ndarray, labels: np.ndarray, kind: Kind, *, pull: float = PULL
 ) -> tuple[float, np.ndarray]:
     """The scale a and the offsets b (K,) with which softmax(a log p + b) has the least log-loss: vector scaling.
 
-    ``voice`` (N, C): a classifier's mean of ``combine.voices``, whose probabilities are p; ``labels`` (N,). Guo et al.
-    2017, section 4.2, with one scale for all classes: members that were trained on one set are biased towards the same
+    ``votes`` (N, C): a classifier's mean of soft votes, whose probabilities are p; ``labels`` (N,). Guo et al. 2017,
+    section 4.2, with one scale for all classes: members that were trained on one set are biased towards the same
     classes, which no weights can mend.
 
     Added to the sum of the log-losses: ``pull`` / 2 ((a - 1)^2 + |b|^2), see ``PULL``. The examples outweigh it the
     more there are. It makes the minimum unique, also for classes that never occur, and draws the b to sum 0, so that
     no class is special. Found by Newton's method.
     """
-    z = log_probabilities(voice, kind)
+    z = log_probabilities(votes, kind)
     z = z - z.mean(axis=1, keepdims=True)
     n, k = z.shape
-    theta, start, rows = np.r_[1.0, np.zeros(k)], np.r_[1.0, np.zeros(k)], np.arange(n)
+    start, rows = np.r_[1.0, np.zeros(k)], np.arange(n)
 
     def at(theta: np.ndarray) -> tuple[float, np.ndarray]:
         """The objective and the probabilities (N, K)."""
@@ -177,6 +208,7 @@ def scale_and_offsets(
         value = float(np.sum(np.log(total) - u[rows, labels]) + pull / 2 * np.sum(np.square(theta - start)))
         return value, np.exp(u) / total[:, None]
 
+    theta = start
     value, p = at(theta)
     for _ in range(100):
         mean = np.sum(p * z, axis=1)

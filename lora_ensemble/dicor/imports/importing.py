@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.choose.combine import voices
+from lora_ensemble.dicor.choose.probabilities import soft_votes
 from lora_ensemble.dicor.imports import truth
 from lora_ensemble.dicor.imports.outputs import Form, Outputs, to_logits
 from lora_ensemble.dicor.imports.sources import Source, by_column, read_sources
@@ -210,7 +210,7 @@ def _is_truth(logits: np.ndarray, found: truth.Truth, value: float) -> bool:
         return False
     if found.kind == "regression":
         return len(labels) > 2
-    answers = np.unique(voices(logits, found.kind).round(2), axis=0)
+    answers = np.unique(soft_votes(logits, found.kind).round(2), axis=0)
     return len(answers) <= len(np.unique(labels)) < len(labels)
 
 

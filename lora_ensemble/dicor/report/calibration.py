@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.view import log_losses
+from lora_ensemble.dicor.choose.probabilities import log_losses
 from lora_ensemble.tasks import Kind
 
 BINS = 10

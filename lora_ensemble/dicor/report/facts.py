@@ -20,6 +20,7 @@ from lora_ensemble.dicor.report.by_size import Curve, curves
 from lora_ensemble.dicor.report.calibration import Calibration, calibration
 from lora_ensemble.dicor.report.theory import Theory, theory
 from lora_ensemble.pool import MemberRecord
+from lora_ensemble.tasks import score_name
 
 MOST_SHOWN = 200
 """Members in the plots: with more, a row of the heat map is finer than a pixel, and a page is slow to open."""
@@ -59,7 +60,7 @@ class Facts:
 
     @property
     def score_name(self) -> str:
-        return "Pearson r" if self.comparison.kind == "regression" else "accuracy"
+        return score_name(self.comparison.kind)
 
     @property
     def mean_similarity(self) -> np.ndarray:
@@ -79,7 +80,7 @@ def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None
     """The facts of a comparison that kept its probabilities. Raises ``UserError`` as ``features`` does."""
     task_pool, found, dev = comparison.task_pool, comparison.estimates, comparison.dev
     names, scores = list(found.scores), np.array(list(found.scores.values()))
-    order = ranked(scores, np.zeros(len(names)), names)[:MOST_SHOWN]
+    order = ranked(scores, names)[:MOST_SHOWN]
     shown = [task_pool.record(names[i]) for i in order]
     asked = [comparison.methods[m].get_params().get("similarity") for m in (method, "dicor") if m in comparison.methods]
     similarity = next((s for s in asked if s), DEFAULT_SIMILARITY[task_pool.kind])
@@ -90,7 +91,7 @@ def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None
         labels=dev.labels,
     )
     told = [m for m in dict.fromkeys(("best", "omni", "dicor", method)) if m in found.of]
-    labels = found.view.labels
+    labels = found.candidates.labels
     return Facts(
         comparison=comparison,
         method=method,
@@ -113,7 +114,7 @@ def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None
 
 def _logits(dev: Dev, name: str) -> np.ndarray:
     """(N, C) of a member, whose file was checked when it was compared."""
-    return np.asarray(dev.of_member(bisect_left(dev.names, name)))  # they are sorted
+    return dev.logits_of(bisect_left(dev.names, name))  # they are sorted
 
 
 def _theory(comparison: Comparison, names: Sequence[str]) -> Theory:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.combine import majority
+from lora_ensemble.dicor.choose.combine import majority, tie_order
 from lora_ensemble.dicor.choose.similarity import features
 from lora_ensemble.scores import decisions
 from lora_ensemble.tasks import Kind
@@ -110,16 +110,6 @@ def theory(
         observed = float(np.var(errors))
     else:
         expected, independent = majority_error(level, rho, k), independent_majority_error(level, k)
-        block = max(4_000_000 // k, 1)  # examples at a time: the votes of ten thousand members are many
-        voted = [
-            majority(
-                votes[:, start : start + block].astype(np.int64),
-                num_classes=max(outputs, 2),
-                ranks=ranks,
-                scores=scores,
-                names=names,
-            )
-            for start in range(0, n, block)
-        ]
-        observed = float(np.mean(np.concatenate(voted) != labels))
+        decided = majority(votes, tie_order(ranks, scores, names), max(outputs, 2))
+        observed = float(np.mean(decided != labels))
     return Theory(size=k, level=level, rho=rho, expected=expected, independent=independent, observed=observed)

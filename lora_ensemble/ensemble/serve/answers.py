@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.combine import of_voices, voices
+from lora_ensemble.dicor.choose.probabilities import class_probabilities, soft_votes
 from lora_ensemble.ensemble.restored import Ensemble
 from lora_ensemble.ensemble.serve.messages import Class, Classes, MemberClass, MemberValue, Value, Values
 from lora_ensemble.scores import decisions
@@ -29,8 +29,8 @@ def answers(ensemble: Ensemble, logits: np.ndarray, *, members: bool) -> Classes
         )
     together = _by_label(ensemble, ensemble.probabilities(logits))
     # As they enter the ensemble's: at the member's temperature, where it has one.
-    voice = voices(logits, record.kind, record.choice.temperatures)
-    sure = [_by_label(ensemble, of_voices(voice[m], record.kind)) for m in asked]
+    votes = soft_votes(logits, record.kind, record.choice.temperatures)
+    sure = [_by_label(ensemble, class_probabilities(votes[m], record.kind)) for m in asked]
     return Classes(
         answers=[
             Class(
