@@ -117,7 +117,7 @@ class Truth:
         """The score of these members, in the order of choice, each at its epoch."""
         logits = np.stack([self.logits[int(name), epochs[name]] for name in names])
         none: list[int | None] = [None] * len(names)
-        chosen = Members(logits=logits, kind=self.world.kind, names=names, ranks=none, scores=np.zeros(len(names)))
+        chosen = Members(logits, self.world.kind, names, none, np.zeros(len(names)))
         return score_decisions(decide(chosen, choice), self.labels, self.world.kind)
 
     def of_all(self, epochs: dict[str, int]) -> float:

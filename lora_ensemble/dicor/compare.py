@@ -28,13 +28,10 @@ class Comparison:
     """What a pool's members make, chosen by several methods."""
 
     task_pool: TaskPool
-    methods: dict[str, Method]
-    """Every parameter decided."""
+    methods: dict[str, Method]  # every parameter decided
     estimates: Estimates
-    dev: Dev
-    """What was compared on."""
-    notices: list[str]
-    """For the user."""
+    dev: Dev  # what was compared on
+    notices: list[str]  # for the user
 
     @property
     def kind(self) -> Kind:
@@ -82,13 +79,9 @@ def test_scores(comparison: Comparison) -> dict[str, float]:
     comparison.notices.extend(one_label(labels, pool.labels, "test labels"))
     scores = {}
     for method, chosen_by in comparison.estimates.of.items():
-        chosen = Members(
-            logits=np.stack([pool.logits(name) for name in chosen_by.names]),
-            kind=pool.kind,
-            names=chosen_by.names,
-            ranks=[pool.record(name).rank for name in chosen_by.names],
-            scores=np.array([comparison.estimates.scores[name] for name in chosen_by.names]),
-        )
+        names, ranks = chosen_by.names, [pool.record(name).rank for name in chosen_by.names]
+        on_dev = np.array([comparison.estimates.scores[name] for name in names])
+        chosen = Members(np.stack([pool.logits(name) for name in names]), pool.kind, names, ranks, on_dev)
         scores[method] = score_decisions(decide(chosen, chosen_by.choice), labels, pool.kind)
     return scores
 

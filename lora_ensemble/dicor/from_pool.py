@@ -9,18 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from lora_ensemble import pool
 from lora_ensemble.dicor.members import Dev
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import (
-    DISTILLED,
-    EPOCHS,
-    MemberRecord,
-    TaskPool,
-    logits_file,
-    map_array,
-    member_folder,
-    read_array,
-)
 from lora_ensemble.scores import one_label
 
 SMALL = 32_000_000
@@ -33,7 +24,7 @@ class Files:
     thousand members would be a copy of all logits. The first ``SMALL`` bytes are kept all the same: opening costs time.
     """
 
-    def __init__(self, task_pool: TaskPool) -> None:
+    def __init__(self, task_pool: pool.TaskPool) -> None:
         self._pool, self._room = task_pool, SMALL
         self._checked: set[int] = set()
         self._kept: dict[int, np.ndarray] = {}
@@ -46,8 +37,8 @@ class Files:
             return self._kept[index]
         name = self._pool.members[index].name
         if index in self._checked:
-            folder = member_folder(self._pool.pool, self._pool.name, name)
-            return np.asarray(map_array(folder / logits_file(self._pool.split)))
+            folder = pool.member_folder(self._pool.pool, self._pool.name, name)
+            return np.asarray(pool.map_array(folder / pool.logits_file(self._pool.split)))
         logits = self._pool.logits(name)
         self._checked.add(index)
         if self._room >= logits.nbytes:
@@ -56,7 +47,7 @@ class Files:
         return logits
 
 
-def dev_of(task_pool: TaskPool) -> Dev:
+def dev_of(task_pool: pool.TaskPool) -> Dev:
     """The members of a pool on its dev examples, with the logits of every epoch where they were kept.
 
     Raises ``UserError`` where the dev examples have no labels, and as ``TaskPool`` does.
@@ -65,7 +56,7 @@ def dev_of(task_pool: TaskPool) -> Dev:
     if examples.labels is None:
         where = task_pool.pool / task_pool.name
         raise UserError(f"{where}: the dev examples have no labels, so there is no score to choose by")
-    file = logits_file(task_pool.split)
+    file = pool.logits_file(task_pool.split)
     shape = (len(examples.ids), len(task_pool.labels) if task_pool.kind == "multiclass" else 1)
     dev = Dev.of(
         Files(task_pool),
@@ -74,11 +65,11 @@ def dev_of(task_pool: TaskPool) -> Dev:
         names=[r.name for r in records],
         ranks=[r.rank for r in records],
         ids=examples.ids,
-        epochs=[_epochs(task_pool, r, shape) if EPOCHS in r.files else None for r in records],
+        epochs=[_epochs(task_pool, r, shape) if pool.EPOCHS in r.files else None for r in records],
         fingerprints=[r.files.get(file, r.name) for r in records],
     )
     notices = [*dev.notices, *one_label(examples.labels, task_pool.labels, "dev labels")]
-    if students := sum(DISTILLED in r.settings for r in records):
+    if students := sum(pool.DISTILLED in r.settings for r in records):
         who, whose = ("1 member was", "its") if students == 1 else (f"{students} members were", "their")
         notices.append(
             f"{who} distilled from an ensemble that was chosen on dev: {whose} scores flatter a little, honest ones too"
@@ -86,11 +77,11 @@ def dev_of(task_pool: TaskPool) -> Dev:
     return replace(dev, notices=notices)
 
 
-def _epochs(task_pool: TaskPool, record: MemberRecord, shape: tuple[int, int]) -> np.ndarray:
+def _epochs(task_pool: pool.TaskPool, record: pool.MemberRecord, shape: tuple[int, int]) -> np.ndarray:
     """(E, N, C) of a member that has them; ``UserError`` where (N, C) is not ``shape``."""
-    logits = read_array(task_pool.pool, record, EPOCHS)
+    logits = pool.read_array(task_pool.pool, record, pool.EPOCHS)
     if logits.shape[1:] != shape:
-        path = member_folder(task_pool.pool, task_pool.name, record.name) / EPOCHS
+        path = pool.member_folder(task_pool.pool, task_pool.name, record.name) / pool.EPOCHS
         expected = f"(E, {shape[0]}, {shape[1]}): the logits of every epoch"
         raise UserError(f"{path}: shape {logits.shape}; expected {expected}")
     return logits

@@ -1,4 +1,4 @@
-"""Members and what they say of a labelled dev set: all of them (``Dev``), or some of them in memory (``Members``).
+"""Members and what they say of labelled examples: all on the dev set (``Dev``), or some in memory (``Members``).
 
 Axes: M members, N examples, C outputs of a head, E epochs, k members in memory.
 """
@@ -26,9 +26,8 @@ order of the examples; members that tie must tie whatever the order."""
 
 def ranked(scores: np.ndarray, names: Sequence[str], loss: np.ndarray | None = None) -> list[int]:
     """Indices of members (M,), best first: by score, ties by the softer ``loss`` if there is one, then by name."""
-    best_first, softer = -np.round(scores, DECIMALS), np.zeros(len(names)) if loss is None else np.round(loss, DECIMALS)
-    order: list[int] = np.lexsort((np.asarray(names, np.str_), softer, best_first)).tolist()
-    return order
+    softer = np.zeros(len(names)) if loss is None else np.round(loss, DECIMALS)
+    return [int(m) for m in np.lexsort((np.asarray(names, np.str_), softer, -np.round(scores, DECIMALS)))]
 
 
 def top_members(scores: np.ndarray, limit: int, names: Sequence[str], loss_of: Callable[[int], float]) -> list[int]:
@@ -38,24 +37,21 @@ def top_members(scores: np.ndarray, limit: int, names: Sequence[str], loss_of: C
     """
     rounded = np.round(np.nan_to_num(scores, nan=-np.inf), DECIMALS)
     place = max(len(rounded) - limit, 0)
-    within = np.flatnonzero((rounded >= np.partition(rounded, place)[place]) & np.isfinite(rounded))
-    order = ranked(scores[within], [names[m] for m in within], np.array([loss_of(m) for m in within.tolist()]))
-    return [int(within[i]) for i in order[:limit]]
+    within = np.flatnonzero((rounded >= np.partition(rounded, place)[place]) & np.isfinite(rounded)).tolist()
+    order = ranked(scores[within], [names[m] for m in within], np.array([loss_of(m) for m in within]))
+    return [within[i] for i in order[:limit]]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Members:
     """k members on N examples: what a method chooses from, best first, and what an ensemble decides by."""
 
-    logits: np.ndarray
-    """(k, N, C)"""
+    logits: np.ndarray  # (k, N, C)
     kind: Kind
     names: list[str]
     ranks: list[int | None]
-    scores: np.ndarray
-    """(k,): each member's, on the examples that are chosen by."""
-    labels: np.ndarray = field(default_factory=lambda: np.empty(0))
-    """(N,); empty where nothing is chosen."""
+    scores: np.ndarray  # (k,) on the examples that are chosen by
+    labels: np.ndarray = field(default_factory=lambda: np.empty(0))  # (N,); empty where nothing is chosen
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,18 +60,11 @@ class Members:
         """These members alone, in this order, and, where ``rows`` are given, these examples alone."""
         if rows is None and np.array_equal(which, np.arange(len(self))):
             return self
-        return replace(
-            self,
-            logits=self.logits[which] if rows is None else self.logits[which][:, rows],
-            labels=self.labels if rows is None else self.labels[rows],
-            names=[self.names[m] for m in which],
-            ranks=[self.ranks[m] for m in which],
-            scores=self.scores[which],
-        )
-
-    def on(self, logits: np.ndarray) -> Members:
-        """The same members on other examples (k, N, C), whose labels are not known."""
-        return replace(self, logits=logits, labels=np.empty(0))
+        logits, labels = self.logits[which], self.labels
+        if rows is not None:
+            logits, labels = logits[:, rows], labels[rows]
+        names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
+        return Members(logits, self.kind, names, ranks, self.scores[which], labels)
 
     @cached_property
     def soft_votes(self) -> np.ndarray:
@@ -99,19 +88,16 @@ class Opened(Protocol):
 class Dev:
     """All members' logits on labelled examples; members by name, none twice."""
 
-    logits: Opened
-    """M of (N, C)."""
-    labels: np.ndarray
-    """(N,)"""
-    ids: np.ndarray
-    """(N,) unicode"""
+    logits: Opened  # M of (N, C)
+    labels: np.ndarray  # (N,)
+    ids: np.ndarray  # (N,) unicode
     kind: Kind
     names: list[str]
     ranks: list[int | None]
     epochs: Sequence[np.ndarray | None]
     """M of (E, N, C) logits of every epoch, or None where they were not kept."""
     columns: list[int]
-    """For each member its place in what ``of`` was given, which ``logits`` and ``epochs`` still are."""
+    """For each member its place in ``logits`` and ``epochs``, which are as they were given to ``of``."""
     notices: list[str] = field(default_factory=list)
     """What was left out, and what else is to be known, in words."""
 
@@ -152,18 +138,23 @@ class Dev:
         same: dict[str, list[int]] = {}
         for i in sorted(range(m), key=names.__getitem__):
             same.setdefault(fingerprints[i], []).append(i)
-        kept = [places[0] for places in same.values()]
-        copied = [[names[i] for i in places] for places in same.values() if len(places) > 1]
+        columns = [places[0] for places in same.values()]
+        copied = sorted(([names[i] for i in places] for places in same.values() if len(places) > 1), key=lambda c: c[1])
         return cls(
             logits=logits,
             labels=labels,
             ids=ids,
             kind=kind,
-            names=[names[i] for i in kept],
-            ranks=[ranks[i] for i in kept],
+            names=[names[i] for i in columns],
+            ranks=[ranks[i] for i in columns],
             epochs=epochs,
-            columns=kept,
-            notices=[_copies(name, copies) for name, *copies in sorted(copied, key=lambda named: named[1])],
+            columns=columns,
+            notices=[
+                f"{len(others)} member{'s' * (len(others) > 1)} with the very logits of {name} left out: "
+                + ", ".join(others[:3])
+                + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+                for name, *others in copied
+            ],
         )
 
     def __len__(self) -> int:
@@ -182,28 +173,32 @@ class Dev:
         """(E, N, C) of the m-th, or None."""
         return self.epochs[self.columns[m]]
 
+    def members(self, which: Sequence[int], logits: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> Members:
+        """Some members in memory, on some examples: their logits (k, N', C), scores (k,) and labels (N',) there."""
+        names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
+        return Members(logits, self.kind, names, ranks, scores, labels)
+
     def scored(self, scores: np.ndarray) -> tuple[Dev, np.ndarray]:
         """The members whose score (M,) is defined, a notice naming those that have none, and which they are.
 
         ``UserError`` where none has a score.
         """
-        undefined, good = np.flatnonzero(np.isnan(scores)), np.flatnonzero(~np.isnan(scores))
-        if not len(undefined):
+        undefined, good = np.flatnonzero(np.isnan(scores)).tolist(), np.flatnonzero(~np.isnan(scores))
+        if not undefined:
             return self, good
         if np.all(self.labels == self.labels[0]):
             raise UserError("the dev labels are all the same, so Pearson r is undefined; give dev examples that differ")
-        first = int(undefined[0])
-        value = decisions(self.logits_of(first), self.kind)[0]
-        what = f"member {self.names[first]}: its dev predictions are constant (all {value:.6g}), so its Pearson r is "
+        name, value = self.names[undefined[0]], decisions(self.logits_of(undefined[0]), self.kind)[0]
+        what = f"member {name}: its dev predictions are constant (all {value:.6g}), so its Pearson r"
         if not len(good):
-            raise UserError(f"{what}undefined, and so are all others'; train them again")
+            raise UserError(f"{what} is undefined, and so are all others'; train them again")
         others = f" (and {len(undefined) - 1} more like it)" if len(undefined) > 1 else ""
         dev = replace(
             self,
             names=[self.names[m] for m in good],
             ranks=[self.ranks[m] for m in good],
             columns=[self.columns[m] for m in good],
-            notices=[*self.notices, f"{what}undefined; left out{others}"],
+            notices=[*self.notices, f"{what} is undefined; left out{others}"],
         )
         return dev, good
 
@@ -218,24 +213,11 @@ class Dev:
         def loss_of(m: int) -> float:
             return float(losses(self.logits_of(m), self.labels, self.kind).mean())
 
-        top = top_members(scores, limit, self.names, loss_of)
-        opened = [self.logits_of(m) for m in top]
-        members = Members(
-            logits=np.stack([logits[self.order] for logits in opened]),
-            labels=self.labels[self.order],
-            kind=self.kind,
-            names=[self.names[m] for m in top],
-            ranks=[self.ranks[m] for m in top],
-            # As the task scores it: sums over folds round otherwise.
-            scores=np.array([score(logits, self.labels, self.kind) for logits in opened]),
-        )
-        return members, top
-
-
-def _copies(name: str, others: Sequence[str]) -> str:
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    members = f"{len(others)} member{'s' * (len(others) > 1)}"
-    return f"{members} with the very logits of {name} left out: {', '.join(others[:3])}{more}"
+        which = top_members(scores, limit, self.names, loss_of)
+        logits = np.stack([self.logits_of(m)[self.order] for m in which])
+        # As the task scores it: sums over folds round otherwise.
+        scores = np.array([score(self.logits_of(m), self.labels, self.kind) for m in which])
+        return self.members(which, logits, scores, self.labels[self.order]), which
 
 
 def _fingerprint(logits: np.ndarray, name: str, n: int, kind: Kind) -> str:

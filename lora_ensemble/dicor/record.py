@@ -106,14 +106,8 @@ class Ensemble:
     def decide(self, logits: np.ndarray) -> np.ndarray:
         """What its members' logits (M, N, C), in the order of ``members``, decide together: (N,), as
         ``tasks.decisions``."""
-        chosen = Members(
-            logits=logits,
-            kind=self.kind,
-            names=[m.name for m in self.members],
-            ranks=[m.rank for m in self.members],
-            scores=np.array([m.score for m in self.members]),
-        )
-        return decide(chosen, self.choice)
+        names, ranks = [m.name for m in self.members], [m.rank for m in self.members]
+        return decide(Members(logits, self.kind, names, ranks, np.array([m.score for m in self.members])), self.choice)
 
     def to_json(self) -> str:
         """JSON text."""

@@ -25,41 +25,32 @@ def about(estimates: Estimates) -> str:
     folds, methods = estimates.folds, len(estimates.of)
     part = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 10: "tenth"}.get(folds, f"1/{folds}")
     times = "once" if estimates.repeats == 1 else f"{estimates.repeats} times"
-    words = (
-        f"{IN_SAMPLE}\n"
+    lines = [
+        IN_SAMPLE,
         f"Honest: chosen, epochs included, without a {part} of dev and scored on it, until every example was held out "
-        f"{times}, with its {LEVEL:.0%} interval.\n"
-        f"Chosen on all of dev, an ensemble has seen more: 1/{4 * (folds - 1)} of the optimism is added.\n"
-        f"Within noise: the {LEVEL:.0%} interval of the difference (paired bootstrap over examples) holds 0."
-    )
-    if methods <= 3:  # best and omni are there to compare with, and not chosen among
-        return words
-    count = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}.get(methods, str(methods))
-    return (
-        f"{words}\nThe highest of {count} honest estimates is itself flattered a little: it was taken for being the "
-        "highest."
-    )
+        f"{times}, with its {LEVEL:.0%} interval.",
+        f"Chosen on all of dev, an ensemble has seen more: 1/{4 * (folds - 1)} of the optimism is added.",
+        f"Within noise: the {LEVEL:.0%} interval of the difference (paired bootstrap over examples) holds 0.",
+    ]
+    if methods > 3:  # best and omni are there to compare with
+        counts = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}
+        count = counts.get(methods, str(methods))
+        lines.append(
+            f"The highest of {count} honest estimates is itself flattered a little: it was taken for being the highest."
+        )
+    return "\n".join(lines)
 
 
 def table(estimates: Estimates, test: Mapping[str, float] | None = None) -> str:
     """A row for each method; ``test``: each one's score on the test split."""
-    header = (f"{score_name(estimates.candidates.kind)} on dev", "members", "in-sample", "honest")
-    rows = [(*header, f"{LEVEL:.0%} interval", "optimism", "to single best", "to Omni", "test" if test else "")]
-    for name, estimate in estimates.of.items():
-        honest = estimate.honest
-        rows.append(
-            (
-                name,
-                str(len(estimate.names)),
-                number(estimate.in_sample),
-                number(honest.value if honest else None),
-                f"{number(honest.low)} to {number(honest.high)}" if honest else "-",
-                number(estimate.optimism, sign=True),
-                gain(estimate.against_best),
-                gain(estimate.against_omni),
-                number(test[name]) if test else "",
-            )
-        )
+    columns = [f"{score_name(estimates.candidates.kind)} on dev", "members", "in-sample", "honest"]
+    columns += [f"{LEVEL:.0%} interval", "optimism", "to single best", "to Omni", "test" if test else ""]
+    rows = [columns]
+    for name, about in estimates.of.items():
+        value = number(about.honest.value if about.honest else None)
+        span = f"{number(about.honest.low)} to {number(about.honest.high)}" if about.honest else "-"
+        row = [name, str(len(about.names)), number(about.in_sample), value, span, number(about.optimism, sign=True)]
+        rows.append([*row, gain(about.against_best), gain(about.against_omni), number(test[name]) if test else ""])
     form = "{:<17} {:>7} {:>9} {:>9} {:>17} {:>9}  {:<20}  {:<20}  {}"
     return "\n".join(form.format(*row).rstrip() for row in rows)
 

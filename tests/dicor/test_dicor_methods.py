@@ -96,7 +96,6 @@ def test_a_sorted_start_takes_the_best_first_members():
     assert start > 1
     found = Greedy(steps=6, criterion="loss", sorted_start=True).fit(logits, labels, kind="multiclass")
     assert set(order[:start]) <= set(found.members_)
-    np.testing.assert_allclose(found.choice_.trace[:start], values[:start], atol=1e-9)
     plain = Greedy(steps=6, criterion="loss").fit(logits, labels, kind="multiclass")
     assert set(plain.members_) != set(found.members_)
 

@@ -136,7 +136,7 @@ def test_losses_are_scikit_learns(kind):
 def test_temperatures_are_those_that_scipy_finds(kind):
     labels = random_labels(kind, 200)
     logits = 4 * random_logits(kind, labels, 3, noise=1.0)
-    found = temperatures(logits, labels, kind)
+    found = temperatures(members_of(logits, labels, kind))
     for m in range(3):
         best = minimize_scalar(
             lambda t, m=m: losses(logits[m] / np.exp(t), labels, kind).mean(), bounds=(-3, 3), method="bounded"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.probabilities import class_probabilities, log_probabilities, soft_votes
+from lora_ensemble.dicor.choose.probabilities import LEAST_PROBABILITY, class_probabilities, soft_votes
 from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.dicor.members import Members, ranked
 from lora_ensemble.errors import UserError
@@ -38,8 +38,6 @@ class Choice:
     """(classes,) of sum 0, added to it after that, for a classifier; see ``vector_scaled``."""
     similarities: list[list[float]] = field(default_factory=list)
     """For each chosen member its similarity to each one chosen before it, if the method looked at it."""
-    trace: list[float] = field(default_factory=list)
-    """How good the ensemble was, by the method's criterion, after each step."""
 
 
 def decide(chosen: Members, choice: Choice) -> np.ndarray:
@@ -59,8 +57,7 @@ def decide(chosen: Members, choice: Choice) -> np.ndarray:
     order = ranked(chosen.scores, chosen.names)
     if choice.strategy == "mean":
         return decisions(np.mean(chosen.logits[order], axis=0, dtype=np.float64), kind)
-    temperatures = None if choice.temperatures is None else choice.temperatures[order]
-    votes = soft_votes(chosen.logits[order], kind, temperatures)
+    votes = soft_votes(chosen.logits[order], kind, None if choice.temperatures is None else choice.temperatures[order])
     if choice.strategy == "mean-probability":
         return decisions(votes.mean(axis=0), kind)
     if choice.weights is None:
@@ -87,6 +84,11 @@ def probabilities(logits: np.ndarray, choice: Choice, *, kind: Kind) -> np.ndarr
     return class_probabilities(mean, kind)
 
 
+def log_probabilities(votes: np.ndarray, kind: Kind) -> np.ndarray:
+    """Logarithms of the probabilities (N, classes) of a mean of soft votes (N, C)."""
+    return np.log(np.maximum(class_probabilities(votes, kind), LEAST_PROBABILITY))
+
+
 def vector_scaled(votes: np.ndarray, kind: Kind, scale: float, offsets: np.ndarray) -> np.ndarray:
     """Logits (N, C), as a head's, of a mean of soft votes (N, C) whose probabilities p become softmax(a log p + b).
 
@@ -102,19 +104,19 @@ def shares(decided: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def tie_order(ranks: Sequence[int | None], scores: np.ndarray, names: Sequence[str]) -> list[int]:
-    """Indices of members (M,), the one that has the most say where votes tie first.
+    """Indices of members (M,), who has the most say where votes tie first: the highest rank (Tolkunov, section 4.3).
 
-    The highest rank (Tolkunov, section 4.3), none last; the same ranks by dev score, then by name.
+    A member without a rank comes last; members of the same rank go by dev score, then by name.
     """
     # sorted() is stable, also in reverse.
     return sorted(ranked(scores, names), key=lambda m: -1 if (r := ranks[m]) is None else r, reverse=True)
 
 
 def majority(decided: np.ndarray, order: Sequence[int], num_classes: int) -> np.ndarray:
-    """The class that most of some members decided for: class numbers (M, N) to (N,) int64.
+    """The class that most of the members in ``order`` decided for: class numbers (M, N) to (N,) int64.
 
-    ``order``: the members that vote, as ``tie_order``. Of tied classes it is the one that the first of them voted for;
-    a member that voted for none of the tied classes has no say.
+    Of tied classes it is the one that the first in ``order``, see ``tie_order``, voted for; a member that voted for
+    none of them has no say.
     """
     winner = np.empty(decided.shape[1], np.int64)
     block = max(MOST_VOTES // len(order), 1)
@@ -124,10 +126,8 @@ def majority(decided: np.ndarray, order: Sequence[int], num_classes: int) -> np.
         cells = votes + num_classes * np.arange(n)  # one counter for every example and class
         counts = np.bincount(cells.ravel(), minlength=n * num_classes).reshape(n, num_classes)
         leading = counts == counts.max(axis=1, keepdims=True)  # (n, num_classes)
-        tied = np.flatnonzero(leading.sum(axis=1) > 1)
-        votes_of_tied = votes[:, tied]
-        first = np.argmax(leading[tied, votes_of_tied], axis=0)  # the first to vote for one of the tied classes
-        won = np.argmax(leading, axis=1)
-        won[tied] = votes_of_tied[first, np.arange(len(tied))]
+        won, tied = np.argmax(leading, axis=1), np.flatnonzero(leading.sum(axis=1) > 1)
+        first = np.argmax(leading[tied, votes[:, tied]], axis=0)  # the first to vote for one of the tied classes
+        won[tied] = votes[first, tied]
         winner[start : start + block] = won
     return winner

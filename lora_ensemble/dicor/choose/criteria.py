@@ -26,19 +26,19 @@ class Sums:
         if members.kind != "regression":
             self.each = members.true_probabilities if self.by_loss else members.soft_votes
             return
-        self.each, self.labels = members.soft_votes[..., 0], self.labels.astype(np.float64)
+        self.each, self.labels = members.soft_votes[..., 0], members.labels.astype(np.float64)
         self._y = self.labels - self.labels.mean()
         self._centred = self.each - self.each.mean(axis=1, keepdims=True)
         self._xy, self._xx = self._centred @ self._y, np.square(self._centred).sum(axis=1)
 
     def value(self, total: np.ndarray, count: int) -> np.ndarray:
         """Of sums of ``count`` members, (..., N) or (..., N, C): (...); r of one sum (N,) alone."""
-        if self.by_loss and self.kind == "regression":
-            return np.round(-np.square(total / count - self.labels).mean(axis=-1), DECIMALS)
         if self.by_loss:
-            return np.round(-log_losses(total / count).mean(axis=-1), DECIMALS)
+            mean = total / count
+            loss = np.square(mean - self.labels) if self.kind == "regression" else log_losses(mean)
+            return np.round(-loss.mean(axis=-1), DECIMALS)
         if self.kind == "regression":
-            return _rounded_r(np.asarray(score_decisions(total, self.labels, "regression")))
+            return _rounded(np.asarray(score_decisions(total, self.labels, "regression")))
         return np.asarray((decisions(total, self.kind) == self.labels).mean(axis=-1))
 
     def values(self, total: np.ndarray, count: int) -> np.ndarray:
@@ -49,9 +49,9 @@ class Sums:
         both = self._xy + np.dot(s, self._y) if count else self._xy
         variance = self._xx + 2 * (self._centred @ s) + s @ s if count else self._xx
         with np.errstate(invalid="ignore", divide="ignore"):
-            return _rounded_r(both / np.sqrt(variance * (self._y @ self._y)))
+            return _rounded(both / np.sqrt(variance * (self._y @ self._y)))
 
 
-def _rounded_r(r: np.ndarray) -> np.ndarray:
-    """An r that is undefined is the worst."""
+def _rounded(r: np.ndarray) -> np.ndarray:
+    """As scores are compared; an r that is undefined is the worst."""
     return np.round(np.nan_to_num(r, nan=-1.0, posinf=-1.0, neginf=-1.0), DECIMALS)

@@ -46,40 +46,35 @@ class Greedy(Method):
         if self.steps < 1 or self.bags < 1 or not 0 < self.model_share <= 1 or not 0 < self.example_share <= 1:
             raise UserError("greedy: expected steps and bags of at least 1, and shares above 0 and up to 1")
         k, n = len(members), len(members.labels)
-        if self.bags == 1:
-            order, trace = self._search(Sums(members, self.criterion))
-            weights = np.bincount(order, minlength=k) / len(order)
-        else:
-            rng, weights, trace, order = np.random.default_rng(self.seed), np.zeros(k), [], []
-            for _ in range(self.bags):
+        order, weights, rng = list[int](), np.zeros(k), np.random.default_rng(self.seed)
+        for _ in range(self.bags):
+            which, part = np.arange(k), members
+            if self.bags > 1:
                 which = np.sort(rng.choice(k, max(1, round(self.model_share * k)), replace=False))
                 rows = np.sort(rng.choice(n, max(1, round(self.example_share * n)), replace=False))
                 part = members.take(which, None if len(rows) == n else rows)
-                bag = which[self._search(Sums(part, self.criterion))[0]]
-                weights += np.bincount(bag, minlength=k) / len(bag) / self.bags
-                order += bag.tolist()
+            bag = which[self._search(Sums(part, self.criterion))]
+            weights += np.bincount(bag, minlength=k) / len(bag) / self.bags
+            order += bag.tolist()
         chosen = list(dict.fromkeys(order))  # in the order of first choice
-        return Choice(members=chosen, strategy="weighted", weights=weights[chosen], trace=trace)
+        return Choice(members=chosen, strategy="weighted", weights=weights[chosen])
 
-    def _search(self, sums: Sums) -> tuple[list[int], list[float]]:
-        """Members (indices, with repetition) up to the first best ensemble on the way, and the value at each step."""
-        total, order, trace, least = np.zeros_like(sums.each[0]), list[int](), list[float](), 1
+    def _search(self, sums: Sums) -> list[int]:
+        """Members (indices, with repetition) up to the first best ensemble on the way."""
+        total, order, values, least = np.zeros_like(sums.each[0]), list[int](), list[float](), 1
         if self.sorted_start:
-            first = min(len(sums.each), MOST_SORTED, self.steps)
-            totals = np.cumsum(sums.each[:first], axis=0)
-            trace = [float(sums.value(total, m + 1)) for m, total in enumerate(totals)]
-            least = int(np.argmax(trace)) + 1
-            order, trace, total = list(range(least)), trace[:least], sums.each[:least].sum(axis=0)
+            totals = np.cumsum(sums.each[: min(MOST_SORTED, self.steps)], axis=0)
+            values = [float(sums.value(total, m + 1)) for m, total in enumerate(totals)]
+            least = int(np.argmax(values)) + 1
+            order, values, total = list(range(least)), values[:least], totals[least - 1]
         used = np.zeros(len(sums.each), bool)
         used[order] = True
         while len(order) < self.steps:
-            values = sums.values(total, len(order))
-            best = np.flatnonzero(values == values.max())
-            again = best[used[best]]
-            m = int(again[0] if len(again) else best[0])
+            with_each = sums.values(total, len(order))
+            best = np.flatnonzero(with_each == with_each.max())
+            m = int(next(iter(best[used[best]]), best[0]))
             total = total + sums.each[m]
             order.append(m)
-            trace.append(float(values[m]))
+            values.append(float(with_each[m]))
             used[m] = True
-        end = max(int(np.argmax(trace)) + 1, least)
-        return order[:end], trace
+        return order[: max(int(np.argmax(values)) + 1, least)]

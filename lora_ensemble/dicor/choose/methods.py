@@ -16,16 +16,10 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from lora_ensemble.dicor.choose import settings as s
 from lora_ensemble.dicor.choose.combine import Choice, decide, probabilities
 from lora_ensemble.dicor.choose.criteria import Sums
-from lora_ensemble.dicor.choose.settings import (
-    DEFAULT_TOP_K,
-    EXHAUSTIVE_TOP_K,
-    MOST_AUTO,
-    Criterion,
-    Similarity,
-    Strategy,
-)
+from lora_ensemble.dicor.choose.settings import Criterion, Similarity, Strategy
 from lora_ensemble.dicor.choose.similarity import features, pick
 from lora_ensemble.dicor.choose.weights import fitted
 from lora_ensemble.dicor.members import Dev, Members
@@ -54,10 +48,8 @@ class Method:
     def set_params(self, **params: Any) -> Self:
         """Change parameters by name; ``UserError`` for one that there is not."""
         for name, value in params.items():
-            if name not in self.get_params():
-                raise UserError(
-                    f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(self.get_params())}"
-                )
+            if name not in (known := self.get_params()):
+                raise UserError(f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(known)}")
             setattr(self, name, value)
         return self
 
@@ -82,22 +74,20 @@ class Method:
         dev = Dev.of(logits, labels, kind=kind, names=names, ranks=ranks, ids=ids)
         scores = np.array([score(dev.logits_of(m), dev.labels, kind) for m in range(len(dev))])
         dev, good = dev.scored(scores)
-        members, kept = dev.top(scores[good], self.top_k)
+        members, which = dev.top(scores[good], self.top_k)
         self.choice_ = self.choose(members)
-        chosen = self.choice_.members
+        chosen, weights = self.choice_.members, self.choice_.weights
         self.kind_, self.notices_ = kind, dev.notices
-        self.members_ = [dev.columns[kept[m]] for m in chosen]
+        self.members_ = [dev.columns[which[m]] for m in chosen]
         self.names_, self._ranks = [members.names[m] for m in chosen], [members.ranks[m] for m in chosen]
         self.scores_ = members.scores[chosen]
-        weights = self.choice_.weights
         self.weights_ = np.full(len(chosen), 1 / len(chosen)) if weights is None else weights
         return self
 
     def predict(self, logits: np.ndarray) -> np.ndarray:
         """What the ensemble decides (N,), from logits (M, N, C) of all members in the order of ``fit``."""
-        said = self._chosen(logits)
-        chosen = Members(logits=said, kind=self.kind_, names=self.names_, ranks=self._ranks, scores=self.scores_)
-        return decide(chosen, self.choice_)
+        logits = self._chosen(logits)
+        return decide(Members(logits, self.kind_, self.names_, self._ranks, self.scores_), self.choice_)
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Probabilities (N, classes), from logits (M, N, C); ``UserError`` for a regression."""
@@ -139,7 +129,7 @@ class Dicor(Method):
     """
 
     size: int | Literal["auto"] = "auto"
-    top_k: int = DEFAULT_TOP_K
+    top_k: int = s.DEFAULT_TOP_K
     similarity: Similarity = "pearson"
     strategy: Strategy = "mean"
     trade_off: float = 1.0
@@ -150,18 +140,14 @@ class Dicor(Method):
             raise UserError(f"size {self.size}: an ensemble needs at least one member")
         if not 0 <= self.trade_off <= 1:
             raise UserError(f"trade_off {self.trade_off}: expected 0 (score alone) to 1 (similarity alone)")
-        size = min(MOST_AUTO if self.size == "auto" else self.size, len(members))
+        size = min(s.MOST_AUTO if self.size == "auto" else self.size, len(members))
         compared = features(members.logits, kind=members.kind, similarity=self.similarity, labels=members.labels)
-        picked, similarities = pick(
-            compared, size=size, similarity=self.similarity, scores=members.scores, trade_off=self.trade_off
-        )
-        trace: list[float] = []
+        picked, similarities = pick(compared, members.scores, size, self.similarity, self.trade_off)
         if self.size == "auto":
             sums = Sums(members)
             totals = np.cumsum(sums.each[picked], axis=0)
-            trace = [float(sums.value(total, i + 1)) for i, total in enumerate(totals)]
-            size = int(np.argmax(trace)) + 1
-        choice = Choice(members=picked[:size], strategy=self.strategy, similarities=similarities[:size], trace=trace)
+            size = int(np.argmax([sums.value(total, i + 1) for i, total in enumerate(totals)])) + 1
+        choice = Choice(members=picked[:size], strategy=self.strategy, similarities=similarities[:size])
         return fitted(members, choice, temperature=self.temperature)
 
 
@@ -173,13 +159,13 @@ class Weighted(Method):
     regression gets none: r, its score, looks at neither.
     """
 
-    top_k: int = DEFAULT_TOP_K
+    top_k: int = s.DEFAULT_TOP_K
     temperature: bool = False
     offset: bool = False
 
     def _choose(self, members: Members) -> Choice:
-        all_of_them = Choice(members=list(range(len(members))), strategy="weighted")
-        return fitted(members, all_of_them, temperature=self.temperature, offset=self.offset)
+        choice = Choice(members=list(range(len(members))), strategy="weighted")
+        return fitted(members, choice, temperature=self.temperature, offset=self.offset)
 
 
 @dataclass(kw_only=True)
@@ -191,7 +177,7 @@ class Exhaustive(Method):
     """
 
     size: int | None = None
-    top_k: int = EXHAUSTIVE_TOP_K
+    top_k: int = s.EXHAUSTIVE_TOP_K
     criterion: Criterion | None = None
     strategy: Strategy = "mean-probability"
 
@@ -214,4 +200,4 @@ class Exhaustive(Method):
                     search(longer, more)
 
         search([], np.zeros_like(sums.each[0]))
-        return fitted(members, Choice(members=chosen, strategy=self.strategy, trace=[best]))
+        return fitted(members, Choice(members=chosen, strategy=self.strategy))

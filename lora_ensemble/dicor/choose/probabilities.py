@@ -33,11 +33,6 @@ def class_probabilities(votes: np.ndarray, kind: Kind) -> np.ndarray:
     return np.hstack([0.5 - votes, 0.5 + votes]) if kind == "binary" else votes
 
 
-def log_probabilities(votes: np.ndarray, kind: Kind) -> np.ndarray:
-    """Their logarithms (N, classes)."""
-    return np.log(np.maximum(class_probabilities(votes, kind), LEAST_PROBABILITY))
-
-
 def true_probabilities(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np.ndarray:
     """The probability of the label: logits (..., N, C) of a classifier and labels (N,) to (..., N) float64."""
     logits = logits.astype(np.float64)
@@ -49,13 +44,13 @@ def true_probabilities(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np
     return np.asarray(np.exp(shifted[..., np.arange(len(labels)), labels]) / np.exp(shifted).sum(axis=-1))
 
 
-def log_losses(true_probability: np.ndarray) -> np.ndarray:
+def log_losses(probability: np.ndarray) -> np.ndarray:
     """Log-loss of each example in nats: probabilities of the labels (..., N) to (..., N)."""
-    return np.asarray(-np.log(np.maximum(true_probability, LEAST_PROBABILITY)))
+    return np.asarray(-np.log(np.maximum(probability, LEAST_PROBABILITY)))
 
 
 def losses(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np.ndarray:
-    """The softer measure of each example, the less the better: log-loss, or squared error; (..., N, C) to (..., N)."""
+    """The softer measure, the less the better: log-loss, or squared error; (..., N, C) to (..., N)."""
     if kind == "regression":
         return np.asarray(np.square(logits[..., 0].astype(np.float64) - labels))
     return log_losses(true_probabilities(logits, labels, kind))

@@ -10,17 +10,9 @@ if TYPE_CHECKING:
 Similarity = Literal["cosine", "pearson", "error", "kappa", "double-fault"]
 Strategy = Literal["mean", "mean-probability", "majority", "weighted"]
 MethodName = Literal[
-    "best",
-    "omni",
-    "dicor",
-    "dicor-auto",
-    "greedy",
-    "greedy-score",
-    "greedy-bagged",
-    "weighted",
-    "weighted-offset",
-    "exhaustive",
-]
+    "best", "omni", "dicor", "dicor-auto", "greedy", "greedy-score", "greedy-bagged",
+    "weighted", "weighted-offset", "exhaustive",
+]  # fmt: skip
 Criterion = Literal["score", "loss"]
 """What a search makes best: the task's score, or the softer log-loss (classifiers) or squared error (regression)."""
 
@@ -36,8 +28,6 @@ MOST_AUTO = 25
 # What a search makes best unless told otherwise. Accuracy moves in steps of 1/N and ties everywhere, so that a search
 # by it fits the noise of the few examples at the border; r is smooth already.
 SMOOTH: dict[Kind, Criterion] = {"multiclass": "loss", "binary": "loss", "regression": "score"}
-
-
 # What `dicor select` takes unless told otherwise. On 3 real pools it is beyond noise above Omni, and none of our others
 # is above it beyond noise. Offsets: on Quora 0.0167 above `weighted`, beyond noise, on SST 0.0069, within
 # (benchmarks/README.md); a regression has none. `dicor`, the paper's rule, is below the single best on all three.

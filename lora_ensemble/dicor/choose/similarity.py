@@ -1,30 +1,20 @@
 """How alike two members' predictions are, and the choice of members that are unlike each other.
 
-Axes: M members, N examples of a split, C outputs of a head, F numbers that a member is compared by, k candidates.
-
-The higher, the more alike, for all five. Where a similarity is undefined (a constant has no correlation) it is 1, the
-most alike there is: a member that says the same of every example is never chosen for being different.
-
-**cosine**, multiclass and binary: of the *one-hot* decisions, 0 to 1, which equals the share of the examples on which
-two members decide the same; never undefined. Tolkunov (section 4.3) takes it of the class numbers. But these are names:
-renumbering the classes would change such a cosine, and a decision for class 0 would be a zero that agrees with nothing.
-
-**cosine**, regression: of the values, -1 to 1. Undefined for a member of zeros.
-
-**pearson**: the correlation of the values or logits, -1 to 1 (Tolkunov, section 4.3, for STS); multiclass: of the
-logits less their mean over the C classes of the same example, over all N C of them, for a shift of all logits of an
-example changes no decision and no probability. Renumbering the classes changes nothing. Undefined for a constant.
-
-**error**: the correlation of errors, -1 to 1. Classifiers: of the 0/1 vectors of what is wrong, the phi coefficient
-(the rho of Kuncheva and Whitaker 2003, "Measures of diversity in classifier ensembles", section 2). Regression: of the
-residuals. Undefined where a member is never, or always, wrong.
-
+**cosine**: of a regression's values, -1 to 1; of a classifier's one-hot decisions, 0 to 1, which is the share of the
+examples on which two members decide the same. (Tolkunov, section 4.3, takes it of the class numbers. But these are
+names: renumbering them would change such a cosine, and a decision for class 0 would be a zero, like no other.)
+**pearson**: the correlation of values or logits, -1 to 1 (Tolkunov, section 4.3, for STS); multiclass: of all N C
+logits, each less the mean over its example's C, for a shift of these changes no decision and no probability.
+**error**: the correlation of residuals, or of a classifier's 0/1 vectors of what is wrong, -1 to 1 (the rho of Kuncheva
+and Whitaker 2003, "Measures of diversity in classifier ensembles", section 2).
 **kappa**, classifiers only: Cohen's kappa of the decisions (Cohen 1960; for ensembles Margineantu and Dietterich 1997),
--1 to 1: agreement beyond what their shares of each class would give by chance. Undefined where both decide for one and
-the same class everywhere.
-
+-1 to 1: agreement beyond what their shares of each class would give by chance.
 **double-fault**, classifiers only: the share of examples on which both are wrong (Giacinto and Roli 2001), 0 to 1. The
-only one of the five for which a good member is unlike others for being good. Never undefined.
+only one for which a good member is unlike others for being good.
+
+The higher, the more alike. Where one is undefined (a constant has no correlation, nor have the errors of who is never
+wrong) it is 1, the most alike there is: who says the same of every example is never chosen for being different.
+Axes: M members, N examples of a split, C outputs of a head, F numbers that a member is compared by, k candidates.
 """
 
 from __future__ import annotations
@@ -41,8 +31,8 @@ from lora_ensemble.tasks import Kind
 def features(logits: np.ndarray, *, kind: Kind, similarity: Similarity, labels: np.ndarray | None = None) -> np.ndarray:
     """What members are compared by: logits (M, N, C) to (M, F), the input of ``similarity_to``.
 
-    Decisions (of class numbers, or whether they are wrong), or vectors of length 1, of NaN where that is undefined.
-    ``labels`` (N,) are for error and double-fault. ``UserError`` for kappa and double-fault of a regression.
+    Class numbers, whether they are wrong, or vectors of length 1 (of NaN where that is undefined). ``labels`` (N,) are
+    for error and double-fault. ``UserError`` for kappa and double-fault of a regression.
     """
     if similarity in ("kappa", "double-fault") and kind == "regression":
         raise UserError(
@@ -102,7 +92,7 @@ def pairwise(members: np.ndarray, *, similarity: Similarity = "cosine") -> np.nd
 
 
 def pick(
-    candidates: np.ndarray, *, size: int, similarity: Similarity, scores: np.ndarray, trade_off: float
+    candidates: np.ndarray, scores: np.ndarray, size: int, similarity: Similarity, trade_off: float
 ) -> tuple[list[int], list[list[float]]]:
     """``size`` of k candidates, the best first, from their ``features`` (k, F) and ``scores`` (k,).
 
@@ -110,10 +100,9 @@ def pick(
     numbers, never M x M. ``trade_off`` 1 is the paper's rule (Tolkunov, section 4.3): the best comes first; then, each
     time, the candidate with the least mean similarity to those already chosen. The report says "lowest correlation" and
     not to what; the mean is the rho of its equation 2, Var(ens) = sigma^2 / N + (N - 1) / N * rho * sigma^2, which the
-    choice is to make small. Below 1 the score counts too, as in maximal marginal relevance (Carbonell and Goldstein
-    1998): the next is the one with the largest (1 - trade_off) score - trade_off similarity, where both are scaled to
-    0..1 over the candidates that are left, for a difference of accuracies means nothing beside a difference of
-    correlations. 0 takes the best. The first of equals is taken: the one ranked higher.
+    choice is to make small. Below 1 the next is the one with the largest (1 - trade_off) score - trade_off similarity
+    (maximal marginal relevance, Carbonell and Goldstein 1998), both scaled to 0..1 over the candidates that are left,
+    for a difference of accuracies means nothing beside one of correlations. Of equals it is the one ranked higher.
     """
     picked, k = [0], len(candidates)
     to_picked = np.empty((size, k))  # row i: similarity of all candidates to the i-th chosen
@@ -128,7 +117,7 @@ def pick(
                 cost = trade_off * _scaled(cost, left) - (1 - trade_off) * _scaled(scores, left)
                 cost = np.round(cost, DECIMALS)
             cost[picked] = np.inf
-            picked.append(int(np.argmin(cost)))  # the first of equals
+            picked.append(int(np.argmin(cost)))
     return picked, [to_picked[:i, p].tolist() for i, p in enumerate(picked)]
 
 

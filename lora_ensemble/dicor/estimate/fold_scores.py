@@ -28,8 +28,8 @@ class FoldScores:
     """What one pass over all members finds."""
 
     scores: np.ndarray
-    """(S + 1, M): each member's score on what is left of dev when a split's fold is held out, and, in the last row, on
-    the whole of dev; NaN where undefined."""
+    """(S + 1, M): each member's score on what a split leaves to choose by, and, in the last row, on the whole of dev;
+    NaN where undefined."""
     epochs: np.ndarray
     """(S, M): the epoch that is best there, the first of equals; -1 where the epochs were not kept."""
     omni: np.ndarray
@@ -46,26 +46,24 @@ def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy, proba
     member is read once, however many splits there are. ``omni``: how all members are combined. ``probabilities``: keep
     those that they give, too (classifiers).
     """
-    repeats, n = fold.shape
-    s, m = repeats * folds, len(dev)
+    (repeats, n), m = fold.shape, len(dev)
+    splits = repeats * folds
     # (N, S + 1): a column for each split's fold; the last is empty, which leaves the whole.
-    inside = np.zeros((n, s + 1), np.float32 if dev.kind != "regression" else np.float64)
+    inside = np.zeros((n, splits + 1), np.float32 if dev.kind != "regression" else np.float64)
     for r in range(repeats):
         inside[np.arange(n), r * folds + fold[r]] = 1
-    scores, epochs = np.full((s + 1, m), np.nan), np.full((s, m), -1)
-    together = _Omni(dev, omni, s)
+    scores, epochs = np.full((splits + 1, m), np.nan), np.full((splits, m), -1)
+    together = _Omni(dev, omni, splits)
     for start in range(0, m, BLOCK):
-        block = range(start, min(start + BLOCK, m))
-        opened = [dev.logits_of(i) for i in block]
-        scores[:, start : block.stop] = _scores(opened, dev, inside).T
-        for i, logits in zip(block, opened, strict=True):
+        opened = {i: dev.logits_of(i) for i in range(start, min(start + BLOCK, m))}
+        scores[:, [*opened]] = _scores([*opened.values()], dev, inside).T
+        for i, logits in opened.items():
             by_epoch = dev.epochs_of(i)
-            if by_epoch is not None and s:
-                epoch_scores = np.nan_to_num(_scores(np.asarray(by_epoch), dev, inside[:, :s]), nan=-np.inf)  # (E, S)
-                epochs[:, i] = np.argmax(epoch_scores, axis=0)
-                best = epoch_scores.max(axis=0)
-                scores[:s, i] = np.where(np.isinf(best), np.nan, best)
-            if not np.isnan(scores[s, i]):
+            if by_epoch is not None and splits:
+                of_epochs = np.nan_to_num(_scores(by_epoch, dev, inside[:, :splits]), nan=-np.inf)  # (E, S)
+                epochs[:, i], best = of_epochs.argmax(axis=0), of_epochs.max(axis=0)
+                scores[:splits, i] = np.where(np.isinf(best), np.nan, best)
+            if not np.isnan(scores[splits, i]):
                 together.add(i, logits, by_epoch, epochs[:, i])
     decided, likely = together.decided(scores, fold, folds, probabilities)
     return FoldScores(scores=scores, epochs=epochs, omni=decided, omni_probabilities=likely)
@@ -114,10 +112,9 @@ class _Omni:
         self.classes = 2 if dev.kind == "binary" else outputs
         # The last row is at the best epochs. Where no epochs were kept, it is all rows.
         rows = splits + 1 if any(dev.epochs_of(m) is not None for m in range(len(dev))) else 1
-        if strategy == "majority":
-            self.sums = np.zeros((rows, len(dev), n), np.min_scalar_type(self.classes))
-        else:
-            self.sums = np.zeros((rows, n, outputs))
+        by_votes = strategy == "majority"
+        shape = (rows, len(dev), n) if by_votes else (rows, n, outputs)
+        self.sums = np.zeros(shape, np.min_scalar_type(self.classes) if by_votes else np.float64)
         self.members: list[int] = []
 
     def add(self, m: int, logits: np.ndarray, by_epoch: np.ndarray | None, epochs: np.ndarray) -> None:
@@ -161,10 +158,9 @@ class _Omni:
 def standardised(decided: np.ndarray) -> np.ndarray:
     """Values (N,) of one held-out part less their mean, over their standard deviation; class numbers as they are.
 
-    r does not look at an ensemble's scale. But the parts of dev are decided by different ensembles, and r over all
-    parts would take a difference of their scales for an error. This way it is about the mean of the parts' own r, for
-    labels are spread over the parts evenly. (By the mean and deviation on the choosing part, the error of these two
-    would count as the ensemble's.)
+    r does not look at an ensemble's scale. But parts are decided by different ensembles, and r over all parts would
+    take a difference of their scales for an error. So it is about the mean of the parts' own r, for labels are spread
+    evenly. (By the mean and deviation on the choosing part, the error of these two would count as the ensemble's.)
     """
     if not np.issubdtype(decided.dtype, np.floating):
         return decided

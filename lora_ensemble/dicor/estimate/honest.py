@@ -33,6 +33,8 @@ from lora_ensemble.dicor.members import Dev, Members, top_members
 from lora_ensemble.scores import score_decisions
 from lora_ensemble.tasks import Kind
 
+Held = dict[str, np.ndarray]
+"""By method, on what each split holds out: decisions (R, N) or probabilities (R, N, classes), in ``Dev.order``."""
 MOST_DECISIONS = 20_000
 """Repeats are for small dev sets: so many that N times R stays below this, at most REPEATS and at least one."""
 FEWEST = 10
@@ -81,8 +83,7 @@ class Estimates:
     notices: list[str]
     """What was left out, in words."""
     folds: int
-    repeats: int
-    """0 where there are too few examples for an estimate."""
+    repeats: int  # 0 where there are too few examples for an estimate
 
 
 def estimate(
@@ -114,14 +115,12 @@ def estimate(
     methods = {"best": Best(), **{name: method for name, method in methods.items() if name not in ("best", "omni")}}
     limit = max(method.top_k for method in methods.values())
     candidates, _ = dev.top(seen.scores[-1], limit)
-    held: dict[str, np.ndarray] = {}
-    likely: dict[str, np.ndarray] = {}
-    if repeats:
-        held, likely = _held_out(dev, methods, seen, fold[:, order], folds, limit, probabilities)
-
+    choices = {name: method.choose(candidates) for name, method in methods.items()}
+    nothing: tuple[Held, Held] = ({}, {})
+    fold = fold[:, order]
+    held, likely = _held_out(dev, methods, seen, fold, folds, limit, probabilities) if repeats else nothing
     of = {}
-    for name, method in methods.items():
-        choice = method.choose(candidates)
+    for name, choice in choices.items():
         chosen = candidates.take(choice.members)
         if probabilities and not repeats:
             likely[name] = probabilities_of(chosen.logits, choice, kind=dev.kind)[None]
@@ -148,22 +147,13 @@ def estimate(
 
 
 def _held_out(
-    dev: Dev,
-    methods: Mapping[str, Method],
-    seen: FoldScores,
-    fold: np.ndarray,
-    folds: int,
-    limit: int,
-    probabilities: bool,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """By method: decisions (R, N) on what each split holds out, and, if asked for, their probabilities (R, N, classes).
-
-    ``fold`` (R, N) and what is returned are in ``dev.order``.
-    """
+    dev: Dev, methods: Mapping[str, Method], seen: FoldScores, fold: np.ndarray, folds: int, limit: int, likely: bool
+) -> tuple[Held, Held]:
+    """What each method decides and, where ``likely``, its probabilities (else none); ``fold`` (R, N) in that order."""
     labels = dev.labels[dev.order]
     held = {name: np.zeros(fold.shape, np.float64 if dev.kind == "regression" else np.int64) for name in methods}
     classes = 2 if dev.kind == "binary" else dev.logits_of(0).shape[-1]
-    likely = {name: np.zeros((*fold.shape, classes)) for name in methods} if probabilities else {}
+    chances = {name: np.zeros((*fold.shape, classes)) for name in methods if likely}
 
     @cache
     def opened(m: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -172,41 +162,35 @@ def _held_out(
         logits = np.asarray(dev.logits_of(m) if by_epoch is None else by_epoch[epoch])[dev.order].astype(np.float32)
         return logits, losses(logits, labels, dev.kind)
 
-    def best(s: int, rows: np.ndarray, out: np.ndarray) -> tuple[Members, np.ndarray]:
-        """The best members on ``rows``, each at its best epoch there, and their logits (k, N', C) on ``out``."""
-        at = seen.epochs[s].tolist()
-        top = top_members(seen.scores[s], limit, dev.names, lambda m: float(opened(m, at[m])[1][rows].mean()))
-        members = Members(
-            logits=np.array([opened(m, at[m])[0][rows] for m in top]),
-            labels=labels[rows],
-            kind=dev.kind,
-            names=[dev.names[m] for m in top],
-            ranks=[dev.ranks[m] for m in top],
-            scores=seen.scores[s][top],
-        )
-        return members, np.array([opened(m, at[m])[0][out] for m in top])
+    def best(s: int, rows: np.ndarray) -> tuple[Members, list[np.ndarray]]:
+        """The best members on ``rows``, each at its best epoch there, and their logits (N, C)."""
+        epochs = seen.epochs[s].tolist()
+        which = top_members(seen.scores[s], limit, dev.names, lambda m: opened(m, epochs[m])[1][rows].mean())
+        logits = [opened(m, epochs[m])[0] for m in which]
+        part = np.array([one[rows] for one in logits])
+        return dev.members(which, part, seen.scores[s][which], labels[rows]), logits
 
     for s, row, out in held_out(fold, folds):
-        candidates, logits = best(s, np.flatnonzero(fold[row] != s % folds), out)
+        candidates, logits = best(s, np.flatnonzero(fold[row] != s % folds))
         if not len(candidates):  # no member has an r on this part; what is held out stays 0
             continue
-        there = candidates.on(logits)
+        there = replace(candidates, logits=np.stack([one[out] for one in logits]), labels=labels[out])
         for name, method in methods.items():
             choice = method.choose(candidates)
             chosen = there.take(choice.members)
             held[name][row, out] = standardised(decide(chosen, choice))
-            if probabilities:
-                likely[name][row, out] = probabilities_of(chosen.logits, choice, kind=dev.kind)
-    return held, likely
+            if likely:
+                chances[name][row, out] = probabilities_of(chosen.logits, choice, kind=dev.kind)
+    return held, chances
 
 
 def _with_intervals(of: dict[str, Estimate], labels: np.ndarray, kind: Kind, folds: int) -> dict[str, Estimate]:
     """The same with what is known from the held-out decisions; ``labels`` (N,) are in their order."""
     held = {name: about.held_out for name, about in of.items() if about.held_out is not None}
     differences = of_differences(held, [(a, b) for a in of for b in ("best", "omni") if a != b], labels, kind)
+    # What choosing on a part costs is added back: see above.
+    share, least = 1 / (4 * max(folds - 1, 1)), -1.0 if kind == "regression" else 0.0
     at_part = {name: of_score(decided, labels, kind) for name, decided in held.items()}
-    # What choosing on a part costs, added back: see above.
-    share = 1 / (4 * max(folds - 1, 1))
     added = {name: 0.0 if at is None else share * (of[name].in_sample - at.value) for name, at in at_part.items()}
 
     def against(name: str, other: str) -> Interval | None:
@@ -215,11 +199,11 @@ def _with_intervals(of: dict[str, Estimate], labels: np.ndarray, kind: Kind, fol
 
     return {
         name: replace(
-            about,
-            honest=None if at is None else at.moved(added[name], -1.0 if kind == "regression" else 0.0, 1.0),
+            of[name],
+            honest=None if at is None else at.moved(added[name], least, 1.0),
             at_part=None if at is None else at.value,
             against_best=against(name, "best"),
             against_omni=against(name, "omni"),
         )
-        for (name, about), at in zip(of.items(), at_part.values(), strict=True)
+        for name, at in at_part.items()
     }

@@ -19,7 +19,7 @@ Z = 1.6448536269514722
 DRAWS = 2000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Interval:
     """An estimate, and where the true value lies with a chance of ``LEVEL``."""
 
@@ -29,8 +29,7 @@ class Interval:
 
     def moved(self, by: float, least: float, most: float) -> Interval:
         """The same, so much higher, within what a score can be."""
-        value, low, high = (min(max(x + by, least), most) for x in (self.value, self.low, self.high))
-        return Interval(value=value, low=low, high=high)
+        return Interval(*(min(max(x + by, least), most) for x in (self.value, self.low, self.high)))
 
     @property
     def beyond_noise(self) -> bool:
@@ -41,25 +40,24 @@ class Interval:
 def of_score(decided: np.ndarray, labels: np.ndarray, kind: Kind) -> Interval | None:
     """The score of held-out decisions (R, N) against labels (N,), and its interval; None where r is undefined.
 
-    Each repeat's decisions are scored, and the mean taken. The interval is that of one repeat's decisions on other
-    examples: repeats of the same examples make the estimate steadier, but bring no new example. For accuracy it is
-    Wilson's; for r it is Fisher's z with the variance that the examples' influence on r gives (the delta method), since
-    the errors of ratings are not normal.
+    The score is the mean of the repeats'. The interval is that of one repeat's decisions on other examples: repeats
+    make the estimate steadier, but bring no new example. For accuracy it is Wilson's; for r Fisher's z with the
+    variance that the examples' influence on r gives (the delta method), since the errors of ratings are not normal.
     """
     n = len(labels)
     if kind != "regression":
         p = float(np.mean(decided == labels))
         middle, spread = (p + Z**2 / (2 * n)) / (1 + Z**2 / n), Z / (1 + Z**2 / n)
         half = spread * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        return Interval(value=p, low=float(middle - half), high=float(middle + half))
+        return Interval(p, float(middle - half), float(middle + half))
     r = float(np.mean([pearson(row, labels) for row in decided]))
     if np.isnan(r):
         return None
     if n < 4 or abs(r) >= 1:
-        return Interval(value=r, low=-1.0, high=1.0) if n < 4 else Interval(value=r, low=r, high=r)
+        return Interval(r, -1.0, 1.0) if n < 4 else Interval(r, r, r)
     variance = float(np.mean([np.var(influence(row, labels)) for row in decided])) / (n - 3)
     half = Z * np.sqrt(variance) / (1 - r * r)
-    return Interval(value=r, low=float(np.tanh(np.arctanh(r) - half)), high=float(np.tanh(np.arctanh(r) + half)))
+    return Interval(r, float(np.tanh(np.arctanh(r) - half)), float(np.tanh(np.arctanh(r) + half)))
 
 
 def influence(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -97,7 +95,7 @@ def of_differences(
             draws = np.random.default_rng(0).multinomial(len(labels), counts / counts.sum(), size=DRAWS)
             value, drawn = float(gain.mean()), (draws[:, 2] - draws[:, 0]) / len(labels)
         low, high = np.percentile(drawn, [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
-        intervals[a, b] = Interval(value=value, low=float(low), high=float(high))
+        intervals[a, b] = Interval(value, float(low), float(high))
     return intervals
 
 

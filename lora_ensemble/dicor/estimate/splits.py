@@ -13,10 +13,10 @@ import numpy as np
 from lora_ensemble.tasks import Kind
 
 FOLDS = 3
-"""Few and large. With ten folds, members that are nearly equal make the estimate jump: where one leads by little, it is
+"""Few and large. With ten, members that are nearly equal make the estimate jump: where one leads by little, it is
 chosen in just those splits whose held-out tenth speaks against it. In simulations (``benchmarks/honest.py``) the
-single best's interval held its true score in 74 of 100 cases with ten folds and in 91 with three. What choosing on two
-thirds costs is corrected in ``estimate``."""
+single best's interval held its true score in 74 of 100 cases with ten and in 91 with three. What choosing on two thirds
+costs is corrected in ``estimate``."""
 REPEATS = 10
 
 
@@ -28,7 +28,7 @@ def hashes(ids: Sequence[str] | np.ndarray) -> np.ndarray:
 
 
 def _mixed(numbers: np.ndarray, salt: int) -> np.ndarray:
-    """Other numbers, as if drawn anew for each salt (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Other numbers, as if drawn anew for each salt (splitmix64's finaliser, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         z = numbers + np.uint64((salt * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
