@@ -58,9 +58,10 @@ class Members:
 
     def take(self, which: Sequence[int] | np.ndarray, rows: np.ndarray | None = None) -> Members:
         """These members alone, in this order, and, where ``rows`` are given, these examples alone."""
-        if rows is None and np.array_equal(which, np.arange(len(self))):
+        first = np.array_equal(which, np.arange(len(which)))
+        if first and rows is None and len(which) == len(self):
             return self
-        logits, labels = self.logits[which], self.labels
+        logits, labels = self.logits[: len(which)] if first else self.logits[which], self.labels
         if rows is not None:
             logits, labels = logits[:, rows], labels[rows]
         names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
@@ -84,7 +85,7 @@ class Opened(Protocol):
     def __getitem__(self, index: int, /) -> np.ndarray: ...
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Dev:
     """All members' logits on labelled examples; members by name, none twice."""
 
@@ -138,24 +139,15 @@ class Dev:
         same: dict[str, list[int]] = {}
         for i in sorted(range(m), key=names.__getitem__):
             same.setdefault(fingerprints[i], []).append(i)
-        columns = [places[0] for places in same.values()]
         copied = sorted(([names[i] for i in places] for places in same.values() if len(places) > 1), key=lambda c: c[1])
-        return cls(
-            logits=logits,
-            labels=labels,
-            ids=ids,
-            kind=kind,
-            names=[names[i] for i in columns],
-            ranks=[ranks[i] for i in columns],
-            epochs=epochs,
-            columns=columns,
-            notices=[
-                f"{len(others)} member{'s' * (len(others) > 1)} with the very logits of {name} left out: "
-                + ", ".join(others[:3])
-                + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-                for name, *others in copied
-            ],
-        )
+        notices = [
+            f"{len(others)} member{'s' * (len(others) > 1)} with the very logits of {name} left out: "
+            + ", ".join(others[:3])
+            + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+            for name, *others in copied
+        ]
+        dev = cls(logits, labels, ids, kind, names, list(ranks), epochs, list(range(m)))
+        return dev.only([places[0] for places in same.values()], notices)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -173,34 +165,33 @@ class Dev:
         """(E, N, C) of the m-th, or None."""
         return self.epochs[self.columns[m]]
 
+    def only(self, which: Sequence[int], notices: Sequence[str]) -> Dev:
+        """These members alone, in this order, with further notices."""
+        names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
+        columns = [self.columns[m] for m in which]
+        return replace(self, names=names, ranks=ranks, columns=columns, notices=[*self.notices, *notices])
+
     def members(self, which: Sequence[int], logits: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> Members:
         """Some members in memory, on some examples: their logits (k, N', C), scores (k,) and labels (N',) there."""
         names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
         return Members(logits, self.kind, names, ranks, scores, labels)
 
-    def scored(self, scores: np.ndarray) -> tuple[Dev, np.ndarray]:
+    def scored(self, scores: np.ndarray) -> tuple[Dev, list[int]]:
         """The members whose score (M,) is defined, a notice naming those that have none, and which they are.
 
         ``UserError`` where none has a score.
         """
-        undefined, good = np.flatnonzero(np.isnan(scores)).tolist(), np.flatnonzero(~np.isnan(scores))
+        undefined, good = np.flatnonzero(np.isnan(scores)).tolist(), np.flatnonzero(~np.isnan(scores)).tolist()
         if not undefined:
             return self, good
         if np.all(self.labels == self.labels[0]):
             raise UserError("the dev labels are all the same, so Pearson r is undefined; give dev examples that differ")
         name, value = self.names[undefined[0]], decisions(self.logits_of(undefined[0]), self.kind)[0]
         what = f"member {name}: its dev predictions are constant (all {value:.6g}), so its Pearson r"
-        if not len(good):
+        if not good:
             raise UserError(f"{what} is undefined, and so are all others'; train them again")
         others = f" (and {len(undefined) - 1} more like it)" if len(undefined) > 1 else ""
-        dev = replace(
-            self,
-            names=[self.names[m] for m in good],
-            ranks=[self.ranks[m] for m in good],
-            columns=[self.columns[m] for m in good],
-            notices=[*self.notices, f"{what} is undefined; left out{others}"],
-        )
-        return dev, good
+        return self.only(good, [f"{what} is undefined; left out{others}"]), good
 
     def top(self, scores: np.ndarray, limit: int) -> tuple[Members, list[int]]:
         """The ``limit`` best by ``scores`` (M,), none undefined, on all examples in ``order``; and which they are.

@@ -56,7 +56,7 @@ def decide(chosen: Members, choice: Choice) -> np.ndarray:
     # Summed in one order: in another the last bit could be another.
     order = ranked(chosen.scores, chosen.names)
     if choice.strategy == "mean":
-        return decisions(np.mean(chosen.logits[order], axis=0, dtype=np.float64), kind)
+        return decisions(chosen.logits[order].mean(axis=0, dtype=np.float64), kind)
     votes = soft_votes(chosen.logits[order], kind, None if choice.temperatures is None else choice.temperatures[order])
     if choice.strategy == "mean-probability":
         return decisions(votes.mean(axis=0), kind)

@@ -38,7 +38,7 @@ class Sums:
             loss = np.square(mean - self.labels) if self.kind == "regression" else log_losses(mean)
             return np.round(-loss.mean(axis=-1), DECIMALS)
         if self.kind == "regression":
-            return _rounded(np.asarray(score_decisions(total, self.labels, "regression")))
+            return _rounded(score_decisions(total, self.labels, "regression"))
         return np.asarray((decisions(total, self.kind) == self.labels).mean(axis=-1))
 
     def values(self, total: np.ndarray, count: int) -> np.ndarray:
@@ -52,6 +52,6 @@ class Sums:
             return _rounded(both / np.sqrt(variance * (self._y @ self._y)))
 
 
-def _rounded(r: np.ndarray) -> np.ndarray:
+def _rounded(r: np.ndarray | float) -> np.ndarray:
     """As scores are compared; an r that is undefined is the worst."""
-    return np.round(np.nan_to_num(r, nan=-1.0, posinf=-1.0, neginf=-1.0), DECIMALS)
+    return np.round(np.where(np.isfinite(r), r, -1.0), DECIMALS)

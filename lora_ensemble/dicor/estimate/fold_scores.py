@@ -136,8 +136,8 @@ class _Omni:
         decided = np.empty((len(fold) + 1, fold.shape[1]), np.float64 if kind == "regression" else np.int64)
         likely = np.empty((*decided.shape, self.classes)) if probabilities else None
         ranks, names = [self.dev.ranks[m] for m in members], [self.dev.names[m] for m in members]
-        whole = (self.splits, len(fold), slice(None))
-        for s, row, out in (*held_out(fold, folds), whole):
+        parts: list[tuple[int, int, np.ndarray | slice]] = [*held_out(fold, folds)]
+        for s, row, out in [*parts, (self.splits, len(fold), slice(None))]:
             sums = self.sums[s if len(self.sums) > 1 else 0]
             if self.strategy == "majority":
                 order = tie_order(ranks, np.nan_to_num(scores[s, members], nan=-np.inf), names)

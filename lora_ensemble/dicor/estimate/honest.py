@@ -1,17 +1,17 @@
 """The honest estimate: how good is what a method chooses, on examples that it was not chosen on?
 
-Axes: M members, N examples of the dev split, C outputs of a head, R repeats of K folds, k candidates.
-
 The dev set is cut into K folds; a method chooses on all but one, and what it chose decides on that one. After K turns
-every example was decided by an ensemble that had not seen it; this is repeated with R other cuts. The choice of each
-member's epoch was made on the same labels, so it is made again on each choosing part.
+every example was decided by an ensemble that had not seen it; this is repeated with R other cuts. Each member's epoch
+was chosen on the same labels, so it is chosen again on each choosing part.
 
 An ensemble chosen on (K - 1) / K of the dev set is, if anything, a little worse than one chosen on all of it, so the
-score on what was held out is a little pessimistic: by nothing where the choice is the same, and by 1 / (2 (K - 1)) of
-the optimism for a method that fits p smooth parameters, where in-sample is better than the truth by p / n and what is
-fitted to n examples falls short of the best by p / 2n (as in Akaike's criterion). The estimate adds the middle of the
-two, 1 / (4 (K - 1)): for three folds an eighth of the optimism, so that an eighth is left at most, either way.
+score on what was held out is too low: by nothing where the choice is the same, and by 1 / (2 (K - 1)) of the optimism
+for a method that fits p smooth parameters, where in-sample is better than the truth by p / n and what is fitted to n
+examples falls short of the best by p / 2n (as in Akaike's criterion). The estimate adds the middle of the two,
+1 / (4 (K - 1)): for three folds an eighth of the optimism, so that an eighth is left at most, either way.
 ``benchmarks/honest.py`` shows both.
+
+Axes: M members, N examples of the dev split, C outputs of a head, R repeats of K folds, k candidates.
 """
 
 from __future__ import annotations
