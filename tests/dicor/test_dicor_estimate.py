@@ -114,6 +114,16 @@ def test_omnis_estimate_is_that_of_choosing_all(kind, strategy):
     assert one.at_part != one.in_sample
 
 
+def test_a_method_looks_at_its_own_best_members_whatever_the_others_look_at():
+    labels = random_labels("binary", 60)
+    dev = Dev.of(random_logits("binary", labels, 9, seed=1, noise=2), labels, kind="binary")
+    alone = estimate(dev, {"weighted": Weighted(top_k=3)}).of["weighted"]
+    found = estimate(dev, {"all": Omni(), "weighted": Weighted(top_k=3)}).of
+    assert len(found["all"].names) == 9
+    assert found["weighted"].names == alone.names
+    np.testing.assert_array_equal(found["weighted"].held_out, alone.held_out)
+
+
 @settings(deadline=None, max_examples=25)
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 10**6), data=st.data())
 def test_no_order_changes_the_estimate(kind, seed, data):

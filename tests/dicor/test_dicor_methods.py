@@ -251,6 +251,22 @@ def test_a_regression_has_no_offsets():
     np.testing.assert_array_equal(offset.predict(logits), plain.predict(logits))
 
 
+def test_a_member_without_weight_is_no_member():
+    """The last contradicts the best. The others keep their own temperatures; similarities would be of other members."""
+    labels = random_labels("binary", 200)
+    logits = random_logits("binary", labels, 6, noise=2)
+    logits[5] = 0.1 - logits[0]
+    how = {"size": 6, "trade_off": 0.0, "similarity": "error", "temperature": True}
+    all_of_them = Dicor(strategy="mean-probability", **how).fit(logits, labels, kind="binary")
+    found = Dicor(strategy="weighted", **how).fit(logits, labels, kind="binary")
+    assert (len(all_of_them.members_), len(all_of_them.choice_.similarities)) == (6, 6)
+    assert 1 < len(found.members_) < 6
+    assert found.weights_.min() > 0
+    expected = dict(zip(all_of_them.members_, all_of_them.choice_.temperatures, strict=True))
+    assert found.choice_.temperatures.tolist() == [expected[m] for m in found.members_]
+    assert found.choice_.similarities == []
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10**6), to=st.permutations(range(5)))
 def test_other_numbers_for_the_classes_change_no_offset(seed, to):
