@@ -10,9 +10,17 @@ if TYPE_CHECKING:
 Similarity = Literal["cosine", "pearson", "error", "kappa", "double-fault"]
 Strategy = Literal["mean", "mean-probability", "majority", "weighted"]
 MethodName = Literal[
-    "best", "omni", "dicor", "dicor-auto", "greedy", "greedy-score", "greedy-bagged",
-    "weighted", "weighted-offset", "exhaustive",
-]  # fmt: skip
+    "best",
+    "omni",
+    "dicor",
+    "dicor-auto",
+    "greedy",
+    "greedy-score",
+    "greedy-bagged",
+    "weighted",
+    "weighted-offset",
+    "exhaustive",
+]
 Criterion = Literal["score", "loss"]
 """What a search makes best: the task's score, or the softer log-loss (classifiers) or squared error (regression)."""
 
