@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score
 
 from lora_ensemble.dicor.choose.greedy import Greedy
 from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Omni, Weighted
+from lora_ensemble.dicor.estimate.splits import canonical
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import decisions
 
@@ -111,6 +112,21 @@ def test_bags_average_what_each_finds():
     assert dict(zip(whole.members_, whole.weights_, strict=True)) == pytest.approx(
         dict(zip(one.members_, one.weights_, strict=True))
     )
+
+
+def test_each_bag_sees_its_own_members_and_examples():
+    labels = random_labels("binary", 40, seed=1)
+    logits = random_logits("binary", labels, 8, seed=2, noise=2)
+    order, rows = ranked(logits, labels, "binary"), canonical(np.arange(40).astype(str))
+    p, y = probabilities(logits, "binary")[order][:, rows], labels[rows]
+    rng, weights = np.random.default_rng(0), np.zeros(8)
+    for _ in range(3):
+        models, part = np.sort(rng.choice(8, 4, replace=False)), np.sort(rng.choice(40, 20, replace=False))
+        bag = models[autogluon_loop(p[models][:, part], y[part], "binary", "loss", 6)]
+        np.add.at(weights, bag, 1 / len(bag) / 3)
+    found = Greedy(bags=3, steps=6, example_share=0.5).fit(logits, labels, kind="binary")
+    expected = {order[m]: w for m, w in enumerate(weights) if w}
+    assert dict(zip(found.members_, found.weights_, strict=True)) == pytest.approx(expected, abs=1e-12)
 
 
 @settings(deadline=None, max_examples=25)
