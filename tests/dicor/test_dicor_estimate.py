@@ -8,18 +8,22 @@ import scipy.special
 from conftest import REPOSITORY
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pool_factory import random_labels, random_logits
+from pool_factory import make_pool, random_labels, random_logits
 from scipy.stats import bootstrap, pearsonr
 from sklearn.metrics import accuracy_score
 
 from lora_ensemble.dicor.choose.greedy import Greedy
 from lora_ensemble.dicor.choose.methods import Dicor, Omni, Weighted
+from lora_ensemble.dicor.compare import compare, overall
 from lora_ensemble.dicor.estimate import fold_scores
 from lora_ensemble.dicor.estimate.honest import estimate
-from lora_ensemble.dicor.estimate.interval import of_differences, of_score
+from lora_ensemble.dicor.estimate.interval import Interval, of_differences, of_score
 from lora_ensemble.dicor.estimate.splits import canonical, stratified_folds
 from lora_ensemble.dicor.members import Dev
+from lora_ensemble.dicor.options import Options
+from lora_ensemble.dicor.table import gain
 from lora_ensemble.errors import UserError
+from lora_ensemble.pool import TaskPool
 from lora_ensemble.scores import decisions
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -224,6 +228,20 @@ def test_what_does_not_differ_is_within_noise():
     found = of_differences({"a": same, "b": same}, [("a", "b")], np.ones(40, int), "binary")["a", "b"]
     assert (found.low, found.value, found.high) == (0, 0, 0)
     assert not found.beyond_noise
+
+
+def test_a_gain_is_beyond_noise_where_its_interval_leaves_out_0():
+    assert gain(Interval(0.1, 0.02, 0.18)) == "+0.1000 beyond noise"
+    assert gain(Interval(-0.1, -0.18, 0.02)) == "-0.1000 within noise"
+
+
+def test_too_few_examples_have_no_honest_overall_score(tmp_path):
+    for task, kind in (("sst", "multiclass"), ("quora", "binary"), ("sts", "regression")):
+        make_pool(tmp_path, task, kind, members=2, n=8)
+    scores = overall({task: compare(TaskPool(tmp_path, task), [], Options()) for task in ("sst", "quora", "sts")})
+    in_sample, honest = scores["best"]
+    assert 0 < in_sample <= 1
+    assert np.isnan(honest)
 
 
 @pytest.mark.parametrize(("kind", "n"), [("binary", 1), ("binary", 9), ("multiclass", 10), ("regression", 10)])
