@@ -25,12 +25,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.choice import Choice, decide
+from lora_ensemble.dicor.choose.combine import Choice, decide
 from lora_ensemble.dicor.choose.greedy import Greedy
 from lora_ensemble.dicor.choose.methods import Best, Dicor, Method, Weighted
 from lora_ensemble.dicor.estimate.honest import estimate
 from lora_ensemble.dicor.estimate.splits import FOLDS
-from lora_ensemble.dicor.members import Dev
+from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.scores import decisions, score, score_decisions
 from lora_ensemble.tasks import Kind
 
@@ -117,8 +117,8 @@ class Truth:
         """The score of these members, in the order of choice, each at its epoch."""
         logits = np.stack([self.logits[int(name), epochs[name]] for name in names])
         none: list[int | None] = [None] * len(names)
-        decided = decide(logits, choice, kind=self.world.kind, ranks=none, scores=np.zeros(len(names)), names=names)
-        return score_decisions(decided, self.labels, self.world.kind)
+        chosen = Members(logits, self.world.kind, names, none, np.zeros(len(names)))
+        return score_decisions(decide(chosen, choice), self.labels, self.world.kind)
 
     def of_all(self, epochs: dict[str, int]) -> float:
         """The score of the mean of all members."""

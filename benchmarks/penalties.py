@@ -24,12 +24,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from honest import WORLDS, Truth, World
-from lora_ensemble.dicor.choose.choice import Choice
-from lora_ensemble.dicor.choose.combine import vector_scaled, voices
+from lora_ensemble.dicor.choose.combine import Choice, vector_scaled
 from lora_ensemble.dicor.choose.methods import Weighted
-from lora_ensemble.dicor.choose.view import View
+from lora_ensemble.dicor.choose.probabilities import soft_votes
 from lora_ensemble.dicor.choose.weights import PULL, SHRINK, convex_weights, scale_and_offsets
 from lora_ensemble.dicor.estimate.honest import estimate
+from lora_ensemble.dicor.members import Members
 from lora_ensemble.scores import decisions, score_decisions
 
 LEAN = 0.6
@@ -68,16 +68,15 @@ class Drawn(Weighted):
     shrink: float = SHRINK
     pull: float | None = None
 
-    def choose(self, view: View) -> Choice:
-        k = self.candidates(len(view))
-        members = view.voices[:k]
-        true = None if view.kind == "regression" else view.true_probabilities[:k]
-        weights = convex_weights(members, view.labels, view.kind, true_probabilities=true, shrink=self.shrink)
+    def _choose(self, members: Members) -> Choice:
+        weights = convex_weights(members, shrink=self.shrink)
         scale, offsets = 1.0, None
         if self.pull is not None:
-            mean = np.tensordot(weights, members, axes=1)
-            scale, offsets = scale_and_offsets(mean, view.labels, view.kind, pull=self.pull)
-        return Choice(members=list(range(k)), strategy="weighted", weights=weights, scale=scale, offsets=offsets)
+            mean = np.tensordot(weights, members.soft_votes, axes=1)
+            scale, offsets = scale_and_offsets(mean, members.labels, members.kind, pull=self.pull)
+        return Choice(
+            members=list(range(len(members))), strategy="weighted", weights=weights, scale=scale, offsets=offsets
+        )
 
 
 def simulate(world: World, *, sets: int, truth: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +86,7 @@ def simulate(world: World, *, sets: int, truth: int, seed: int = 0) -> tuple[np.
         methods |= {f"pull {x:g}": Drawn(pull=x) for x in PULLS}
     rng = np.random.default_rng(seed)
     known = Truth(world, rng, truth)
-    said = voices(known.logits[:, 0], world.kind)
+    said = soft_votes(known.logits[:, 0], world.kind)
     true, honest = np.empty((2, sets, len(methods)))
     for i in range(sets):
         dev, _ = known.drawn(rng, world.n)

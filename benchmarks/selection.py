@@ -28,16 +28,16 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.choice import decide
+from lora_ensemble.dicor.choose.combine import decide
+from lora_ensemble.dicor.choose.criteria import Sums
 from lora_ensemble.dicor.choose.greedy import Greedy
 from lora_ensemble.dicor.choose.methods import Method, Omni
-from lora_ensemble.dicor.choose.view import Sums
 from lora_ensemble.dicor.estimate.fold_scores import fold_scores
 from lora_ensemble.dicor.estimate.honest import estimate
 from lora_ensemble.dicor.estimate.interval import influence
 from lora_ensemble.dicor.estimate.splits import stratified_folds
 from lora_ensemble.dicor.from_pool import dev_of
-from lora_ensemble.dicor.members import Dev, view_of
+from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.dicor.options import METHODS, Options, method_of
 from lora_ensemble.pool import TaskPool, task_names
 from lora_ensemble.scores import score_decisions
@@ -77,7 +77,7 @@ def draw(dev: Dev, number: int) -> Draw:
 
     def at_epoch(m: int) -> np.ndarray:
         each = dev.epochs_of(m)
-        return np.asarray(dev.of_member(m) if each is None else each[epochs[m]], np.float32)
+        return np.asarray(dev.logits_of(m) if each is None else each[epochs[m]], np.float32)
 
     logits = np.stack([at_epoch(m) for m in chosen])
     kept = [dev.epochs_of(m) for m in chosen]
@@ -135,18 +135,17 @@ class Contest:
         place = {name: i for i, name in enumerate(one.dev.names)}
         for name, of in found.of.items():
             members = [place[x] for x in of.names]
-            decided = decide(
-                one.held[members],
-                of.choice,
+            chosen = Members(
+                logits=one.held[members],
                 kind=self.kind,
+                names=of.names,
                 ranks=[one.dev.ranks[m] for m in members],
                 scores=np.array([found.scores[x] for x in of.names]),
-                names=of.names,
             )
-            self._note(name, decided, one, of.in_sample)
+            self._note(name, decide(chosen, of.choice), one, of.in_sample)
             if of.honest is not None:
                 self.of[name].honest.append(of.honest.value)
-        whole = np.stack([one.dev.of_member(m) for m in range(n)])
+        whole = np.stack([one.dev.logits_of(m) for m in range(n)])
         for name, fit in self.peers.items():
             decides = fit(whole, one.dev.labels, self.kind)
             self._note(name, decides(one.held), one, score_decisions(decides(whole), one.dev.labels, self.kind))
@@ -165,20 +164,20 @@ class Contest:
     def _compare_greedy(self, one: Draw, scores: dict[str, float]) -> None:
         """Whether AutoGluon chooses what ours does, from the same members in the same order."""
         each = np.array([scores[name] for name in one.dev.names])
-        view, _ = view_of(one.dev, each, limit=len(one.dev))
+        members, _ = one.dev.top(each, len(one.dev))
         for by in ("loss", "score"):
             # With its own metrics the first few times: the formulas in numpy must not be what makes them agree.
             own = len(self.same[by]) < 3
-            theirs = autogluon(view.logits, view.labels, self.kind, by=by, first=True, own_metric=own)
-            method = Greedy(top_k=len(view), criterion="loss" if by == "loss" else "score")
-            choice = method.choose(view)
+            theirs = autogluon(members.logits, members.labels, self.kind, by=by, first=True, own_metric=own)
+            method = Greedy(top_k=len(members), criterion="loss" if by == "loss" else "score")
+            choice = method.choose(members)
             assert choice.weights is not None
-            weights = np.zeros(len(view))
+            weights = np.zeros(len(members))
             weights[choice.members] = choice.weights
-            sums = view.sums("loss" if by == "loss" else "score")
+            sums = Sums(members, "loss" if by == "loss" else "score")
 
             def worth(w: np.ndarray, sums: Sums = sums) -> float:
-                return sums.value(np.tensordot(w, sums.each, axes=1), 1)
+                return float(sums.value(np.tensordot(w, sums.each, axes=1), 1))
 
             self.same[by].append((bool(np.allclose(weights, theirs.weights_)), worth(weights) - worth(theirs.weights_)))
 

@@ -130,7 +130,7 @@ def _select(given: argparse.Namespace) -> None:
         print(f"{row['name']:<{width}} {row['score']:>10.4f} {row['weight']:>7.4f} {similarity:>32}")
     if ensemble.offsets is not None:
         print(offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
-    print(f"\n{table(estimates, score)}\n\n{verdict(method, estimates.of[method])}\n{about(estimates)}")
+    print(f"\n{table(estimates)}\n\n{verdict(method, estimates.of[method])}\n{about(estimates)}")
     print(f"saved {given.output}")
 
 
@@ -153,7 +153,7 @@ def _compare(given: argparse.Namespace) -> None:
         estimates = comparison.estimates
         test = test_scores(comparison) if given.split == "test" else None
         _notify(comparison.notices, task)
-        print(f"{_head(task_pool)}\n\n{table(estimates, score_name(task_pool.kind), test)}\n")
+        print(f"{_head(task_pool)}\n\n{table(estimates, test)}\n")
         default = DEFAULT_METHOD[task_pool.kind]
         method = default if default in estimates.of else list(estimates.of)[-1]
         print(verdict(method, estimates.of[method]))

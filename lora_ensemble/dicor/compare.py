@@ -5,17 +5,17 @@ Axes: M members, N examples of a split, C outputs of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.choice import decide
+from lora_ensemble.dicor.choose.combine import decide
 from lora_ensemble.dicor.choose.methods import Method, Omni
 from lora_ensemble.dicor.choose.settings import MethodName
 from lora_ensemble.dicor.estimate.honest import Estimate, Estimates, estimate
 from lora_ensemble.dicor.from_pool import dev_of
-from lora_ensemble.dicor.members import Dev
+from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.dicor.options import Options, check, method_of
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import TaskPool
@@ -28,13 +28,10 @@ class Comparison:
     """What a pool's members make, chosen by several methods."""
 
     task_pool: TaskPool
-    methods: dict[str, Method]
-    """Every parameter decided."""
+    methods: dict[str, Method]  # every parameter decided
     estimates: Estimates
-    dev: Dev
-    """What was compared on."""
-    notices: list[str]
-    """For the user."""
+    dev: Dev  # what was compared on
+    notices: list[str]  # for the user
 
     @property
     def kind(self) -> Kind:
@@ -60,11 +57,11 @@ def compare(
             notices += more
         omni = methods["omni"]
         assert isinstance(omni, Omni)
-        found = estimate(dev, methods, omni=omni, probabilities=probabilities)
+        estimates = estimate(dev, methods, omni=omni, probabilities=probabilities)
     except UserError as e:
         raise e if str(e).startswith(str(task_pool.pool)) else UserError(f"task {task_pool.name}: {e}") from e
-    notices += [n for n in found.notices if n not in notices]
-    return Comparison(task_pool=task_pool, methods=methods, estimates=found, dev=dev, notices=notices)
+    notices += [n for n in estimates.notices if n not in notices]
+    return Comparison(task_pool=task_pool, methods=methods, estimates=estimates, dev=dev, notices=notices)
 
 
 def test_scores(comparison: Comparison) -> dict[str, float]:
@@ -73,29 +70,20 @@ def test_scores(comparison: Comparison) -> dict[str, float]:
     What is to be known of the test labels is added to the notices of the comparison.
     Raises ``UserError`` where the test labels are unknown or a member has no test logits.
     """
-    dev_pool = comparison.task_pool
-    pool = TaskPool(dev_pool.pool, dev_pool.name, split="test")
+    pool = TaskPool(comparison.task_pool.pool, comparison.task_pool.name, split="test")
     labels = pool.examples().labels
     if labels is None:
         raise UserError(
             f"{pool.pool / pool.name}: the test examples have no labels, so there is no score; leave out --split test"
         )
     comparison.notices.extend(one_label(labels, pool.labels, "test labels"))
-    ranks = {r.name: r.rank for r in pool.members}
-    scores = comparison.estimates.scores
-
-    def of(one: Estimate) -> float:
-        decided = decide(
-            np.stack([pool.logits(name) for name in one.names]),
-            one.choice,
-            kind=pool.kind,
-            ranks=[ranks[name] for name in one.names],
-            scores=np.array([scores[name] for name in one.names]),
-            names=one.names,
-        )
-        return score_decisions(decided, labels, pool.kind)
-
-    return {name: of(one) for name, one in comparison.estimates.of.items()}
+    scores = {}
+    for method, chosen_by in comparison.estimates.of.items():
+        names, ranks = chosen_by.names, [pool.record(name).rank for name in chosen_by.names]
+        on_dev = np.array([comparison.estimates.scores[name] for name in names])
+        chosen = Members(np.stack([pool.logits(name) for name in names]), pool.kind, names, ranks, on_dev)
+        scores[method] = score_decisions(decide(chosen, chosen_by.choice), labels, pool.kind)
+    return scores
 
 
 def overall(comparisons: Mapping[str, Comparison]) -> dict[str, tuple[float, float]] | None:
@@ -105,16 +93,13 @@ def overall(comparisons: Mapping[str, Comparison]) -> dict[str, tuple[float, flo
     """
     if not all(name in comparisons and comparisons[name].kind == task.kind for name, task in PRESETS.items()):
         return None
-    three = {name: (comparisons[name].estimates.of, task.kind) for name, task in PRESETS.items()}
+    of = {name: comparisons[name].estimates.of for name in PRESETS}
 
-    def honest(one: Estimate) -> float:
-        return float("nan") if one.honest is None else one.honest.value
+    def mean(method: str, value: Callable[[Estimate], float]) -> float:
+        return overall_score({name: (value(of[name][method]), task.kind) for name, task in PRESETS.items()})
 
-    return {
-        method: (
-            overall_score({task: (of[method].in_sample, kind) for task, (of, kind) in three.items()}),
-            overall_score({task: (honest(of[method]), kind) for task, (of, kind) in three.items()}),
-        )
-        for method in three["sst"][0]
-        if all(method in of for of, _ in three.values())
-    }
+    def honest(estimate: Estimate) -> float:
+        return float("nan") if estimate.honest is None else estimate.honest.value
+
+    methods = [method for method in of["sst"] if all(method in estimates for estimates in of.values())]
+    return {method: (mean(method, lambda estimate: estimate.in_sample), mean(method, honest)) for method in methods}

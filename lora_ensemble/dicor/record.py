@@ -14,11 +14,12 @@ from typing import Any, TextIO, get_args
 import numpy as np
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.choose.choice import Choice, decide
+from lora_ensemble.dicor.choose.combine import Choice, decide
 from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.dicor.compare import Comparison
 from lora_ensemble.dicor.estimate.honest import Estimate
 from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
+from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
 from lora_ensemble.files import replacing
 from lora_ensemble.pool import MemberRecord, check_name, logits_file
@@ -112,14 +113,8 @@ class Ensemble:
     def decide(self, logits: np.ndarray) -> np.ndarray:
         """What its members' logits (M, N, C), in the order of ``members``, decide together: (N,), as
         ``scores.decisions``."""
-        return decide(
-            logits,
-            self.choice,
-            kind=self.kind,
-            ranks=[m.rank for m in self.members],
-            scores=np.array([m.score for m in self.members]),
-            names=[m.name for m in self.members],
-        )
+        names, ranks = [m.name for m in self.members], [m.rank for m in self.members]
+        return decide(Members(logits, self.kind, names, ranks, np.array([m.score for m in self.members])), self.choice)
 
     def to_json(self) -> str:
         """JSON text."""

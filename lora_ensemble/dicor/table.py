@@ -7,13 +7,9 @@ from collections.abc import Mapping, Sequence
 from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.dicor.estimate.honest import Estimate, Estimates
 from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
-from lora_ensemble.tasks import Kind
+from lora_ensemble.tasks import Kind, score_name
 
 IN_SAMPLE = "In-sample: the score on the very dev set that was chosen on, which flatters what was chosen."
-
-
-YARDSTICKS = ("best", "omni")
-"""Methods that are always compared, and not chosen among."""
 
 
 def number(value: float | None, *, sign: bool = False) -> str:
@@ -27,42 +23,37 @@ def about(estimates: Estimates) -> str:
     """What the columns mean, in sentences."""
     if not estimates.repeats:
         return f"{IN_SAMPLE}\nThere are too few dev examples for an honest estimate."
+    folds, methods = estimates.folds, len(estimates.of)
+    part = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 10: "tenth"}.get(folds, f"1/{folds}")
     times = "once" if estimates.repeats == 1 else f"{estimates.repeats} times"
-    return (
-        f"{IN_SAMPLE}\n"
-        f"Honest: chosen, epochs included, without a {_ordinal(estimates.folds)} of dev and scored on it, until every "
-        f"example was held out {times}, with its {LEVEL:.0%} interval.\n"
-        f"Chosen on all of dev, an ensemble has seen more: 1/{4 * (estimates.folds - 1)} of the optimism is added.\n"
-        f"Within noise: the {LEVEL:.0%} interval of the difference (paired bootstrap over examples) holds 0."
-        + (f"\n{_highest(len(estimates.of))}" if len(estimates.of) > len(YARDSTICKS) + 1 else "")
-    )
-
-
-def _highest(methods: int) -> str:
-    """What taking the best of several honest estimates does to it."""
-    count = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}.get(methods, str(methods))
-    return f"The highest of {count} honest estimates is itself flattered a little: it was taken for being the highest."
-
-
-def _ordinal(folds: int) -> str:
-    return {2: "half", 3: "third", 4: "quarter", 5: "fifth", 10: "tenth"}.get(folds, f"1/{folds}")
-
-
-def table(estimates: Estimates, score_name: str, test: Mapping[str, float] | None = None) -> str:
-    """A row for each method."""
-    rows = [
-        f"{score_name + ' on dev':<17} {'members':>7} {'in-sample':>9} {'honest':>9} {f'{LEVEL:.0%} interval':>17} "
-        f"{'optimism':>9}  {'to single best':<20}  {'to Omni':<20}" + ("  test" if test else "")
+    lines = [
+        IN_SAMPLE,
+        f"Honest: chosen, epochs included, without a {part} of dev and scored on it, until every example was held out "
+        f"{times}, with its {LEVEL:.0%} interval.",
+        f"Chosen on all of dev, an ensemble has seen more: 1/{4 * (folds - 1)} of the optimism is added.",
+        f"Within noise: the {LEVEL:.0%} interval of the difference (paired bootstrap over examples) holds 0.",
     ]
-    for name, one in estimates.of.items():
-        interval = f"{number(one.honest.low)} to {number(one.honest.high)}" if one.honest else "-"
-        row = (
-            f"{name:<17} {len(one.names):>7} {number(one.in_sample):>9} "
-            f"{number(one.honest.value if one.honest else None):>9} {interval:>17} "
-            f"{number(one.optimism, sign=True):>9}  {gain(one.against_best):<20}  {gain(one.against_omni):<20}"
+    if methods > 3:  # best and omni are there to compare with
+        counts = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}
+        count = counts.get(methods, str(methods))
+        lines.append(
+            f"The highest of {count} honest estimates is itself flattered a little: it was taken for being the highest."
         )
-        rows.append((row + (f"  {number(test[name])}" if test else "")).rstrip())
-    return "\n".join(rows)
+    return "\n".join(lines)
+
+
+def table(estimates: Estimates, test: Mapping[str, float] | None = None) -> str:
+    """A row for each method; ``test``: each one's score on the test split."""
+    columns = [f"{score_name(estimates.candidates.kind)} on dev", "members", "in-sample", "honest"]
+    columns += [f"{LEVEL:.0%} interval", "optimism", "to single best", "to Omni", "test" if test else ""]
+    rows = [columns]
+    for name, about in estimates.of.items():
+        value = number(about.honest.value if about.honest else None)
+        span = f"{number(about.honest.low)} to {number(about.honest.high)}" if about.honest else "-"
+        row = [name, str(len(about.names)), number(about.in_sample), value, span, number(about.optimism, sign=True)]
+        rows.append([*row, gain(about.against_best), gain(about.against_omni), number(test[name]) if test else ""])
+    form = "{:<17} {:>7} {:>9} {:>9} {:>17} {:>9}  {:<20}  {:<20}  {}"
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
 def gain(difference: Interval | None) -> str:
@@ -72,17 +63,17 @@ def gain(difference: Interval | None) -> str:
     return f"{number(difference.value, sign=True)} {'beyond' if difference.beyond_noise else 'within'} noise"
 
 
-def verdict(name: str, one: Estimate) -> str:
+def verdict(name: str, estimate: Estimate) -> str:
     """In a sentence: what of the gain of a method will survive on new examples."""
-    if one.honest is None:
-        return f"{name}: in-sample {number(one.in_sample)}; how much of it is chance cannot be said here."
+    if estimate.honest is None:
+        return f"{name}: in-sample {number(estimate.in_sample)}; how much of it is chance cannot be said here."
     parts = []
-    for other, difference in (("the single best", one.against_best), ("Omni", one.against_omni)):
+    for other, difference in (("the single best", estimate.against_best), ("Omni", estimate.against_omni)):
         if difference is not None:
             word = "a gain" if difference.low > 0 else "a loss" if difference.high < 0 else "within noise"
             span = f"{number(difference.low, sign=True)} to {number(difference.high, sign=True)}"
             parts.append(f"{number(difference.value, sign=True)} ({span}) to {other}: {word}")
-    return f"{name}: honest {number(one.honest.value)}; " + "; ".join(parts) + "."
+    return f"{name}: honest {number(estimate.honest.value)}; " + "; ".join(parts) + "."
 
 
 def decides(strategy: Strategy, kind: Kind) -> str:

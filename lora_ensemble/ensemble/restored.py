@@ -29,7 +29,7 @@ from lora_ensemble.bank.lora import Member
 from lora_ensemble.bank.member_files import load_base, restore_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
-from lora_ensemble.dicor.choose.choice import probabilities
+from lora_ensemble.dicor.choose.combine import probabilities
 from lora_ensemble.ensemble.sources import Source, longest_text, read_source
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task

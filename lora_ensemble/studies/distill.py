@@ -28,7 +28,7 @@ from lora_ensemble import pool
 from lora_ensemble.bank.base_model import on_hub
 from lora_ensemble.bank.lora import NO_TARGETS, Member, expand_members, member_name
 from lora_ensemble.dicor import record
-from lora_ensemble.dicor.choose.choice import probabilities
+from lora_ensemble.dicor.choose.combine import probabilities
 from lora_ensemble.dicor.located import chosen_records, locate
 from lora_ensemble.ensemble.restored import Ensemble, Text
 from lora_ensemble.errors import UserError

@@ -10,8 +10,8 @@ from pool_factory import random_labels, random_logits
 from sklearn.ensemble import VotingClassifier
 from sklearn.preprocessing import LabelEncoder
 
-from lora_ensemble.dicor.choose.choice import Choice, decide, probabilities
-from lora_ensemble.dicor.choose.combine import combine, majority, mean, precedence
+from lora_ensemble.dicor.choose.combine import Choice, decide, majority, probabilities, tie_order
+from lora_ensemble.dicor.members import Members, ranked
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import decisions
 
@@ -19,13 +19,16 @@ from lora_ensemble.scores import decisions
 def vote(decided, *, ranks, scores=None, names=None, num_classes=5):
     """Majority of decisions given as one list per member."""
     m = len(decided)
-    return majority(
-        np.array(decided),
-        num_classes=num_classes,
-        ranks=ranks,
-        scores=scores or [0.5] * m,
-        names=names or [f"m{i}" for i in range(m)],
-    ).tolist()
+    order = tie_order(ranks, np.array(scores or [0.5] * m), names or [f"m{i}" for i in range(m)])
+    return majority(np.array(decided), order, num_classes).tolist()
+
+
+def combine(logits, *, kind, strategy, ranks=None, scores=None, names=None, **how):
+    """What members with these logits (M, N, C) decide."""
+    m = len(logits)
+    who = {"names": names or [f"m{i}" for i in range(m)], "ranks": ranks or [None] * m}
+    members = Members(logits=logits, kind=kind, scores=np.array([0.5] * m if scores is None else scores), **who)
+    return decide(members, Choice(members=list(range(m)), strategy=strategy, **how))
 
 
 def test_majority_worked_out_by_hand():
@@ -68,9 +71,6 @@ def test_scale_and_offsets_of_two_classes_by_hand(scale, offset, expected):
         np.log(p / (1 - p)),
         kind="binary",
         strategy="weighted",
-        ranks=[None] * 2,
-        scores=[0.5, 0.5],
-        names=["a", "b"],
         weights=np.array([0.5, 0.5]),
         scale=scale,
         offsets=np.array([0, offset]),
@@ -90,14 +90,14 @@ def test_scale_and_offsets_of_three_classes_by_hand():
     np.testing.assert_allclose(probabilities(np.log(p), choice, kind="multiclass"), [[0.25, 0.25, 0.5]])
     cubed = dataclasses.replace(choice, scale=3.0)
     np.testing.assert_allclose(probabilities(np.log(p), cubed, kind="multiclass"), [[4 / 7, 1 / 7, 2 / 7]])
-    names = {"ranks": [None] * 2, "scores": np.ones(2), "names": ["a", "b"]}
-    assert decide(np.log(p), choice, kind="multiclass", **names).tolist() == [2]
-    assert decide(np.log(p), cubed, kind="multiclass", **names).tolist() == [0]
+    how = {"kind": "multiclass", "strategy": "weighted", "weights": choice.weights, "offsets": choice.offsets}
+    assert combine(np.log(p), **how).tolist() == [2]
+    assert combine(np.log(p), scale=3.0, **how).tolist() == [0]
 
 
 def test_scores_that_differ_by_rounding_only_tie():
-    assert precedence([0.1 + 0.2, 0.3], ["b", "a"]) == [1, 0]
-    assert precedence([0.3 + 1e-9, 0.3], ["b", "a"]) == [0, 1]
+    assert ranked(np.array([0.1 + 0.2, 0.3]), ["b", "a"]) == [1, 0]
+    assert ranked(np.array([0.3 + 1e-9, 0.3]), ["b", "a"]) == [0, 1]
 
 
 def plain_majority(decided, ranks, scores, names):
@@ -146,16 +146,14 @@ def test_majority_without_ties_is_scikit_learns_hard_voting(num_classes, members
 def test_mean_worked_out_by_hand_and_then_decided():
     """Two weak votes for class 0 against a strong one for class 1: the mean and the majority disagree."""
     logits = np.array([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 4.0]]], np.float32)
-    assert mean(logits).tolist() == [[2 / 3, 4 / 3]]
-    others = {"kind": "multiclass", "ranks": [1, 2, 3], "scores": [0.5] * 3, "names": list("abc")}
-    assert combine(logits, strategy="mean", **others).tolist() == [1]
-    assert combine(logits, strategy="majority", **others).tolist() == [0]
+    assert combine(logits, kind="multiclass", strategy="mean").tolist() == [1]
+    assert combine(logits, kind="multiclass", strategy="majority").tolist() == [0]
 
 
 def test_weights_and_temperatures_stay_with_their_members_whatever_the_scores():
     """sigmoid(2) = 0.88 and sigmoid(-2) = 0.12: 0.9 of the one and 0.1 of the other are 0.80."""
     logits = np.array([[[2.0]], [[-2.0]]])
-    how = {"kind": "binary", "ranks": [None, None], "names": ["a", "b"]}
+    how = {"kind": "binary"}
     for scores in ([0.9, 0.1], [0.1, 0.9]):
         weighted = combine(logits, strategy="weighted", scores=scores, weights=np.array([0.9, 0.1]), **how)
         assert weighted.tolist() == [1]
@@ -166,22 +164,21 @@ def test_weights_and_temperatures_stay_with_their_members_whatever_the_scores():
 
 def test_a_logit_that_no_probability_can_show_still_decides():
     """sigmoid(1e-20) is 1/2 in float64."""
-    how = {"kind": "binary", "strategy": "mean-probability", "ranks": [None], "scores": [0.5], "names": ["a"]}
-    assert combine(np.array([[[1e-20], [-1e-20]]]), **how).tolist() == [1, 0]
+    logits = np.array([[[1e-20], [-1e-20]]])
+    assert combine(logits, kind="binary", strategy="mean-probability").tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "binary", "regression"])
 def test_mean_is_decided_as_the_task_decides(kind):
     logits = random_logits(kind, random_labels(kind, 50), 6)
-    found = combine(logits, kind=kind, strategy="mean", ranks=[None] * 6, scores=[0.5] * 6, names=list("abcdef"))
+    found = combine(logits, kind=kind, strategy="mean")
     np.testing.assert_allclose(found, decisions(logits.astype(float).sum(0) / 6, kind), rtol=1e-12)
 
 
 def test_binary_majority_of_logits():
     logits = np.array([[[3.0], [-1.0]], [[-0.1], [-1.0]], [[-0.1], [1.0]]])
-    others = {"ranks": [1, 2, 3], "scores": [0.5] * 3, "names": list("abc")}
-    assert combine(logits, kind="binary", strategy="majority", **others).tolist() == [0, 0]
-    assert combine(logits, kind="binary", strategy="mean", **others).tolist() == [1, 0]
+    assert combine(logits, kind="binary", strategy="majority").tolist() == [0, 0]
+    assert combine(logits, kind="binary", strategy="mean").tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -192,17 +189,17 @@ def test_the_order_of_members_changes_not_one_bit(kind, strategy):
     logits = (random_logits(kind, random_labels(kind, 200), 8) * 10.0 ** rng.integers(-6, 6, (8, 1, 1))).astype(
         np.float32
     )
-    ranks, scores, names = [None, 4, 4, 8, 8, 8, 1, 2], rng.choice([0.25, 0.5], 8), np.array(list("abcdefgh"))
+    ranks, scores, names = [None, 4, 4, 8, 8, 8, 1, 2], rng.choice([0.25, 0.5], 8), list("abcdefgh")
     settings_ = {"kind": kind, "strategy": strategy}
     found = combine(logits, ranks=ranks, scores=scores, names=names, **settings_)
     for _ in range(10):
         p = rng.permutation(8)
-        again = combine(logits[p], ranks=[ranks[i] for i in p], scores=scores[p], names=names[p], **settings_)
+        again = combine(
+            logits[p], ranks=[ranks[i] for i in p], scores=scores[p], names=[names[i] for i in p], **settings_
+        )
         np.testing.assert_array_equal(again, found)
 
 
 def test_majority_of_a_regression_is_an_error():
     with pytest.raises(UserError, match="majority"):
-        combine(
-            np.ones((2, 3, 1)), kind="regression", strategy="majority", ranks=[1, 2], scores=[1, 1], names=["a", "b"]
-        )
+        combine(np.ones((2, 3, 1)), kind="regression", strategy="majority")

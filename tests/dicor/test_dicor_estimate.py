@@ -8,18 +8,22 @@ import scipy.special
 from conftest import REPOSITORY
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pool_factory import random_labels, random_logits
+from pool_factory import make_pool, random_labels, random_logits
 from scipy.stats import bootstrap, pearsonr
 from sklearn.metrics import accuracy_score
 
 from lora_ensemble.dicor.choose.greedy import Greedy
 from lora_ensemble.dicor.choose.methods import Dicor, Omni, Weighted
+from lora_ensemble.dicor.compare import compare, overall
 from lora_ensemble.dicor.estimate import fold_scores
 from lora_ensemble.dicor.estimate.honest import estimate
-from lora_ensemble.dicor.estimate.interval import of_differences, of_score
+from lora_ensemble.dicor.estimate.interval import Interval, of_differences, of_score
 from lora_ensemble.dicor.estimate.splits import canonical, stratified_folds
 from lora_ensemble.dicor.members import Dev
+from lora_ensemble.dicor.options import Options
+from lora_ensemble.dicor.table import gain
 from lora_ensemble.errors import UserError
+from lora_ensemble.pool import TaskPool
 from lora_ensemble.scores import decisions
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -112,6 +116,16 @@ def test_omnis_estimate_is_that_of_choosing_all(kind, strategy):
         assert one.at_part == pytest.approx(other.at_part, abs=1e-6)
         np.testing.assert_allclose(one.held_out, other.held_out, atol=1e-4)
     assert one.at_part != one.in_sample
+
+
+def test_a_method_looks_at_its_own_best_members_whatever_the_others_look_at():
+    labels = random_labels("binary", 60)
+    dev = Dev.of(random_logits("binary", labels, 9, seed=1, noise=2), labels, kind="binary")
+    alone = estimate(dev, {"weighted": Weighted(top_k=3)}).of["weighted"]
+    found = estimate(dev, {"all": Omni(), "weighted": Weighted(top_k=3)}).of
+    assert len(found["all"].names) == 9
+    assert found["weighted"].names == alone.names
+    np.testing.assert_array_equal(found["weighted"].held_out, alone.held_out)
 
 
 @settings(deadline=None, max_examples=25)
@@ -216,6 +230,20 @@ def test_what_does_not_differ_is_within_noise():
     assert not found.beyond_noise
 
 
+def test_a_gain_is_beyond_noise_where_its_interval_leaves_out_0():
+    assert gain(Interval(0.1, 0.02, 0.18)) == "+0.1000 beyond noise"
+    assert gain(Interval(-0.1, -0.18, 0.02)) == "-0.1000 within noise"
+
+
+def test_too_few_examples_have_no_honest_overall_score(tmp_path):
+    for task, kind in (("sst", "multiclass"), ("quora", "binary"), ("sts", "regression")):
+        make_pool(tmp_path, task, kind, members=2, n=8)
+    scores = overall({task: compare(TaskPool(tmp_path, task), [], Options()) for task in ("sst", "quora", "sts")})
+    in_sample, honest = scores["best"]
+    assert 0 < in_sample <= 1
+    assert np.isnan(honest)
+
+
 @pytest.mark.parametrize(("kind", "n"), [("binary", 1), ("binary", 9), ("multiclass", 10), ("regression", 10)])
 def test_few_examples(kind, n):
     labels = random_labels(kind, n)
@@ -242,14 +270,15 @@ def test_copies_are_collapsed_before_omni_counts_them():
 
 
 @pytest.mark.parametrize("world", ["binary", "regression"])
-def test_the_estimate_is_honest_where_the_truth_is_known(world):
+def test_the_estimate_is_honest_where_the_truth_is_known(world, monkeypatch):
     """A small run of benchmarks/honest.py, which says what is measured; its full run is in benchmarks/README.md."""
     import dataclasses
 
-    from honest import WORLDS, simulate
+    import honest
 
-    small = dataclasses.replace(WORLDS[world], n=150, members=12)
-    found = simulate(small, sets=60, truth=4000, repeats=4)
+    small = dataclasses.replace(honest.WORLDS[world], n=150, members=12)
+    monkeypatch.setattr(honest, "methods", lambda _: {"greedy by score": Greedy(steps=10, criterion="score")})
+    found = honest.simulate(small, sets=60, truth=4000, repeats=4)
     for name in ("best", "greedy by score"):
         row = found[name]
         assert row["optimism"] > 4 * row["optimism error"]  # in-sample is too high

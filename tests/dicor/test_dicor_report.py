@@ -253,7 +253,7 @@ def test_a_probability_of_a_bins_border_is_in_the_lower_one():
 
 def test_the_pages_calibration_is_of_what_was_held_out(pools, pages):
     comparison = compare(TaskPool(pools / "pool", "binary"), METHODS, Options(), probabilities=True)
-    one, labels = comparison.estimates.of["omni"], comparison.estimates.view.labels
+    one, labels = comparison.estimates.of["omni"], comparison.estimates.candidates.labels
     np.testing.assert_array_equal((one.probabilities[..., 1] > 0.5).astype(int), one.held_out)
     expected = brier_score_loss(np.tile(labels, len(one.held_out)), one.probabilities[..., 1].ravel())
     found = Page(pages["binary"])

@@ -11,11 +11,17 @@ from scipy.stats import linregress, pearsonr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from lora_ensemble.dicor.choose.combine import voices
-from lora_ensemble.dicor.choose.view import losses, true_probabilities
+from lora_ensemble.dicor.choose.probabilities import class_probabilities, losses, soft_votes
 from lora_ensemble.dicor.choose.weights import convex_weights, project, scale_and_offsets, temperatures
+from lora_ensemble.dicor.members import Members
 
 KINDS = ("multiclass", "binary", "regression")
+
+
+def members_of(logits, labels, kind):
+    names = [f"m{i}" for i in range(len(logits))]
+    ranks, scores = [None] * len(logits), np.zeros(len(logits))
+    return Members(logits=logits, labels=labels, kind=kind, names=names, ranks=ranks, scores=scores)
 
 
 def by_scipy(logits, labels, kind, shrink):
@@ -53,8 +59,7 @@ def by_scipy(logits, labels, kind, shrink):
 def test_weights_are_drawn_to_equal_ones_by_a_shrink_of_1():
     labels = random_labels("multiclass", 80)
     logits = random_logits("multiclass", labels, 6, seed=1, noise=2)
-    true = true_probabilities(logits, labels, "multiclass")
-    found = convex_weights(voices(logits, "multiclass"), labels, "multiclass", true_probabilities=true)
+    found = convex_weights(members_of(logits, labels, "multiclass"))
     np.testing.assert_allclose(found, by_scipy(logits, labels, "multiclass", 1.0), atol=1e-4)
     assert np.abs(found - by_scipy(logits, labels, "multiclass", 10.0)).max() > 0.01
 
@@ -65,8 +70,7 @@ def test_weights_are_drawn_to_equal_ones_by_a_shrink_of_1():
 def test_weights_are_those_that_scipy_finds(kind, shrink, k, n):
     labels = random_labels(kind, n)
     logits = random_logits(kind, labels, k, seed=1, noise=2)
-    true = None if kind == "regression" else true_probabilities(logits, labels, kind)
-    found = convex_weights(voices(logits, kind), labels, kind, true_probabilities=true, shrink=shrink)
+    found = convex_weights(members_of(logits, labels, kind), shrink=shrink)
     np.testing.assert_allclose(found, by_scipy(logits, labels, kind, shrink), atol=2e-4)
     assert found.sum() == pytest.approx(1, abs=1e-12)
     assert found.max() - found.min() > 0.01  # not the equal ones that it starts from
@@ -77,32 +81,29 @@ def test_weights_of_values_make_r_high_whatever_their_scale():
     labels = random_labels("regression", 200)
     values = random_logits("regression", labels, 3, seed=1, noise=2)[..., 0].astype(float)
     values = values * np.array([[1.0], [0.3], [2.0]]) + np.array([[0.0], [5.0], [-1.0]])
-    found = convex_weights(values[..., None], labels, "regression", true_probabilities=None, shrink=0.0)
+    found = convex_weights(members_of(values[..., None], labels, "regression"), shrink=0.0)
     steps = np.linspace(0, 1, 51)
     grid = [(a, b, 1 - a - b) for a in steps for b in steps if a + b <= 1 + 1e-9]
     r = [pearsonr(np.array(w) @ values, labels).statistic for w in grid]
     assert np.max(r) - 1e-9 <= pearsonr(found @ values, labels).statistic <= np.max(r) + 1e-3
     assert np.ptp(r) > 0.05
-    moved = convex_weights((7 * values + 3)[..., None], labels, "regression", true_probabilities=None)
-    same = convex_weights(values[..., None], labels, "regression", true_probabilities=None)
+    moved = convex_weights(members_of((7 * values + 3)[..., None], labels, "regression"))
+    same = convex_weights(members_of(values[..., None], labels, "regression"))
     np.testing.assert_allclose(moved, same, atol=1e-6)
 
 
 def test_values_that_go_against_the_labels_are_weighed_equally():
     labels = random_labels("regression", 50)
     for values in (-np.stack([labels, labels + 1.0]), np.stack([labels, -labels])):  # and a mean that is constant
-        found = convex_weights(values[..., None], labels, "regression", true_probabilities=None)
+        found = convex_weights(members_of(values[..., None], labels, "regression"))
         np.testing.assert_array_equal(found, [0.5, 0.5])
 
 
 def test_shrinking_draws_to_equal_weights():
     labels = random_labels("binary", 200)
     logits = random_logits("binary", labels, 5, seed=1, noise=2)
-    true = true_probabilities(logits, labels, "binary")
-    spread = [
-        np.ptp(convex_weights(voices(logits, "binary"), labels, "binary", true_probabilities=true, shrink=s))
-        for s in (0.0, 1.0, 10.0, 1e6)
-    ]
+    members = members_of(logits, labels, "binary")
+    spread = [np.ptp(convex_weights(members, shrink=s)) for s in (0.0, 1.0, 10.0, 1e6)]
     assert spread == sorted(spread, reverse=True)
     assert spread[0] > 0.3
     assert spread[-1] < 1e-3
@@ -125,9 +126,8 @@ def test_projection_is_the_nearest_point_of_the_simplex(v):
 def test_losses_are_scikit_learns(kind):
     labels = random_labels(kind, 60)
     logits = random_logits(kind, labels, 3)
-    p = voices(logits, kind)
     for m in range(3):
-        given_ = p[m] if kind == "multiclass" else np.hstack([0.5 - p[m], 0.5 + p[m]])
+        given_ = class_probabilities(soft_votes(logits[m], kind), kind)
         expected = log_loss(labels, given_, labels=np.unique(labels))
         assert losses(logits, labels, kind)[m].mean() == pytest.approx(expected, abs=1e-12)
 
@@ -136,7 +136,7 @@ def test_losses_are_scikit_learns(kind):
 def test_temperatures_are_those_that_scipy_finds(kind):
     labels = random_labels(kind, 200)
     logits = 4 * random_logits(kind, labels, 3, noise=1.0)
-    found = temperatures(logits, labels, kind)
+    found = temperatures(members_of(logits, labels, kind))
     for m in range(3):
         best = minimize_scalar(
             lambda t, m=m: losses(logits[m] / np.exp(t), labels, kind).mean(), bounds=(-3, 3), method="bounded"
@@ -149,7 +149,7 @@ def test_scale_and_offsets_are_those_of_logistic_regression():
     """Two classes: logit' = a logit + b, without the pull."""
     labels = random_labels("binary", 300)
     logits = 8 * random_logits("binary", labels, 1, seed=1, noise=2)[0].astype(float) - 4
-    scale, offsets = scale_and_offsets(voices(logits, "binary"), labels, "binary", pull=1e-9)
+    scale, offsets = scale_and_offsets(soft_votes(logits, "binary"), labels, "binary", pull=1e-9)
     expected = LogisticRegression(C=1e12, tol=1e-12, max_iter=1000).fit(logits, labels)
     assert scale == pytest.approx(expected.coef_[0, 0], rel=1e-4)
     assert offsets[1] - offsets[0] == pytest.approx(expected.intercept_[0], rel=1e-4)
@@ -172,7 +172,7 @@ def test_scale_and_offsets_are_those_that_scipy_finds(kind, pull):
         return fit + pull / 2 * ((t[0] - 1) ** 2 + np.sum(t[1:] ** 2))
 
     expected = minimize(objective, np.r_[1.0, np.zeros(z.shape[1])], method="BFGS", options={"gtol": 1e-7}).x
-    scale, offsets = scale_and_offsets(voices(logits, kind), labels, kind, pull=pull)
+    scale, offsets = scale_and_offsets(soft_votes(logits, kind), labels, kind, pull=pull)
     np.testing.assert_allclose([scale, *offsets], expected, atol=1e-5)
     assert np.abs(offsets).max() > 0.05
 
@@ -193,7 +193,7 @@ def test_the_gradient_is_zero_at_scale_and_offsets(seed, n, size):
     """Also for probabilities of 0 and 1, and for members that are always wrong. They count as 1e-15 at least."""
     labels = random_labels("multiclass", n, seed=seed)
     logits = size * random_logits("multiclass", labels, 1, seed=seed, noise=1)[0].astype(float) * (-1) ** seed
-    voice = voices(logits, "multiclass")
+    voice = soft_votes(logits, "multiclass")
     scale, offsets = scale_and_offsets(voice, labels, "multiclass", pull=1.0)
     z = np.log(np.maximum(voice, 1e-15))
     off = np.exp(log_softmax(scale * z + offsets, axis=1)) - np.eye(5)[labels]

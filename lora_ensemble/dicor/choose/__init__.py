@@ -1,6 +1,5 @@
-"""How an ensemble is chosen and how it decides: arrays in, a choice out.
+"""How an ensemble is chosen and how it decides: members in, a choice out.
 
-``settings`` are what is asked for; ``combine`` and ``choice`` make one prediction of many; ``similarity`` and
-``select`` are the report's rule; ``greedy``, ``weights`` and ``methods`` are the other ways to choose; ``view`` is what
-a method may see.
+``settings`` are what is asked for; ``probabilities`` and ``combine`` make one prediction of many; ``similarity`` has
+the report's rule, ``criteria`` and ``greedy`` are searches, ``weights`` are fitted; ``methods`` are the ways to choose.
 """

@@ -1,71 +1,100 @@
 """How an ensemble decides: by a mean of its members' logits or probabilities, or by the majority of their decisions.
 
-Axes: M members, N examples of a split, C outputs of a head.
+Axes: M members, N examples of a split, C outputs of a head, k members of the ensemble.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from lora_ensemble.dicor.choose.probabilities import LEAST_PROBABILITY, class_probabilities, soft_votes
 from lora_ensemble.dicor.choose.settings import Strategy
+from lora_ensemble.dicor.members import Members, ranked
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import decisions
 from lora_ensemble.tasks import Kind
 
-DECIMALS = 12
-"""Scores and similarities are compared to so many decimals. What lies beyond is rounding, which depends on the order of
-the examples; members that tie must tie whatever the order."""
-LEAST_PROBABILITY = 1e-15
-"""A probability is at least this before its logarithm is taken: one example cannot make a loss infinite."""
+MOST_VOTES = 4_000_000
+"""Votes that are counted at a time: those of ten thousand members on all examples are many."""
 
 
-def precedence(scores: Sequence[float] | np.ndarray, names: Sequence[str]) -> list[int]:
-    """Indices of members (M,), the best dev score first; equal scores by name."""
-    rounded = [round(float(s), DECIMALS) for s in scores]
-    return sorted(range(len(names)), key=lambda m: (-rounded[m], names[m]))
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which members, and how they decide together."""
+
+    members: list[int]
+    """Indices into the members that were chosen from, in the order of choice; none twice."""
+    strategy: Strategy
+    weights: np.ndarray | None = None
+    """(k,) convex, in the order of ``members``; for the strategy ``weighted`` only."""
+    temperatures: np.ndarray | None = None
+    """(k,), if the members' logits are divided by them before probabilities are taken."""
+    scale: float = 1.0
+    """What the logarithm of the weighted mean's probabilities is multiplied by, where there are ``offsets``."""
+    offsets: np.ndarray | None = None
+    """(classes,) of sum 0, added to it after that, for a classifier; see ``vector_scaled``."""
+    similarities: list[list[float]] = field(default_factory=list)
+    """For each chosen member its similarity to each one chosen before it, if the method looked at it."""
 
 
-def mean(logits: np.ndarray) -> np.ndarray:
-    """Mean of the members' logits: (M, N, C) to (N, C) float64 (Tolkunov, section 4.3, for STS)."""
-    return np.asarray(np.mean(logits, axis=0, dtype=np.float64))
+def decide(chosen: Members, choice: Choice) -> np.ndarray:
+    """What the chosen members, in the order of choice, decide: (N,), as ``scores.decisions``.
 
-
-def voices(logits: np.ndarray, kind: Kind, temperatures: np.ndarray | None = None) -> np.ndarray:
-    """What a member adds to a mean of probabilities: logits (..., N, C) to (..., N, C) float64.
-
-    multiclass: the probabilities. binary: the probability of class 1 less 1/2, so that > 0 decides for class 1 as it
-    does for a logit, and without rounding a small logit away. regression: the values.
-    ``temperatures`` (M,): a classifier's logits are divided by them first.
+    mean: of the logits (Tolkunov, section 4.3, for STS). mean-probability: of the probabilities (for regression, the
+    values). weighted: the same with weights. majority: of the decisions. The order of the members does not matter.
+    Raises ``UserError`` for a majority of a regression and for weights that are missing.
     """
-    logits = logits.astype(np.float64)
+    kind = chosen.kind
+    if choice.strategy == "majority":
+        if kind == "regression":
+            raise UserError("strategy majority: a regression has values, not classes to vote for; use the mean")
+        order = tie_order(chosen.ranks, chosen.scores, chosen.names)
+        return majority(decisions(chosen.logits, kind), order, 2 if kind == "binary" else chosen.logits.shape[-1])
+    # Summed in one order: in another the last bit could be another.
+    order = ranked(chosen.scores, chosen.names)
+    if choice.strategy == "mean":
+        return decisions(chosen.logits[order].mean(axis=0, dtype=np.float64), kind)
+    votes = soft_votes(chosen.logits[order], kind, None if choice.temperatures is None else choice.temperatures[order])
+    if choice.strategy == "mean-probability":
+        return decisions(votes.mean(axis=0), kind)
+    if choice.weights is None:
+        raise UserError("strategy weighted: there are no weights; select again")
+    mean = np.tensordot(choice.weights[order], votes, axes=1)
+    return decisions(mean if choice.offsets is None else vector_scaled(mean, kind, choice.scale, choice.offsets), kind)
+
+
+def probabilities(logits: np.ndarray, choice: Choice, *, kind: Kind) -> np.ndarray:
+    """Probabilities (N, classes) that the chosen members give, from their logits (k, N, C).
+
+    mean: those of the mean of logits; mean-probability and weighted: their mean, scaled and offset where
+    the choice says so; majority: the shares of the votes. ``UserError`` for a regression.
+    """
     if kind == "regression":
-        return logits
-    if temperatures is not None:
-        logits = logits / temperatures[:, None, None]
-    if kind == "binary":
-        return np.tanh(logits / 2) / 2
-    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(e / e.sum(axis=-1, keepdims=True))
+        raise UserError("predict_proba: a regression has values, not probabilities; use predict")
+    if choice.strategy == "majority":
+        return shares(decisions(logits, kind), 2 if kind == "binary" else logits.shape[-1])
+    if choice.strategy == "mean":
+        return class_probabilities(soft_votes(logits.mean(axis=0, dtype=np.float64), kind), kind)
+    mean = np.average(soft_votes(logits, kind, choice.temperatures), axis=0, weights=choice.weights)
+    if choice.offsets is not None:
+        mean = soft_votes(vector_scaled(mean, kind, choice.scale, choice.offsets), kind)
+    return class_probabilities(mean, kind)
 
 
-def of_voices(voice: np.ndarray, kind: Kind) -> np.ndarray:
-    """Probabilities (N, classes) from a mean of ``voices`` (N, C) of a classifier."""
-    return np.hstack([0.5 - voice, 0.5 + voice]) if kind == "binary" else voice
+def log_probabilities(votes: np.ndarray, kind: Kind) -> np.ndarray:
+    """Logarithms of the probabilities (N, classes) of a mean of soft votes (N, C)."""
+    return np.log(np.maximum(class_probabilities(votes, kind), LEAST_PROBABILITY))
 
 
-def log_probabilities(voice: np.ndarray, kind: Kind) -> np.ndarray:
-    """Their logarithms (N, classes), from a mean of ``voices`` (N, C) of a classifier."""
-    return np.log(np.maximum(of_voices(voice, kind), LEAST_PROBABILITY))
-
-
-def vector_scaled(voice: np.ndarray, kind: Kind, scale: float, offsets: np.ndarray) -> np.ndarray:
-    """Logits (N, C), as a head's, of a mean of ``voices`` (N, C) whose probabilities p become softmax(a log p + b).
+def vector_scaled(votes: np.ndarray, kind: Kind, scale: float, offsets: np.ndarray) -> np.ndarray:
+    """Logits (N, C), as a head's, of a mean of soft votes (N, C) whose probabilities p become softmax(a log p + b).
 
     ``scale`` a, ``offsets`` b (classes,). Vector scaling (Guo et al. 2017, section 4.2) with one scale for all classes.
     """
-    z = scale * log_probabilities(voice, kind) + offsets
+    z = scale * log_probabilities(votes, kind) + offsets
     return z[:, 1:] - z[:, :1] if kind == "binary" else z
 
 
@@ -74,68 +103,31 @@ def shares(decided: np.ndarray, num_classes: int) -> np.ndarray:
     return np.stack([(decided == c).mean(axis=0) for c in range(num_classes)], axis=1)
 
 
-def majority(
-    decided: np.ndarray,
-    *,
-    num_classes: int,
-    ranks: Sequence[int | None],
-    scores: Sequence[float] | np.ndarray,
-    names: Sequence[str],
-) -> np.ndarray:
-    """The class that most members decided for: class numbers (M, N) to (N,) int64.
+def tie_order(ranks: Sequence[int | None], scores: np.ndarray, names: Sequence[str]) -> list[int]:
+    """Indices of members (M,), who has the most say where votes tie first: the highest rank (Tolkunov, section 4.3).
 
-    Of tied classes it is the one that the member of highest rank voted for (Tolkunov, section 4.3); a member without
-    a rank comes last; members of the same rank go by dev score, then by name. A member that voted for none of the
-    tied classes has no say.
+    A member without a rank comes last; members of the same rank go by dev score, then by name.
     """
-    n = decided.shape[1]
-    cells = decided + num_classes * np.arange(n)  # (M, N): one counter for every example and class
-    votes = np.bincount(cells.ravel(), minlength=n * num_classes).reshape(n, num_classes)
-    leading = votes == votes.max(axis=1, keepdims=True)  # (N, num_classes)
-    winner = np.argmax(leading, axis=1)
-    tied = np.flatnonzero(leading.sum(axis=1) > 1)
-    # sorted() is stable: members of the same rank stay in the order of score and name.
-    order = sorted(precedence(scores, names), key=lambda m: -1 if (r := ranks[m]) is None else r, reverse=True)
-    speaks = decided[order][:, tied]  # (M, tied), the member with the most say first
-    counts = leading[tied, speaks]  # (M, tied): this member voted for one of the tied classes
-    winner[tied] = speaks[np.argmax(counts, axis=0), np.arange(len(tied))]
+    # sorted() is stable, also in reverse.
+    return sorted(ranked(scores, names), key=lambda m: -1 if (r := ranks[m]) is None else r, reverse=True)
+
+
+def majority(decided: np.ndarray, order: Sequence[int], num_classes: int) -> np.ndarray:
+    """The class that most of the members in ``order`` decided for: class numbers (M, N) to (N,) int64.
+
+    Of tied classes it is the one that the first in ``order``, see ``tie_order``, voted for; a member that voted for
+    none of them has no say.
+    """
+    winner = np.empty(decided.shape[1], np.int64)
+    block = max(MOST_VOTES // len(order), 1)
+    for start in range(0, len(winner), block):
+        votes = decided[order, start : start + block].astype(np.int64)
+        n = votes.shape[1]
+        cells = votes + num_classes * np.arange(n)  # one counter for every example and class
+        counts = np.bincount(cells.ravel(), minlength=n * num_classes).reshape(n, num_classes)
+        leading = counts == counts.max(axis=1, keepdims=True)  # (n, num_classes)
+        won, tied = np.argmax(leading, axis=1), np.flatnonzero(leading.sum(axis=1) > 1)
+        first = np.argmax(leading[tied, votes[:, tied]], axis=0)  # the first to vote for one of the tied classes
+        won[tied] = votes[first, tied]
+        winner[start : start + block] = won
     return winner
-
-
-def combine(
-    logits: np.ndarray,
-    *,
-    kind: Kind,
-    strategy: Strategy,
-    ranks: Sequence[int | None],
-    scores: Sequence[float] | np.ndarray,
-    names: Sequence[str],
-    weights: np.ndarray | None = None,
-    temperatures: np.ndarray | None = None,
-    scale: float = 1.0,
-    offsets: np.ndarray | None = None,
-) -> np.ndarray:
-    """What an ensemble of members with these logits (M, N, C) decides: (N,), as ``tasks.decisions``.
-
-    mean: of the logits. mean-probability: of the probabilities (for regression, the values). weighted: the same with
-    ``weights`` (M,), convex. ``temperatures`` (M,): a classifier's logits are divided by them before probabilities are
-    taken. ``scale`` and ``offsets`` (classes,): of a weighted mean, see ``vector_scaled``. majority: of the decisions.
-    The order of the members does not matter. Raises ``UserError`` for a majority of a regression and for weights that
-    are missing.
-    """
-    # Summed in one order: in another the last bit could be another.
-    order = precedence(scores, names)
-    if strategy == "mean":
-        return decisions(mean(logits[order]), kind)
-    if strategy in ("mean-probability", "weighted"):
-        if strategy == "weighted" and weights is None:
-            raise UserError("strategy weighted: there are no weights; select again")
-        each = voices(logits[order], kind, None if temperatures is None else temperatures[order])
-        if strategy == "mean-probability" or weights is None:
-            return decisions(each.mean(axis=0), kind)
-        together = np.tensordot(weights[order], each, axes=1)
-        return decisions(together if offsets is None else vector_scaled(together, kind, scale, offsets), kind)
-    if kind == "regression":
-        raise UserError("strategy majority: a regression has values, not classes to vote for; use the mean")
-    num_classes = 2 if kind == "binary" else logits.shape[-1]
-    return majority(decisions(logits, kind), num_classes=num_classes, ranks=ranks, scores=scores, names=names)

@@ -1,6 +1,6 @@
 """Greedy ensemble selection (Caruana et al. 2004, "Ensemble selection from libraries of models").
 
-Axes: M members, N examples, C outputs of a head, k candidates.
+Axes: N examples, k candidates.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.choice import Choice, combined
+from lora_ensemble.dicor.choose.combine import Choice
+from lora_ensemble.dicor.choose.criteria import Sums
 from lora_ensemble.dicor.choose.methods import Method
-from lora_ensemble.dicor.choose.settings import GREEDY_STEPS, GREEDY_TOP_K, SMOOTH, Criterion
-from lora_ensemble.dicor.choose.view import Sums, View
+from lora_ensemble.dicor.choose.settings import GREEDY_STEPS, GREEDY_TOP_K, Criterion
+from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
 
 MOST_SORTED = 25
@@ -41,70 +42,39 @@ class Greedy(Method):
     example_share: float = 1.0
     seed: int = 0
 
-    def candidates(self, members: int) -> int:
-        return min(self.top_k, members)
-
-    def choose(self, view: View) -> Choice:
-        k, n = self.candidates(len(view)), len(view.labels)
+    def _choose(self, members: Members) -> Choice:
         if self.steps < 1 or self.bags < 1 or not 0 < self.model_share <= 1 or not 0 < self.example_share <= 1:
             raise UserError("greedy: expected steps and bags of at least 1, and shares above 0 and up to 1")
-        criterion = self.criterion or SMOOTH[view.kind]
-        if self.bags == 1:
-            order, trace = _search(_part(view, k, None).sums(criterion), self.steps, self.sorted_start)
-            weights = np.bincount(order, minlength=k) / len(order)
-        else:
-            rng, weights, trace, order = np.random.default_rng(self.seed), np.zeros(k), [], []
-            for _ in range(self.bags):
-                models = np.sort(rng.choice(k, max(1, round(self.model_share * k)), replace=False))
+        k, n = len(members), len(members.labels)
+        order, weights, rng = list[int](), np.zeros(k), np.random.default_rng(self.seed)
+        for _ in range(self.bags):
+            which, part = np.arange(k), members
+            if self.bags > 1:
+                which = np.sort(rng.choice(k, max(1, round(self.model_share * k)), replace=False))
                 rows = np.sort(rng.choice(n, max(1, round(self.example_share * n)), replace=False))
-                part = _part(view, models, None if len(rows) == n else rows)
-                found, _ = _search(part.sums(criterion), self.steps, self.sorted_start)
-                bag = models[found]
-                weights += np.bincount(bag, minlength=k) / len(bag) / self.bags
-                order += [int(m) for m in bag]
-        members = list(dict.fromkeys(int(m) for m in order))  # in the order of first choice
-        return combined(view, members, "weighted", weights=weights[members], trace=trace)
+                part = members.take(which, None if len(rows) == n else rows)
+            bag = which[self._search(Sums(part, self.criterion))]
+            weights += np.bincount(bag, minlength=k) / len(bag) / self.bags
+            order += bag.tolist()
+        chosen = list(dict.fromkeys(order))  # in the order of first choice
+        return Choice(members=chosen, strategy="weighted", weights=weights[chosen])
 
-
-def _part(view: View, models: int | np.ndarray, rows: np.ndarray | None) -> View:
-    """The view of some members and examples."""
-    which = np.arange(models) if isinstance(models, int) else models
-    if rows is None and len(which) == len(view):
-        return view
-    logits = view.logits[which] if rows is None else view.logits[which][:, rows]
-    return View(
-        logits,
-        view.labels if rows is None else view.labels[rows],
-        kind=view.kind,
-        names=[view.names[m] for m in which],
-        ranks=[view.ranks[m] for m in which],
-        scores=view.scores[which],
-    )
-
-
-def _search(sums: Sums, steps: int, sorted_start: bool) -> tuple[list[int], list[float]]:
-    """The members (indices, with repetition) up to the first best ensemble on the way, and the value at each step."""
-    k = len(sums.each)
-    total, order, trace = np.zeros_like(sums.each[0], dtype=np.float64), [], []
-    least = 1
-    if sorted_start:
-        for m in range(min(k, MOST_SORTED, steps)):
+    def _search(self, sums: Sums) -> list[int]:
+        """Members (indices, with repetition) up to the first best ensemble on the way."""
+        total, order, values, least = np.zeros_like(sums.each[0]), list[int](), list[float](), 1
+        if self.sorted_start:
+            totals = np.cumsum(sums.each[: min(MOST_SORTED, self.steps)], axis=0)
+            values = [float(sums.value(total, m + 1)) for m, total in enumerate(totals)]
+            least = int(np.argmax(values)) + 1
+            order, values, total = list(range(least)), values[:least], totals[least - 1]
+        used = np.zeros(len(sums.each), bool)
+        used[order] = True
+        while len(order) < self.steps:
+            with_each = sums.values(total, len(order))
+            best = np.flatnonzero(with_each == with_each.max())
+            m = int(next(iter(best[used[best]]), best[0]))
             total = total + sums.each[m]
             order.append(m)
-            trace.append(sums.value(total, len(order)))
-        least = int(np.argmax(trace)) + 1
-        order, trace = order[:least], trace[:least]
-        total = sums.each[:least].sum(axis=0)
-    used = np.zeros(k, bool)
-    used[order] = True
-    while len(order) < steps:
-        values = sums.values(total, len(order))
-        best = np.flatnonzero(values == values.max())
-        again = best[used[best]]
-        m = int(again[0] if len(again) else best[0])
-        total = total + sums.each[m]
-        order.append(m)
-        trace.append(float(values[m]))
-        used[m] = True
-    end = max(int(np.argmax(trace)) + 1, least)
-    return order[:end], trace
+            values.append(float(with_each[m]))
+            used[m] = True
+        return order[: max(int(np.argmax(values)) + 1, least)]

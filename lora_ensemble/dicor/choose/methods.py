@@ -3,32 +3,26 @@
     greedy = Greedy(steps=50).fit(logits, labels, kind="multiclass", names=names)
     greedy.names_, greedy.weights_, greedy.predict(test_logits)
 
-Axes: M members, N examples of a split, C outputs of a head, k candidates.
+Axes: M members, N examples of a split, C outputs of a head, k candidates or members of an ensemble.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.choice import Choice, combined, decide, probabilities
-from lora_ensemble.dicor.choose.select import pick
-from lora_ensemble.dicor.choose.settings import (
-    DEFAULT_TOP_K,
-    EXHAUSTIVE_TOP_K,
-    MOST_AUTO,
-    SMOOTH,
-    Criterion,
-    Similarity,
-    Strategy,
-)
-from lora_ensemble.dicor.choose.similarity import features
-from lora_ensemble.dicor.choose.view import View
-from lora_ensemble.dicor.members import Dev, defined, view_of
+from lora_ensemble.dicor.choose import settings as s
+from lora_ensemble.dicor.choose.combine import Choice, decide, probabilities
+from lora_ensemble.dicor.choose.criteria import Sums
+from lora_ensemble.dicor.choose.settings import Criterion, Similarity, Strategy
+from lora_ensemble.dicor.choose.similarity import features, pick
+from lora_ensemble.dicor.choose.weights import fitted
+from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import score
 from lora_ensemble.tasks import Kind
@@ -37,12 +31,14 @@ from lora_ensemble.tasks import Kind
 class Method:
     """What all methods share. Its parameters are its fields; what ``fit`` finds has a name that ends with ``_``."""
 
-    def choose(self, view: View) -> Choice:
-        """Choose from a view; the view's members are the best ``candidates``, best first."""
-        raise NotImplementedError
+    top_k: int
+    """How many members, the best, this method looks at."""
 
-    def candidates(self, members: int) -> int:
-        """How many of M members, the best, this method looks at."""
+    def choose(self, members: Members) -> Choice:
+        """Choose from members, the best first; those beyond ``top_k`` are not looked at."""
+        return self._choose(members.take(np.arange(min(self.top_k, len(members)))))
+
+    def _choose(self, members: Members) -> Choice:
         raise NotImplementedError
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -52,10 +48,8 @@ class Method:
     def set_params(self, **params: Any) -> Self:
         """Change parameters by name; ``UserError`` for one that there is not."""
         for name, value in params.items():
-            if name not in self.get_params():
-                raise UserError(
-                    f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(self.get_params())}"
-                )
+            if name not in (known := self.get_params()):
+                raise UserError(f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(known)}")
             setattr(self, name, value)
         return self
 
@@ -78,29 +72,22 @@ class Method:
         Raises ``UserError`` where shapes do not fit, a value is not finite, or no member has a score.
         """
         dev = Dev.of(logits, labels, kind=kind, names=names, ranks=ranks, ids=ids)
-        scores = np.array([score(dev.of_member(m), dev.labels, kind) for m in range(len(dev))])
-        dev, good = defined(dev, scores)
-        view, kept = view_of(dev, scores[good], limit=self.candidates(len(dev)))
-        self.choice_ = self.choose(view)
-        chosen = self.choice_.members
-        self.kind_, self.notices_ = dev.kind, dev.notices
-        self.members_ = [dev.columns[kept[m]] for m in chosen]
-        self.names_, self._ranks = [view.names[m] for m in chosen], [view.ranks[m] for m in chosen]
-        self.scores_ = view.scores[chosen]
-        weights = self.choice_.weights
+        scores = np.array([score(dev.logits_of(m), dev.labels, kind) for m in range(len(dev))])
+        dev, good = dev.scored(scores)
+        members, which = dev.top(scores[good], self.top_k)
+        self.choice_ = self.choose(members)
+        chosen, weights = self.choice_.members, self.choice_.weights
+        self.kind_, self.notices_ = kind, dev.notices
+        self.members_ = [dev.columns[which[m]] for m in chosen]
+        self.names_, self._ranks = [members.names[m] for m in chosen], [members.ranks[m] for m in chosen]
+        self.scores_ = members.scores[chosen]
         self.weights_ = np.full(len(chosen), 1 / len(chosen)) if weights is None else weights
         return self
 
     def predict(self, logits: np.ndarray) -> np.ndarray:
         """What the ensemble decides (N,), from logits (M, N, C) of all members in the order of ``fit``."""
-        return decide(
-            self._chosen(logits),
-            self.choice_,
-            kind=self.kind_,
-            ranks=self._ranks,
-            scores=self.scores_,
-            names=self.names_,
-        )
+        logits = self._chosen(logits)
+        return decide(Members(logits, self.kind_, self.names_, self._ranks, self.scores_), self.choice_)
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Probabilities (N, classes), from logits (M, N, C); ``UserError`` for a regression."""
@@ -116,10 +103,9 @@ class Method:
 class Best(Method):
     """The single best member."""
 
-    def candidates(self, members: int) -> int:
-        return 1
+    top_k = 1
 
-    def choose(self, view: View) -> Choice:
+    def _choose(self, members: Members) -> Choice:
         return Choice(members=[0], strategy="mean")
 
 
@@ -127,61 +113,42 @@ class Best(Method):
 class Omni(Method):
     """All members (Tolkunov's Omni)."""
 
+    top_k = sys.maxsize
     strategy: Strategy = "mean"
 
-    def candidates(self, members: int) -> int:
-        return members
-
-    def choose(self, view: View) -> Choice:
-        return combined(view, list(range(len(view))), self.strategy)
+    def _choose(self, members: Members) -> Choice:
+        return fitted(members, Choice(members=list(range(len(members))), strategy=self.strategy))
 
 
 @dataclass(kw_only=True)
 class Dicor(Method):
-    """Members that are good and unlike each other (Tolkunov, section 4.3; ``select.pick`` says the rule).
+    """Members that are good and unlike each other (Tolkunov, section 4.3; ``similarity.pick`` says the rule).
 
     With ``trade_off`` 1 and a number for ``size`` it is the paper's. ``size="auto"`` goes on to ``MOST_AUTO`` members
-    and then keeps the first so many of them whose mean is best, by the measure that ``SMOOTH``
-    names.
+    and then keeps the first so many of them whose mean is best, by the measure that ``SMOOTH`` names.
     """
 
     size: int | Literal["auto"] = "auto"
-    top_k: int = DEFAULT_TOP_K
+    top_k: int = s.DEFAULT_TOP_K
     similarity: Similarity = "pearson"
     strategy: Strategy = "mean"
     trade_off: float = 1.0
     temperature: bool = False
 
-    def candidates(self, members: int) -> int:
-        return min(self.top_k, members)
-
-    def choose(self, view: View) -> Choice:
+    def _choose(self, members: Members) -> Choice:
         if self.size != "auto" and self.size < 1:
             raise UserError(f"size {self.size}: an ensemble needs at least one member")
         if not 0 <= self.trade_off <= 1:
             raise UserError(f"trade_off {self.trade_off}: expected 0 (score alone) to 1 (similarity alone)")
-        k = self.candidates(len(view))
-        size = min(MOST_AUTO if self.size == "auto" else self.size, k)
-        compared = features(view.logits[:k], kind=view.kind, similarity=self.similarity, labels=view.labels)
-        picked, similarities = pick(
-            compared, size=size, similarity=self.similarity, scores=view.scores[:k], trade_off=self.trade_off
-        )
-        trace: list[float] = []
+        size = min(s.MOST_AUTO if self.size == "auto" else self.size, len(members))
+        compared = features(members.logits, kind=members.kind, similarity=self.similarity, labels=members.labels)
+        picked, similarities = pick(compared, members.scores, size, self.similarity, self.trade_off)
         if self.size == "auto":
-            sums = view.sums(SMOOTH[view.kind])
-            total = np.zeros_like(sums.each[0])
-            for i, m in enumerate(picked):
-                total = total + sums.each[m]
-                trace.append(sums.value(total, i + 1))
-            size = int(np.argmax(trace)) + 1
-        return combined(
-            view,
-            picked[:size],
-            self.strategy,
-            temperature=self.temperature,
-            similarities=similarities[:size],
-            trace=trace,
-        )
+            sums = Sums(members)
+            totals = np.cumsum(sums.each[picked], axis=0)
+            size = int(np.argmax([sums.value(total, i + 1) for i, total in enumerate(totals)])) + 1
+        choice = Choice(members=picked[:size], strategy=self.strategy, similarities=similarities[:size])
+        return fitted(members, choice, temperature=self.temperature)
 
 
 @dataclass(kw_only=True)
@@ -192,16 +159,13 @@ class Weighted(Method):
     regression gets none: r, its score, looks at neither.
     """
 
-    top_k: int = DEFAULT_TOP_K
+    top_k: int = s.DEFAULT_TOP_K
     temperature: bool = False
     offset: bool = False
 
-    def candidates(self, members: int) -> int:
-        return min(self.top_k, members)
-
-    def choose(self, view: View) -> Choice:
-        k = self.candidates(len(view))
-        return combined(view, list(range(k)), "weighted", temperature=self.temperature, offset=self.offset)
+    def _choose(self, members: Members) -> Choice:
+        choice = Choice(members=list(range(len(members))), strategy="weighted")
+        return fitted(members, choice, temperature=self.temperature, offset=self.offset)
 
 
 @dataclass(kw_only=True)
@@ -213,30 +177,27 @@ class Exhaustive(Method):
     """
 
     size: int | None = None
-    top_k: int = EXHAUSTIVE_TOP_K
+    top_k: int = s.EXHAUSTIVE_TOP_K
     criterion: Criterion | None = None
     strategy: Strategy = "mean-probability"
 
-    def candidates(self, members: int) -> int:
-        return min(self.top_k, members)
-
-    def choose(self, view: View) -> Choice:
-        k = self.candidates(len(view))
+    def _choose(self, members: Members) -> Choice:
+        k = len(members)
         if k > 16:
             raise UserError(f"exhaustive: {k} members have {2**k - 1} ensembles; give --top-k 16 or less")
-        sums = view.sums(self.criterion or SMOOTH[view.kind])
+        sums = Sums(members, self.criterion)
         best, chosen = -np.inf, [0]
 
-        def search(members: list[int], total: np.ndarray) -> None:
+        def search(ensemble: list[int], total: np.ndarray) -> None:
             nonlocal best, chosen
-            for m in range(members[-1] + 1 if members else 0, k):
-                longer, more = [*members, m], total + sums.each[m]
-                value = sums.value(more, len(longer))
+            for m in range(ensemble[-1] + 1 if ensemble else 0, k):
+                longer, more = [*ensemble, m], total + sums.each[m]
+                value = float(sums.value(more, len(longer)))
                 # Depth first: of those as good and as large, the one ranked higher is met first.
                 if value > best or (value == best and len(longer) < len(chosen)):
                     best, chosen = value, longer
                 if len(longer) < (self.size or k):
                     search(longer, more)
 
-        search([], np.zeros_like(sums.each[0], dtype=np.float64))
-        return combined(view, chosen, self.strategy, trace=[best])
+        search([], np.zeros_like(sums.each[0]))
+        return fitted(members, Choice(members=chosen, strategy=self.strategy))

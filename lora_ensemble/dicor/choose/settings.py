@@ -36,8 +36,6 @@ MOST_AUTO = 25
 # What a search makes best unless told otherwise. Accuracy moves in steps of 1/N and ties everywhere, so that a search
 # by it fits the noise of the few examples at the border; r is smooth already.
 SMOOTH: dict[Kind, Criterion] = {"multiclass": "loss", "binary": "loss", "regression": "score"}
-
-
 # What `dicor select` takes unless told otherwise. On 3 real pools it is beyond noise above Omni, and none of our others
 # is above it beyond noise. Offsets: on Quora 0.0167 above `weighted`, beyond noise, on SST 0.0069, within
 # (benchmarks/README.md); a regression has none. `dicor`, the paper's rule, is below the single best on all three.

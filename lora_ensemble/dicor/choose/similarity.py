@@ -1,9 +1,20 @@
-"""How alike two members' predictions are.
+"""How alike two members' predictions are, and the choice of members that are unlike each other.
 
-Axes: M members, N examples of a split, C outputs of a head, F numbers that a member is compared by.
+**cosine**: of a regression's values, -1 to 1; of a classifier's one-hot decisions, 0 to 1, which is the share of the
+examples on which two members decide the same. (Tolkunov, section 4.3, takes it of the class numbers. But these are
+names: renumbering them would change such a cosine, and a decision for class 0 would be a zero, like no other.)
+**pearson**: the correlation of values or logits, -1 to 1 (Tolkunov, section 4.3, for STS); multiclass: of all N C
+logits, each less the mean over its example's C, for a shift of these changes no decision and no probability.
+**error**: the correlation of residuals, or of a classifier's 0/1 vectors of what is wrong, -1 to 1 (the rho of Kuncheva
+and Whitaker 2003, "Measures of diversity in classifier ensembles", section 2).
+**kappa**, classifiers only: Cohen's kappa of the decisions (Cohen 1960; for ensembles Margineantu and Dietterich 1997),
+-1 to 1: agreement beyond what their shares of each class would give by chance.
+**double-fault**, classifiers only: the share of examples on which both are wrong (Giacinto and Roli 2001), 0 to 1. The
+only one for which a good member is unlike others for being good.
 
-The higher, the more alike, for all five. Where a similarity is undefined (a constant has no correlation) it is 1, the
-most alike there is: a member that says the same of every example is never chosen for being different.
+The higher, the more alike. Where one is undefined (a constant has no correlation, nor have the errors of who is never
+wrong) it is 1, the most alike there is: who says the same of every example is never chosen for being different.
+Axes: M members, N examples of a split, C outputs of a head, F numbers that a member is compared by, k candidates.
 """
 
 from __future__ import annotations
@@ -11,76 +22,39 @@ from __future__ import annotations
 import numpy as np
 
 from lora_ensemble.dicor.choose.settings import Similarity
+from lora_ensemble.dicor.members import DECIMALS
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import decisions
 from lora_ensemble.tasks import Kind
 
-NEEDS_LABELS = ("error", "double-fault")
 
-
-def features(
-    logits: np.ndarray,
-    *,
-    kind: Kind,
-    similarity: Similarity,
-    labels: np.ndarray | None = None,
-) -> np.ndarray:
+def features(logits: np.ndarray, *, kind: Kind, similarity: Similarity, labels: np.ndarray | None = None) -> np.ndarray:
     """What members are compared by: logits (M, N, C) to (M, F), the input of ``similarity_to``.
 
-    **cosine**, multiclass and binary: the decisions (M, N), as integers. Tolkunov (section 4.3) takes the cosine of the
-    predictions, that is of class numbers. But the numbers 0 to 4 are names: renumbering the classes would change such
-    a cosine, and a decision for class 0 would be a zero that agrees with nothing. So it is the cosine of the
-    *one-hot* decisions: what the ensemble votes with, indifferent to the numbering. It equals the share of the
-    examples on which two members decide the same, from 0 to 1, which is how it is computed. Never undefined.
-
-    **cosine**, regression: the values (M, N) as unit vectors, -1 to 1. Undefined for a member of zeros.
-
-    **pearson**, regression and binary: the values or logits (M, N), less their mean, as unit vectors, -1 to 1
-    (Tolkunov, section 4.3, for STS). Exchanging the two classes turns the sign of both members' logits, which leaves r
-    as it is. Undefined for a constant.
-
-    **pearson**, multiclass: the logits less their mean over the C classes of the same example, flattened to (M, N * C),
-    as unit vectors. A shift of all C logits of an example changes no decision and no probability, so it must not
-    change r; renumbering the classes permutes the same pairs of numbers.
-
-    **error**: the correlation of errors, -1 to 1; ``labels`` (N,) are needed. Classifiers: of the 0/1 vectors of what
-    is wrong, the phi coefficient (the rho of Kuncheva and Whitaker 2003, "Measures of diversity in classifier
-    ensembles", section 2). Regression: of the residuals. Undefined where a member is never, or always, wrong.
-
-    **kappa**, classifiers only: Cohen's kappa of two members' decisions (Cohen 1960; for ensembles Margineantu and
-    Dietterich 1997), -1 to 1: agreement beyond what their shares of each class would give by chance. The features are
-    the decisions (M, N) followed by nothing else; see ``similarity_to``. Undefined where both decide for one and the
-    same class everywhere.
-
-    **double-fault**, classifiers only: the share of examples on which both are wrong (Giacinto and Roli 2001), 0 to 1;
-    ``labels`` are needed. The only one of the five for which a good member is unlike others for being good. Never
-    undefined.
-
-    Raises ``UserError`` for kappa and double-fault of a regression.
+    Class numbers, whether they are wrong, or vectors of length 1 (of NaN where that is undefined). ``labels`` (N,) are
+    for error and double-fault. ``UserError`` for kappa and double-fault of a regression.
     """
     if similarity in ("kappa", "double-fault") and kind == "regression":
         raise UserError(
             f"similarity {similarity}: a regression has values, not classes to agree on; use pearson, cosine or error"
         )
-    if similarity == "kappa" or (similarity == "cosine" and kind != "regression"):
-        return decisions(logits, kind)
-    if similarity in NEEDS_LABELS:
+    if similarity in ("error", "double-fault"):
         if labels is None:
             raise UserError(f"similarity {similarity}: it is of the errors, so it needs labels")
         decided = decisions(logits, kind)
         if similarity == "double-fault":
             return decided != labels
         return _unit(decided - labels if kind == "regression" else (decided != labels).astype(np.float64))
-    if similarity == "cosine":
-        return _unit(logits[..., 0].astype(np.float64), centre=False)
+    if similarity == "kappa" or (similarity == "cosine" and kind != "regression"):
+        return decisions(logits, kind)
     values = logits.astype(np.float64)
-    if kind == "multiclass":
-        # Judged on the logits as they are: less a rounded mean, a constant need not be exactly zero.
-        constant = (logits == logits[..., :1]).all(axis=(1, 2))
-        values -= values.mean(axis=-1, keepdims=True)
-        values[constant] = 0
-        return _unit(values.reshape(len(values), -1), centre=False)
-    return _unit(values[..., 0])
+    if similarity == "cosine" or kind != "multiclass":
+        return _unit(values[..., 0], centre=similarity == "pearson")
+    # Judged on the logits as they are: less a rounded mean, a constant need not be exactly zero.
+    constant = (logits == logits[..., :1]).all(axis=(1, 2))
+    values -= values.mean(axis=-1, keepdims=True)
+    values[constant] = 0
+    return _unit(values.reshape(len(values), -1), centre=False)
 
 
 def _unit(values: np.ndarray, *, centre: bool = True) -> np.ndarray:
@@ -93,27 +67,61 @@ def _unit(values: np.ndarray, *, centre: bool = True) -> np.ndarray:
     return np.asarray(values / length)
 
 
-def similarity_to(chosen: np.ndarray, all_features: np.ndarray, *, similarity: Similarity = "cosine") -> np.ndarray:
+def similarity_to(member: np.ndarray, members: np.ndarray, *, similarity: Similarity = "cosine") -> np.ndarray:
     """Similarity (M,) of one member's features (F,) to those of all members (M, F), both from ``features``."""
     if similarity == "kappa":
-        return _kappa(chosen, all_features)
-    if all_features.dtype == bool:
-        return np.asarray((all_features & chosen).mean(axis=1))
-    if np.issubdtype(all_features.dtype, np.integer):
-        return np.asarray(np.mean(all_features == chosen, axis=1))
-    return np.nan_to_num(np.clip(all_features @ chosen, -1.0, 1.0), nan=1.0)
+        return _kappa(member, members)
+    if members.dtype == bool:
+        return np.asarray((members & member).mean(axis=1))
+    if np.issubdtype(members.dtype, np.integer):
+        return np.asarray(np.mean(members == member, axis=1))
+    return np.nan_to_num(np.clip(members @ member, -1.0, 1.0), nan=1.0)
 
 
-def _kappa(chosen: np.ndarray, decided: np.ndarray) -> np.ndarray:
+def _kappa(member: np.ndarray, members: np.ndarray) -> np.ndarray:
     """Cohen's kappa (M,) of decisions (N,) with decisions (M, N); 1 where it is undefined."""
-    n = len(chosen)
-    agree = (decided == chosen).mean(axis=1)
-    chance = np.zeros(len(decided))
-    for c in np.unique(chosen):
-        chance += (chosen == c).sum() / n * ((decided == c).sum(axis=1) / n)
+    agree, chance = (members == member).mean(axis=1), np.zeros(len(members))
+    for c in np.unique(member):
+        chance += (member == c).sum() / len(member) * ((members == c).sum(axis=1) / len(member))
     return np.where(chance >= 1, 1.0, (agree - chance) / np.where(chance >= 1, 1.0, 1 - chance))
 
 
-def pairwise(all_features: np.ndarray, *, similarity: Similarity = "cosine") -> np.ndarray:
+def pairwise(members: np.ndarray, *, similarity: Similarity = "cosine") -> np.ndarray:
     """Similarity of every pair (M, M) from features (M, F): for plots. Selection does not need it."""
-    return np.stack([similarity_to(one, all_features, similarity=similarity) for one in all_features])
+    return np.stack([similarity_to(member, members, similarity=similarity) for member in members])
+
+
+def pick(
+    candidates: np.ndarray, scores: np.ndarray, size: int, similarity: Similarity, trade_off: float
+) -> tuple[list[int], list[list[float]]]:
+    """``size`` of k candidates, the best first, from their ``features`` (k, F) and ``scores`` (k,).
+
+    Returns their indices in the order of choice, and for each its similarities to those chosen before it: size x k
+    numbers, never M x M. ``trade_off`` 1 is the paper's rule (Tolkunov, section 4.3): the best comes first; then, each
+    time, the candidate with the least mean similarity to those already chosen. The report says "lowest correlation" and
+    not to what; the mean is the rho of its equation 2, Var(ens) = sigma^2 / N + (N - 1) / N * rho * sigma^2, which the
+    choice is to make small. Below 1 the next is the one with the largest (1 - trade_off) score - trade_off similarity
+    (maximal marginal relevance, Carbonell and Goldstein 1998), both scaled to 0..1 over the candidates that are left,
+    for a difference of accuracies means nothing beside one of correlations. Of equals it is the one ranked higher.
+    """
+    picked, k = [0], len(candidates)
+    to_picked = np.empty((size, k))  # row i: similarity of all candidates to the i-th chosen
+    total = np.zeros(k)
+    for i in range(size):
+        to_picked[i] = similarity_to(candidates[picked[i]], candidates, similarity=similarity)
+        total += to_picked[i]
+        if i + 1 < size:
+            cost = np.round(total / (i + 1), DECIMALS)
+            if trade_off < 1:
+                left = np.setdiff1d(np.arange(k), picked)
+                cost = trade_off * _scaled(cost, left) - (1 - trade_off) * _scaled(scores, left)
+                cost = np.round(cost, DECIMALS)
+            cost[picked] = np.inf
+            picked.append(int(np.argmin(cost)))
+    return picked, [to_picked[:i, p].tolist() for i, p in enumerate(picked)]
+
+
+def _scaled(values: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """``values`` (k,) with the least of those that are ``left`` at 0 and the largest at 1; all 0 where they tie."""
+    low, high = values[left].min(), values[left].max()
+    return np.asarray((values - low) / (high - low) if high - low > 10**-DECIMALS else np.zeros(len(values)))

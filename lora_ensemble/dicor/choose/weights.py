@@ -6,11 +6,14 @@ Axes: k members, N examples, C outputs of a head; K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.combine import LEAST_PROBABILITY, log_probabilities
-from lora_ensemble.dicor.choose.view import losses
+from lora_ensemble.dicor.choose.combine import Choice, log_probabilities
+from lora_ensemble.dicor.choose.probabilities import LEAST_PROBABILITY, losses
+from lora_ensemble.dicor.members import Members
+from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Kind
 
 SHRINK = 1.0
@@ -26,70 +29,86 @@ PRECISION = 1e-9
 """The search ends when no weight moves by more."""
 
 
-def convex_weights(
-    voices: np.ndarray, labels: np.ndarray, kind: Kind, *, true_probabilities: np.ndarray | None, shrink: float = SHRINK
-) -> np.ndarray:
+def fitted(members: Members, choice: Choice, *, temperature: bool = False, offset: bool = False) -> Choice:
+    """The choice with the weights that the strategy ``weighted`` needs; members without weight are none.
+
+    ``temperature``: with temperatures. ``offset``: with scale and offsets of a classifier's weighted mean. Raises
+    ``UserError`` where temperatures would have no meaning.
+    """
+    chosen = members.take(choice.members)
+    if temperature:
+        if chosen.kind == "regression" or choice.strategy in ("mean", "majority"):
+            raise UserError(
+                "--temperature: only a classifier's probabilities have one; use --strategy mean-probability"
+            )
+        choice = replace(choice, temperatures=(degrees := temperatures(chosen)))
+        chosen = replace(chosen, logits=chosen.logits / degrees[:, None, None])
+    if choice.strategy != "weighted":
+        return choice
+    weights = convex_weights(chosen)
+    if offset and chosen.kind != "regression":
+        mean = np.tensordot(weights, chosen.soft_votes, axes=1)
+        scale, offsets = scale_and_offsets(mean, chosen.labels, chosen.kind)
+        choice = replace(choice, scale=scale, offsets=offsets)
+    kept = np.flatnonzero(weights > 0)
+    return replace(
+        choice,
+        members=[choice.members[i] for i in kept],
+        weights=weights[kept],
+        temperatures=None if choice.temperatures is None else choice.temperatures[kept],
+        similarities=choice.similarities if len(kept) == len(chosen) else [],
+    )
+
+
+def convex_weights(members: Members, *, shrink: float = SHRINK) -> np.ndarray:
     """Weights (k,), none below 0, of sum 1, that make the weighted mean good on these examples.
 
-    Classifiers: the log-loss of the weighted mean of probabilities, from ``true_probabilities`` (k, N): stacking of
-    predictive distributions (Yao et al. 2018, section 3.3). Regression: the squared error of the straight line through
-    the weighted mean of ``voices`` (k, N, 1) that is best, since r, the score, looks at neither level nor scale; in
-    units of twice what the plain mean's line leaves, which makes it a Gaussian's log-loss (``_of_values``).
-    Plus the penalty of ``SHRINK``, which makes both strictly convex: there is one minimum.
+    Classifiers: the log-loss of the weighted mean of probabilities: stacking of predictive distributions (Yao et al.
+    2018, section 3.3). Regression: the squared error of the straight line through the weighted mean that is best, since
+    r, the score, looks at neither level nor scale; in units of twice what the plain mean's line leaves, which makes it
+    a Gaussian's log-loss. Plus the penalty of ``SHRINK``, which makes both strictly convex: there is one minimum.
 
     It is found by projected gradients rather than by scipy's SLSQP, which finds the same (the tests compare them): this
     is done for every split of the dev set, and importing scipy alone takes as long as all of them.
     """
-    k = len(voices)
-    equal = np.full(k, 1 / k)
+    k = len(members)
+    equal, pull = np.full(k, 1 / k), 2 * shrink * k
     if k == 1:
         return equal
-    if kind == "regression":
-        return _of_values(voices[..., 0], labels, shrink)
-    assert true_probabilities is not None
-    p = np.maximum(true_probabilities, LEAST_PROBABILITY)
-    ratio = p / (equal @ p)
-    curvature = ratio @ ratio.T
+    if members.kind != "regression":
+        p = np.maximum(members.true_probabilities, LEAST_PROBABILITY)
+        ratio = p / (equal @ p)
+        curvature = ratio @ ratio.T
 
-    def slope(w: np.ndarray) -> np.ndarray:
-        return np.asarray(2 * shrink * k * (w - equal) - p @ (1 / np.maximum(w @ p, LEAST_PROBABILITY)))
+        def slope(w: np.ndarray) -> np.ndarray:
+            return np.asarray(pull * (w - equal) - p @ (1 / np.maximum(w @ p, LEAST_PROBABILITY)))
 
-    # Moves of sum 0 are all that the constraint allows, so the curvature along (1, ..., 1) does not count.
-    centred = curvature - curvature.mean(axis=0) - curvature.mean(axis=1)[:, None] + curvature.mean()
-    steepest = float(np.linalg.eigvalsh(centred)[-1]) + 2 * shrink * k
-    return _clean(_descend(slope, equal, steepest, project))
+        # Moves of sum 0 are all that the constraint allows, so the curvature along (1, ..., 1) does not count.
+        centred = curvature - curvature.mean(axis=0) - curvature.mean(axis=1)[:, None] + curvature.mean()
+        w = _descend(slope, equal, float(np.linalg.eigvalsh(centred)[-1]) + pull, project)
+    else:
+        # Of all weights none below 0, those of the least squares fit have the highest r: a fit with an intercept is as
+        # good as its r. The plain mean's line has the slope b, so what is divided by it is drawn to 1/k.
+        x = members.soft_votes[..., 0]
+        x, y = x - x.mean(axis=1, keepdims=True), members.labels - members.labels.mean()
+        mean = equal @ x
+        if mean @ y <= 0 or mean @ mean <= 1e-24 * np.square(x).max(axis=0).sum():
+            # The mean goes against the labels, or is constant: there is no line to be drawn to.
+            return equal
+        b = float(mean @ y) / float(mean @ mean)
+        x = b * x
+        left = max(float(np.mean(np.square(equal @ x - y))), 1e-12 * float(np.mean(y * y)))
+        curvature, towards = x @ x.T / left, x @ y / left
 
+        def slope_of_values(w: np.ndarray) -> np.ndarray:
+            return np.asarray(curvature @ w - towards + pull * (w - equal))
 
-def _clean(w: np.ndarray) -> np.ndarray:
-    """Weights (k,) of sum 1 without those that are only rounding."""
-    w = np.where(w < 1e-6 * w.sum(), 0.0, w)
+        steepest = float(np.linalg.eigvalsh(curvature)[-1]) + pull
+        w = _descend(slope_of_values, equal, steepest, lambda w: np.maximum(w, 0))
+        if not w.any():
+            return equal
+    w = np.where(w < 1e-6 * w.sum(), 0.0, w)  # the rest is only rounding
     return np.asarray(w / w.sum())
-
-
-def _of_values(values: np.ndarray, labels: np.ndarray, shrink: float) -> np.ndarray:
-    """Convex weights (k,) of values (k, N): those of the least squares fit of v >= 0 to the labels, brought to sum 1.
-
-    Of all weights that are none below 0, v without the penalty is the one of the highest r: a fit with an intercept is
-    as good as its r. The plain mean's line has the slope b, so v / b is drawn to 1/k.
-    """
-    k = len(values)
-    equal = np.full(k, 1 / k)
-    x, y = values - values.mean(axis=1, keepdims=True), labels - labels.mean()
-    mean = equal @ x
-    if mean @ y <= 0 or mean @ mean <= 1e-24 * np.square(x).max(axis=0).sum():
-        # The mean goes against the labels, or is constant: there is no line to be drawn to.
-        return equal
-    b = float(mean @ y) / float(mean @ mean)
-    x = b * x
-    left = max(float(np.mean(np.square(equal @ x - y))), 1e-12 * float(np.mean(y * y)))
-    curvature, towards = x @ x.T / left, x @ y / left
-
-    def slope(u: np.ndarray) -> np.ndarray:
-        return np.asarray(curvature @ u - towards + 2 * shrink * k * (u - equal))
-
-    steepest = float(np.linalg.eigvalsh(curvature)[-1]) + 2 * shrink * k
-    found = _descend(slope, equal, steepest, lambda u: np.maximum(u, 0))
-    return _clean(found) if found.any() else equal
 
 
 def _descend(
@@ -131,16 +150,17 @@ def project(v: np.ndarray) -> np.ndarray:
     return np.maximum(v - above[np.flatnonzero(falling > above)[-1]], 0)
 
 
-def temperatures(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np.ndarray:
-    """The temperature of each classifier (k,) that makes its log-loss least: logits (k, N, C) are divided by it.
+def temperatures(members: Members) -> np.ndarray:
+    """The temperature of each classifier (k,) that makes its log-loss least: its logits are divided by it.
 
     Guo et al. 2017, section 4.2. The loss is convex in 1 / T, which is searched from 1/20 to 20 by golden section.
     """
-    low, high = np.full(len(logits), np.log(0.05)), np.full(len(logits), np.log(20.0))
+    low, high = np.full(len(members), np.log(0.05)), np.full(len(members), np.log(20.0))
     golden = (np.sqrt(5) - 1) / 2
 
     def loss(log_scale: np.ndarray) -> np.ndarray:
-        return losses(logits * np.exp(log_scale)[:, None, None], labels, kind).mean(axis=1)
+        scaled = members.logits * np.exp(log_scale)[:, None, None]
+        return losses(scaled, members.labels, members.kind).mean(axis=1)
 
     # A function that falls and then rises in 1 / T does so in its logarithm too.
     for _ in range(30):
@@ -152,22 +172,21 @@ def temperatures(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np.ndarr
 
 
 def scale_and_offsets(
-    voice: np.ndarray, labels: np.ndarray, kind: Kind, *, pull: float = PULL
+    votes: np.ndarray, labels: np.ndarray, kind: Kind, *, pull: float = PULL
 ) -> tuple[float, np.ndarray]:
     """The scale a and the offsets b (K,) with which softmax(a log p + b) has the least log-loss: vector scaling.
 
-    ``voice`` (N, C): a classifier's mean of ``combine.voices``, whose probabilities are p; ``labels`` (N,). Guo et al.
-    2017, section 4.2, with one scale for all classes: members that were trained on one set are biased towards the same
+    ``votes`` (N, C): a classifier's mean of soft votes, whose probabilities are p; ``labels`` (N,). Guo et al. 2017,
+    section 4.2, with one scale for all classes: members that were trained on one set are biased towards the same
     classes, which no weights can mend.
 
-    Added to the sum of the log-losses: ``pull`` / 2 ((a - 1)^2 + |b|^2), see ``PULL``. The examples outweigh it the
-    more there are. It makes the minimum unique, also for classes that never occur, and draws the b to sum 0, so that
-    no class is special. Found by Newton's method.
+    Added to the sum of the log-losses: ``pull`` / 2 ((a - 1)^2 + |b|^2), see ``PULL``. It makes the minimum unique,
+    also for classes that never occur, and the b of sum 0, so that no class is special. Found by Newton's method.
     """
-    z = log_probabilities(voice, kind)
+    z = log_probabilities(votes, kind)
     z = z - z.mean(axis=1, keepdims=True)
     n, k = z.shape
-    theta, start, rows = np.r_[1.0, np.zeros(k)], np.r_[1.0, np.zeros(k)], np.arange(n)
+    start, rows = np.r_[1.0, np.zeros(k)], np.arange(n)
 
     def at(theta: np.ndarray) -> tuple[float, np.ndarray]:
         """The objective and the probabilities (N, K)."""
@@ -177,6 +196,7 @@ def scale_and_offsets(
         value = float(np.sum(np.log(total) - u[rows, labels]) + pull / 2 * np.sum(np.square(theta - start)))
         return value, np.exp(u) / total[:, None]
 
+    theta = start
     value, p = at(theta)
     for _ in range(100):
         mean = np.sum(p * z, axis=1)

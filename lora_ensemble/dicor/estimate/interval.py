@@ -19,7 +19,7 @@ Z = 1.6448536269514722
 DRAWS = 2000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Interval:
     """An estimate, and where the true value lies with a chance of ``LEVEL``."""
 
@@ -29,8 +29,7 @@ class Interval:
 
     def moved(self, by: float, least: float, most: float) -> Interval:
         """The same, so much higher, within what a score can be."""
-        value, low, high = (min(max(x + by, least), most) for x in (self.value, self.low, self.high))
-        return Interval(value=value, low=low, high=high)
+        return Interval(*(min(max(x + by, least), most) for x in (self.value, self.low, self.high)))
 
     @property
     def beyond_noise(self) -> bool:
@@ -41,26 +40,24 @@ class Interval:
 def of_score(decided: np.ndarray, labels: np.ndarray, kind: Kind) -> Interval | None:
     """The score of held-out decisions (R, N) against labels (N,), and its interval; None where r is undefined.
 
-    Each repeat's decisions are scored, and the mean taken. The interval is that of one repeat's decisions on other
-    examples: repeats of the same examples make the estimate steadier, but bring no new example. For accuracy it is
-    Wilson's; for r it is Fisher's z with the variance that the examples' influence on r gives (the delta method), since
-    the errors of ratings are not normal.
+    The score is the mean of the repeats'. The interval is that of one repeat's decisions on other examples: repeats
+    make the estimate steadier, but bring no new example. For accuracy it is Wilson's; for r Fisher's z with the
+    variance that the examples' influence on r gives (the delta method), since the errors of ratings are not normal.
     """
     n = len(labels)
     if kind != "regression":
         p = float(np.mean(decided == labels))
         middle, spread = (p + Z**2 / (2 * n)) / (1 + Z**2 / n), Z / (1 + Z**2 / n)
         half = spread * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        return Interval(value=p, low=float(middle - half), high=float(middle + half))
-    each = np.array([pearson(row, labels) for row in decided])
-    if np.isnan(each).any():
+        return Interval(p, float(middle - half), float(middle + half))
+    r = float(np.mean([pearson(row, labels) for row in decided]))
+    if np.isnan(r):
         return None
-    r = float(each.mean())
     if n < 4 or abs(r) >= 1:
-        return Interval(value=r, low=-1.0, high=1.0) if n < 4 else Interval(value=r, low=r, high=r)
+        return Interval(r, -1.0, 1.0) if n < 4 else Interval(r, r, r)
     variance = float(np.mean([np.var(influence(row, labels)) for row in decided])) / (n - 3)
     half = Z * np.sqrt(variance) / (1 - r * r)
-    return Interval(value=r, low=float(np.tanh(np.arctanh(r) - half)), high=float(np.tanh(np.arctanh(r) + half)))
+    return Interval(r, float(np.tanh(np.arctanh(r) - half)), float(np.tanh(np.arctanh(r) + half)))
 
 
 def influence(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -79,38 +76,36 @@ def of_differences(
     decisions from one repeat, as in ``of_score``; each repeat has its share of the draws. None where r is undefined.
     The examples must come in an order that does not depend on the file's.
     """
-    tail = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
-    n, found = len(labels), dict[tuple[str, str], Interval | None]()
-    if kind != "regression":
-        for a, b in pairs:
+    intervals: dict[tuple[str, str], Interval | None] = {}
+    if kind == "regression":
+        names = sorted(held)
+        r = {name: float(np.mean([pearson(row, labels) for row in held[name]])) for name in names}
+        drawn_r = dict(zip(names, _drawn_r([held[name] for name in names], labels).T, strict=True))
+    for a, b in pairs:
+        if kind == "regression":
+            value, drawn = r[a] - r[b], drawn_r[a] - drawn_r[b]
+            drawn = drawn[np.isfinite(drawn)]
+            if np.isnan(value) or not len(drawn):
+                intervals[a, b] = None
+                continue
+        else:
             gain = (held[a] == labels).astype(int) - (held[b] == labels)  # -1, 0 or 1
             counts = np.array([(gain == g).sum() for g in (-1, 0, 1)])
             # A draw of N examples is a multinomial draw over the three values.
-            drawn = np.random.default_rng(0).multinomial(n, counts / counts.sum(), size=DRAWS)
-            low, high = np.percentile((drawn[:, 2] - drawn[:, 0]) / n, tail)
-            found[a, b] = Interval(value=float(gain.mean()), low=float(low), high=float(high))
-        return found
-    names = sorted({name for pair in pairs for name in pair})
-    r = {name: float(np.mean([pearson(row, labels) for row in held[name]])) for name in names}
-    drawn_r = _drawn_r([held[name] for name in names], labels)
-    for a, b in pairs:
-        difference = drawn_r[:, names.index(a)] - drawn_r[:, names.index(b)]
-        difference = difference[np.isfinite(difference)]
-        if np.isnan(r[a] - r[b]) or not len(difference):
-            found[a, b] = None
-            continue
-        low, high = np.percentile(difference, tail)
-        found[a, b] = Interval(value=r[a] - r[b], low=float(low), high=float(high))
-    return found
+            draws = np.random.default_rng(0).multinomial(len(labels), counts / counts.sum(), size=DRAWS)
+            value, drawn = float(gain.mean()), (draws[:, 2] - draws[:, 0]) / len(labels)
+        low, high = np.percentile(drawn, [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
+        intervals[a, b] = Interval(value, float(low), float(high))
+    return intervals
 
 
 def _drawn_r(held: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
     """r (B, methods) of each method's values (R, N) in each draw of examples."""
     rng = np.random.default_rng(0)
     n, y, repeats = len(labels), labels - labels.mean(), len(held[0])
-    found = []
+    drawn = []
     for repeat in range(repeats):
-        rows = np.stack([one[repeat] - one[repeat].mean() for one in held])
+        rows = np.stack([values[repeat] - values[repeat].mean() for values in held])
         columns = np.concatenate([rows, rows**2, rows * y, y[None], y[None] ** 2]).T  # (N, 3 methods + 2)
         left = -(-DRAWS // repeats)
         while left > 0:
@@ -121,5 +116,5 @@ def _drawn_r(held: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
             times = np.bincount(cells.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
             x, xx, xy, sy, yy = np.split(times @ columns / n, np.cumsum([len(held)] * 3 + [1]), axis=1)
             with np.errstate(invalid="ignore", divide="ignore"):
-                found.append((xy - x * sy) / np.sqrt((xx - x**2) * (yy - sy**2)))
-    return np.concatenate(found)
+                drawn.append((xy - x * sy) / np.sqrt((xx - x**2) * (yy - sy**2)))
+    return np.concatenate(drawn)

@@ -1,22 +1,22 @@
 """Which part of the dev set an example is in: folds keyed on ids, so that no order matters.
 
-Axes: N examples, R repeats.
+Axes: N examples, R repeats of K folds, S = R * K splits.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from lora_ensemble.tasks import Kind
 
 FOLDS = 3
-"""Few and large. With ten folds, members that are nearly equal make the estimate jump: where one leads by little, it is
+"""Few and large. With ten, members that are nearly equal make the estimate jump: where one leads by little, it is
 chosen in just those splits whose held-out tenth speaks against it. In simulations (``benchmarks/honest.py``) the
-single best's interval held its true score in 74 of 100 cases with ten folds and in 91 with three. What choosing on two
-thirds costs is corrected in ``estimate``."""
+single best's interval held its true score in 74 of 100 cases with ten and in 91 with three. What choosing on two thirds
+costs is corrected in ``estimate``."""
 REPEATS = 10
 
 
@@ -28,7 +28,7 @@ def hashes(ids: Sequence[str] | np.ndarray) -> np.ndarray:
 
 
 def _mixed(numbers: np.ndarray, salt: int) -> np.ndarray:
-    """Other numbers, as if drawn anew for each salt (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Other numbers, as if drawn anew for each salt (splitmix64's finaliser, Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         z = numbers + np.uint64((salt * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -47,20 +47,23 @@ def stratified_folds(
     """The fold (R, N), 0 to folds - 1, in which each example is held out in each repeat.
 
     Folds differ by at most one example in size, and, within a class, by at most one example of it. For a regression the
-    classes are the tenths (``folds``) of the labels in their order. Decided by ids and labels alone.
+    classes are blocks of ``folds`` labels in their order. Decided by ids and labels alone.
     """
     key, n = hashes(ids), len(labels)
-    found = np.empty((repeats, n), np.int64)
+    fold = np.empty((repeats, n), np.int64)
     for r in range(repeats):
         drawn = _mixed(key, r + 1)
-        if kind == "regression":
-            # Neighbours in the order of labels go to different folds: a block of `folds` has one of each.
-            order = np.lexsort((drawn, labels))
+        if kind == "regression":  # neighbours in the order of labels go to different folds
             block = np.empty(n, np.int64)
-            block[order] = np.arange(n) // folds
+            block[np.lexsort((drawn, labels))] = np.arange(n) // folds
         else:
             block = labels.astype(np.int64)
         # Dealt out like cards, class after class, so that no fold is behind by more than one.
-        dealt = np.lexsort((drawn, block))
-        found[r, dealt] = np.arange(n) % folds
-    return found
+        fold[r, np.lexsort((drawn, block))] = np.arange(n) % folds
+    return fold
+
+
+def held_out(fold: np.ndarray, folds: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Each split's number, its repeat, and the examples (N',) that it holds out, from ``stratified_folds``."""
+    for s in range(len(fold) * folds):
+        yield s, s // folds, np.flatnonzero(fold[s // folds] == s % folds)

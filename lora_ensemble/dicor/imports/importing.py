@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.choose.combine import voices
+from lora_ensemble.dicor.choose.probabilities import soft_votes
 from lora_ensemble.dicor.imports.outputs import to_logits
 from lora_ensemble.dicor.imports.request import Form, Request
 from lora_ensemble.dicor.imports.sources import Source, read_models
@@ -180,7 +180,7 @@ def _doubts(member: Imported, truth: Truth, request: Request) -> list[str]:
     if kind == "regression":  # values on a line
         certain = len(labels) > 2
     else:  # one answer for each class
-        answers = np.unique(voices(member.logits, kind).round(2), axis=0)
+        answers = np.unique(soft_votes(member.logits, kind).round(2), axis=0)
         certain = len(answers) <= len(np.unique(labels)) < len(labels)
     if member.score < 1 - 1e-9 or not certain:
         return []

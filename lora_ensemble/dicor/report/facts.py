@@ -24,7 +24,7 @@ from lora_ensemble.dicor.choose.settings import (
 from lora_ensemble.dicor.choose.similarity import features, pairwise
 from lora_ensemble.dicor.compare import Comparison
 from lora_ensemble.dicor.estimate.honest import Estimate, estimate
-from lora_ensemble.dicor.members import ranked
+from lora_ensemble.dicor.members import Dev, ranked
 from lora_ensemble.dicor.report.theory import Calibration, Theory, calibration, theory
 from lora_ensemble.dicor.table import number
 from lora_ensemble.pool import MemberRecord
@@ -114,11 +114,11 @@ def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None
     """The facts of a comparison that kept its probabilities. Raises ``UserError`` as ``features`` does."""
     task_pool, estimates, dev = comparison.task_pool, comparison.estimates, comparison.dev
     names, scores = list(estimates.scores), np.array(list(estimates.scores.values()))
-    order = ranked(scores, np.zeros(len(names)), names)[:MOST_SHOWN]
+    order = ranked(scores, names)[:MOST_SHOWN]
     shown = [task_pool.record(names[i]) for i in order]
     asked = [comparison.methods[m].get_params().get("similarity") for m in (method, "dicor") if m in comparison.methods]
     similarity = next((s for s in asked if s), DEFAULT_SIMILARITY[task_pool.kind])
-    logits = np.stack([_logits(comparison, r.name) for r in shown])
+    logits = np.stack([_logits(dev, r.name) for r in shown])
     compared_by = features(logits, kind=task_pool.kind, similarity=similarity, labels=dev.labels)
     return Facts(
         comparison=comparison,
@@ -129,7 +129,7 @@ def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None
         similarities=pairwise(compared_by, similarity=similarity),
         curves=curves(comparison, [m for m in ("dicor", method) if m in comparison.methods]),
         calibrations={
-            m: calibration(p, estimates.view.labels, task_pool.kind)
+            m: calibration(p, estimates.candidates.labels, task_pool.kind)
             for m in dict.fromkeys(("best", "omni", method))
             if (p := estimates.of[m].probabilities) is not None
         },
@@ -142,15 +142,15 @@ def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None
     )
 
 
-def _logits(comparison: Comparison, name: str) -> np.ndarray:
-    """(N, C) on dev of a member, whose file was checked when it was compared."""
-    return np.asarray(comparison.dev.of_member(bisect_left(comparison.dev.names, name)))  # the names are sorted
+def _logits(dev: Dev, name: str) -> np.ndarray:
+    """(N, C) of a member, whose file was checked when it was compared."""
+    return dev.logits_of(bisect_left(dev.names, name))  # they are sorted
 
 
 def _theory(comparison: Comparison, names: Sequence[str]) -> Theory:
     task_pool = comparison.task_pool
     return theory(
-        (_logits(comparison, name) for name in names),
+        (_logits(comparison.dev, name) for name in names),
         comparison.dev.labels,
         task_pool.kind,
         outputs=len(task_pool.labels),

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.combine import majority
+from lora_ensemble.dicor.choose.combine import majority, tie_order
+from lora_ensemble.dicor.choose.probabilities import log_losses
 from lora_ensemble.dicor.choose.similarity import features
-from lora_ensemble.dicor.choose.view import log_losses
 from lora_ensemble.scores import decisions
 from lora_ensemble.tasks import Kind
 
 BINS = 10
 """Bins of equal width from 0 to 1; a probability on the border of two is in the lower one."""
-BLOCK = 4_000_000
-"""Votes that are counted at a time: those of ten thousand members are many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,18 +123,8 @@ def theory(
         expected, independent, observed = ensemble_variance(level, rho, k), level / k, float(np.var(errors))
     else:
         expected, independent = majority_error(level, rho, k), independent_majority_error(level, k)
-        block = max(BLOCK // k, 1)
-        voted = [
-            majority(
-                votes[:, start : start + block].astype(np.int64),
-                num_classes=max(outputs, 2),
-                ranks=ranks,
-                scores=scores,
-                names=names,
-            )
-            for start in range(0, n, block)
-        ]
-        observed = float(np.mean(np.concatenate(voted) != labels))
+        decided = majority(votes, tie_order(ranks, scores, names), max(outputs, 2))
+        observed = float(np.mean(decided != labels))
     return Theory(size=k, level=level, rho=rho, expected=expected, independent=independent, observed=observed)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.combine import of_voices, voices
+from lora_ensemble.dicor.choose.probabilities import class_probabilities, soft_votes
 from lora_ensemble.ensemble.restored import Ensemble
 from lora_ensemble.scores import decisions
 
@@ -24,9 +24,9 @@ def answers(ensemble: Ensemble, logits: np.ndarray, *, members: bool) -> dict[st
     rows = _rows(ensemble, record.decide(logits), None if valued else ensemble.probabilities(logits))
     if members:
         # As they enter the ensemble's: at the member's temperature, where it has one.
-        voice = voices(logits, record.kind, record.choice.temperatures)
-        for name, own, decided in zip(ensemble.members, voice, decisions(logits, record.kind), strict=True):
-            probabilities = None if valued else of_voices(own, record.kind)
+        votes = soft_votes(logits, record.kind, record.choice.temperatures)
+        for name, own, decided in zip(ensemble.members, votes, decisions(logits, record.kind), strict=True):
+            probabilities = None if valued else class_probabilities(own, record.kind)
             for row, said in zip(rows, _rows(ensemble, decided, probabilities), strict=True):
                 row.setdefault("members", []).append({"name": name, **said})
     return {"answers": rows}

@@ -1,0 +1,57 @@
+"""How good a growing sum of members is: what the searches make best.
+
+Axes: N examples, C outputs of a head, k members that may be added.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_ensemble.dicor.choose.probabilities import log_losses
+from lora_ensemble.dicor.choose.settings import SMOOTH, Criterion
+from lora_ensemble.dicor.members import DECIMALS, Members
+from lora_ensemble.scores import decisions, score_decisions
+
+
+class Sums:
+    """Members are added up, and their mean is judged by the task's score or by the softer loss; the higher the better.
+
+    ``each`` is what they add: the probability of the label, (k, N), is all that the log-loss of a mean needs; accuracy
+    needs the soft votes (k, N, C); a regression the values (k, N). ``criterion`` None: as ``SMOOTH`` says.
+    """
+
+    def __init__(self, members: Members, criterion: Criterion | None = None) -> None:
+        self.kind, self.labels = members.kind, members.labels
+        self.by_loss = (criterion or SMOOTH[members.kind]) == "loss"
+        if members.kind != "regression":
+            self.each = members.true_probabilities if self.by_loss else members.soft_votes
+            return
+        self.each, self.labels = members.soft_votes[..., 0], members.labels.astype(np.float64)
+        self._y = self.labels - self.labels.mean()
+        self._centred = self.each - self.each.mean(axis=1, keepdims=True)
+        self._xy, self._xx = self._centred @ self._y, np.square(self._centred).sum(axis=1)
+
+    def value(self, total: np.ndarray, count: int) -> np.ndarray:
+        """Of sums of ``count`` members, (..., N) or (..., N, C): (...); r of one sum (N,) alone."""
+        if self.by_loss:
+            mean = total / count
+            loss = np.square(mean - self.labels) if self.kind == "regression" else log_losses(mean)
+            return np.round(-loss.mean(axis=-1), DECIMALS)
+        if self.kind == "regression":
+            return _rounded(score_decisions(total, self.labels, "regression"))
+        return np.asarray((decisions(total, self.kind) == self.labels).mean(axis=-1))
+
+    def values(self, total: np.ndarray, count: int) -> np.ndarray:
+        """(k,): of a sum of ``count`` members and each further one."""
+        if self.by_loss or self.kind != "regression":
+            return self.value(total + self.each, count + 1)
+        s = np.asarray(total - np.mean(total))
+        both = self._xy + np.dot(s, self._y) if count else self._xy
+        variance = self._xx + 2 * (self._centred @ s) + s @ s if count else self._xx
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return _rounded(both / np.sqrt(variance * (self._y @ self._y)))
+
+
+def _rounded(r: np.ndarray | float) -> np.ndarray:
+    """As scores are compared; an r that is undefined is the worst."""
+    return np.round(np.where(np.isfinite(r), r, -1.0), DECIMALS)

@@ -1,0 +1,56 @@
+"""From logits to probabilities and losses.
+
+What a member adds to a mean of probabilities is its *soft vote*, (..., N, C) float64. multiclass: the probabilities.
+binary: the probability of class 1 less 1/2, so that > 0 decides for class 1 as it does for a logit, and without
+rounding a small logit away. regression: the values. Axes: M members, N examples of a split, C outputs of a head.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_ensemble.tasks import Kind
+
+LEAST_PROBABILITY = 1e-15
+"""A probability is at least this before its logarithm is taken: one example cannot make a loss infinite."""
+
+
+def soft_votes(logits: np.ndarray, kind: Kind, temperatures: np.ndarray | None = None) -> np.ndarray:
+    """Of logits (..., N, C); a classifier's, if (M, N, C), are divided by ``temperatures`` (M,) first."""
+    logits = logits.astype(np.float64)
+    if kind == "regression":
+        return logits
+    if temperatures is not None:
+        logits = logits / temperatures[:, None, None]
+    if kind == "binary":
+        return np.tanh(logits / 2) / 2
+    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True))
+
+
+def class_probabilities(votes: np.ndarray, kind: Kind) -> np.ndarray:
+    """Probabilities (N, classes) from a classifier's soft votes (N, C), or from a mean of them."""
+    return np.hstack([0.5 - votes, 0.5 + votes]) if kind == "binary" else votes
+
+
+def true_probabilities(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np.ndarray:
+    """The probability of the label: logits (..., N, C) of a classifier and labels (N,) to (..., N) float64."""
+    logits = logits.astype(np.float64)
+    if kind == "binary":
+        x = np.where(labels > 0, logits[..., 0], -logits[..., 0])
+        e = np.exp(-np.abs(x))  # never overflows
+        return np.where(x >= 0, 1.0, e) / (1 + e)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(np.exp(shifted[..., np.arange(len(labels)), labels]) / np.exp(shifted).sum(axis=-1))
+
+
+def log_losses(probability: np.ndarray) -> np.ndarray:
+    """Log-loss of each example in nats: probabilities of the labels (..., N) to (..., N)."""
+    return np.asarray(-np.log(np.maximum(probability, LEAST_PROBABILITY)))
+
+
+def losses(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np.ndarray:
+    """The softer measure, the less the better: log-loss, or squared error; (..., N, C) to (..., N)."""
+    if kind == "regression":
+        return np.asarray(np.square(logits[..., 0].astype(np.float64) - labels))
+    return log_losses(true_probabilities(logits, labels, kind))
