@@ -15,8 +15,10 @@ from torch import Tensor
 
 from lora_ensemble.bank.model import row_width
 from lora_ensemble.bank.optim import BankAdamW
-from lora_ensemble.train.data import BankData, TrainBatches
-from lora_ensemble.train.module import BankModule, member_losses
+from lora_ensemble.train.batches import TrainBatches
+from lora_ensemble.train.data import BankData
+from lora_ensemble.train.evaluation import member_losses
+from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.runs.halves import is_out_of_memory
 from lora_ensemble.train.runs.memory import Need, cautious_need, peak_bytes, usable_memory
 from lora_ensemble.train.runs.plan import gib
