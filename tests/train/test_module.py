@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pool_factory import LABELS, random_labels, random_logits
 
 from lora_ensemble.bank.lora import MemberConfig
-from lora_ensemble.tasks import PRESETS
-from lora_ensemble.train.evaluation import member_losses
+from lora_ensemble.errors import UserError
+from lora_ensemble.scores import decisions
+from lora_ensemble.tasks import PRESETS, Kind, Task
+from lora_ensemble.train.evaluation import check_metrics, member_losses, metric
 from lora_ensemble.train.module import BankModule
 
 
@@ -74,3 +77,50 @@ def test_schedules(
         optimizer.step()
         scheduler.step()
     assert factors == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "binary", "regression"])
+def test_metrics_are_scikit_learns(kind: Kind) -> None:
+    """On random logits; averages over classes are macro, where there is one."""
+    from scipy import special, stats
+    from sklearn import metrics
+
+    labels = random_labels(kind, 40)
+    (logits,) = random_logits(kind, labels, 1, noise=2)
+    decided = decisions(logits, kind)
+    if kind == "regression":
+        expected = {
+            "SpearmanCorrCoef": stats.spearmanr(decided, labels).statistic,
+            "KendallRankCorrCoef": stats.kendalltau(decided, labels).statistic,
+            "MeanAbsoluteError": metrics.mean_absolute_error(labels, decided),
+            "R2Score": metrics.r2_score(labels, decided),
+        }
+    else:
+        chances = special.softmax(logits, axis=1) if kind == "multiclass" else special.expit(logits[:, 0])
+        average = {"average": "macro"} if kind == "multiclass" else {}
+        expected = {
+            "F1Score": metrics.f1_score(labels, decided, **average),
+            "Precision": metrics.precision_score(labels, decided, zero_division=0, **average),
+            "MatthewsCorrCoef": metrics.matthews_corrcoef(labels, decided),
+            "CohenKappa": metrics.cohen_kappa_score(labels, decided),
+            "AUROC": metrics.roc_auc_score(labels, chances, multi_class="ovr"),
+        }
+    task = Task(name="t", kind=kind, text=["a"], label_names=LABELS[kind])
+    assert check_metrics([*expected, *expected], task) == list(expected)
+    given = {name: metric(name, task, logits, labels) for name in expected}
+    assert given == pytest.approx(expected, abs=1e-6)
+    assert len({round(v, 3) for v in expected.values()}) > 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("multiclass", "F1", "expected one like F1Score"),
+        ("multiclass", "ConfusionMatrix", "no class of torchmetrics that gives one number"),  # it gives a table
+        ("binary", "FBetaScore", "F1Score"),  # it needs beta
+        ("regression", "AUROC", "for task 't' \\(regression\\); expected one like"),
+    ],
+)
+def test_a_metric_that_does_not_fit_is_told(kind: Kind, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_metrics([name], Task(name="t", kind=kind, text=["a"], label_names=LABELS[kind]))

@@ -22,6 +22,7 @@ from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import log_member_table, print_summary, say
 from lora_ensemble.train.pool_writer import PoolWriter
+from lora_ensemble.train.records import with_metrics
 from lora_ensemble.train.restart import RunCheckpoint, write_checkpoint
 from lora_ensemble.train.runs.halves import is_out_of_memory, split_checkpoint
 from lora_ensemble.train.runs.memory import measurable
@@ -304,8 +305,9 @@ class BankRun:
             rows.append([name, state, *(math.nan if r is None or r.score is None else r.score for r in records)])
         header = ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in self.module.tasks)]
         if self.keep and rank_zero_only.rank == 0:
-            log_member_table(self._loggers, header, rows)
-            print_summary(header, rows, folder=self._pool, tasks=[t.name for t in self.module.tasks])
+            header, table = with_metrics(header, rows, self._pool, self.module)
+            log_member_table(self._loggers, header, table)
+            print_summary(header, table, folder=self._pool, tasks=[t.name for t in self.module.tasks])
         return rows
 
 
