@@ -111,7 +111,7 @@ class Sweep(BankRun):
         assert self._whole is not None
         self.data.trainer = self._whole
         self.data.setup("fit")
-        there = writer_of(self._whole).existing(self._whole, self.data, self.module, resumed=saved is not None)
+        there = writer_of(self._whole).records.existing(self._whole, self.data, self.module, resumed=saved is not None)
         finished = {name for name, (record, whole) in there.items() if whole and self._long_enough(record)}
         if saved is None:
             todo = [name for name in names if name not in finished]
