@@ -41,9 +41,10 @@ from lora_ensemble.train.pool_user import PoolUser
 from lora_ensemble.train.pool_writer import PoolWriter
 from lora_ensemble.train.restart import BankTrainer, RunCheckpoint
 from lora_ensemble.train.runs import ray_sweep
-from lora_ensemble.train.runs.banks import BankRun, check_bank_size, evaluation_banks, let_go
+from lora_ensemble.train.runs.banks import BankRun, release
 from lora_ensemble.train.runs.halving import EarlyExit
 from lora_ensemble.train.runs.plan import FILE as PLAN_FILE
+from lora_ensemble.train.runs.plan import check_bank_size, evaluation_banks
 from lora_ensemble.train.runs.ray_sweep import RayOptions
 from lora_ensemble.train.runs.sweep import Sweep
 
@@ -358,7 +359,7 @@ class CLI(LightningCLI):
             return
         if gone:
             say(f"{len(gone)} of {len(model.members)} members are not in the pool, and left out: {', '.join(gone)}")
-        let_go(model)
+        release(model)
         for names in banks:
             here = [m for m in model.members if m.name in names and m.name not in gone]
             if not here:

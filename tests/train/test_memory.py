@@ -23,8 +23,7 @@ from lora_ensemble.bank.model import row_width
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.runs import memory, probe
-from lora_ensemble.train.runs.halves import is_out_of_memory
-from lora_ensemble.train.runs.memory import Need, cautious_need, free_host_memory, peak_bytes
+from lora_ensemble.train.runs.memory import Need, cautious_need, free_host_memory, is_out_of_memory, peak_bytes
 from lora_ensemble.train.runs.plan import Finished, Plan, PlannedBank, arrange, read_plan, write_plan
 
 CPU = torch.device("cpu")
@@ -143,8 +142,7 @@ class Trial:
         self.data.trainer = self.trainer
 
     def measured(self, members: int) -> dict[str, int]:
-        batches = self.data.train_dataloader()
-        return probe._Trial(self.module, self.data, self.trainer, batches).run(list(range(members)))
+        return probe.Trial(self.module, self.data, self.trainer).peaks(list(range(members)))
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -323,7 +323,7 @@ def test_a_kill_before_the_members_left(program: Program, monkeypatch: pytest.Mo
     undisturbed, program.pool = contents(program.pool), program.folder / "killed"
     shutil.rmtree(program.folder / "runs")
     with monkeypatch.context() as patch:
-        patch.setattr(Sweep, "_stopped", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(Sweep, "_was_stopped", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert program("sweep", *exits, members=THREE) == 130
     assert program("sweep", *exits, members=THREE) == 0
     assert contents(program.pool) == undisturbed
