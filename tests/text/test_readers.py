@@ -630,7 +630,7 @@ import sys
 from pathlib import Path
 from datasets import ClassLabel, Dataset, Features, Value
 from lora_ensemble.errors import UserError
-from lora_ensemble.readers import read_split
+from lora_ensemble.text.readers import read_split
 from lora_ensemble.tasks import Task
 
 def show(task, split, need_labels=True):
