@@ -21,10 +21,9 @@ from lora_ensemble import Ensemble, pool
 from lora_ensemble.bank.lora import MemberConfig
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor.cli import main as dicor
-from lora_ensemble.main import _LIGHTNINGS, main
+from lora_ensemble.main import main
 from lora_ensemble.tasks import PRESETS
 from lora_ensemble.text.readers import read_split
-from lora_ensemble.train.cli import CLI
 from lora_ensemble.train.module import BankModule
 
 MEMBERS = (
@@ -562,10 +561,6 @@ def test_a_command_that_is_none_is_told_all_that_there_are(command: str, capsys:
     assert f"lora-ensemble: error: {command}: no such command" in said
     for name in ("fit", "sweep", "predict", "infer", "serve", "export", "reproduce", "data"):
         assert f" {name}," in said or f" {name};" in said
-
-
-def test_the_fast_door_knows_lightnings_commands() -> None:
-    assert set(_LIGHTNINGS) == set(CLI.subcommands())
 
 
 def test_what_distill_needs_is_called_as_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from lora_ensemble.bank.lora import MemberConfig
 from lora_ensemble.tasks import PRESETS
-from lora_ensemble.train.module import BankModule, member_losses
+from lora_ensemble.train.evaluation import member_losses
+from lora_ensemble.train.module import BankModule
 
 
 def test_losses_are_torchs_for_each_member() -> None:
@@ -63,7 +64,8 @@ def test_schedules(
         schedule=schedule,  # type: ignore[arg-type]
         warmup=warmup,
     )
-    monkeypatch.setattr(module, "_total_steps", lambda: 8)
+    monkeypatch.setattr("lora_ensemble.train.module.planned_steps", lambda trainer: 8)
+    monkeypatch.setattr(module, "_trainer", object(), raising=False)
     made = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
     factors = []

@@ -249,8 +249,8 @@ WITH_A_LIMIT = """
 import resource, sys, threading
 import torch
 from lora_ensemble.main import main
-from lora_ensemble.train.runs.memory import peak_bytes
 from lora_ensemble.train.module import BankModule
+from lora_ensemble.train.runs.memory import peak_bytes
 
 threading.stack_size(1 << 18)  # transformers loads a model in several threads, each with 8 MiB of addresses otherwise
 original, limited = BankModule.training_step, []

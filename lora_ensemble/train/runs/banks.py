@@ -16,10 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import pool
 from lora_ensemble.errors import UserError
-from lora_ensemble.train.curves import log_member_table
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
-from lora_ensemble.train.notices import print_summary, say
+from lora_ensemble.train.notices import log_member_table, print_summary, say
 from lora_ensemble.train.pool_writer import PoolWriter
 from lora_ensemble.train.restart import RunCheckpoint, write_checkpoint
 from lora_ensemble.train.runs.memory import is_out_of_memory

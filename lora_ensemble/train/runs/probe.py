@@ -16,8 +16,10 @@ from lightning.fabric.utilities import move_data_to_device
 from lora_ensemble.bank.model import row_width
 from lora_ensemble.bank.optim import BankAdamW
 from lora_ensemble.errors import UserError
-from lora_ensemble.train.data import BankData, TrainBatches
-from lora_ensemble.train.module import BankModule, member_losses
+from lora_ensemble.train.batches import TrainBatches
+from lora_ensemble.train.data import BankData
+from lora_ensemble.train.evaluation import member_losses
+from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.runs.memory import (
     Need,
     cautious_need,
