@@ -59,8 +59,8 @@ def foretold(setting: Setting) -> list[dict[str, Any]]:
 def _need(module: BankModule, data: BankData, trainer: pl.Trainer) -> Need:
     """The line through trials of one member and of two, as the plan draws it, of training or evaluation."""
     data.trainer = trainer
-    trial = probe._Trial(module, data, trainer, data.train_dataloader())
-    points = [trial.run(list(range(count))) for count in (1, 2)]
+    trial = probe.Trial(module, data, trainer)
+    points = [trial.peaks(list(range(count))) for count in (1, 2)]
     needs = [Need.through([(1, points[0][phase]), (2, points[1][phase])]) for phase in points[0]]
     return max(needs, key=lambda need: need.of(len(module.members)))
 

@@ -29,9 +29,10 @@ from lora_ensemble.train.pool_writer import PoolUser, PoolWriter, missing_member
 from lora_ensemble.train.records import PoolOptions
 from lora_ensemble.train.restart import BankTrainer, RunCheckpoint
 from lora_ensemble.train.runs import ray_sweep
-from lora_ensemble.train.runs.banks import BankRun, evaluation_banks, let_go
+from lora_ensemble.train.runs.banks import BankRun, release
 from lora_ensemble.train.runs.halving import EarlyExit
 from lora_ensemble.train.runs.plan import FILE as PLAN_FILE
+from lora_ensemble.train.runs.plan import evaluation_banks
 from lora_ensemble.train.runs.ray_sweep import RayOptions
 from lora_ensemble.train.runs.sweep import Sweep
 
@@ -227,7 +228,7 @@ class CLI(LightningCLI):
             return
         if gone:
             say(f"{len(gone)} of {len(model.members)} members are not in the pool, and left out: {', '.join(gone)}")
-        let_go(model)
+        release(model)
         for names in banks:
             if members := [m for m in model.members if m.name in names and m.name not in gone]:
                 trainer = self._trainer(last.parent, False, whole=False)

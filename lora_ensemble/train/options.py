@@ -21,8 +21,8 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
 from lora_ensemble.train.optimiser import check_precision
-from lora_ensemble.train.runs.banks import check_bank_size
 from lora_ensemble.train.runs.halving import EarlyExit
+from lora_ensemble.train.runs.plan import check_bank_size
 from lora_ensemble.train.runs.ray_sweep import RayOptions
 
 NOT_THE_RUN = {

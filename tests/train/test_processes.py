@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from pool_factory import add_member, random_labels, random_logits
 from test_cli import Program, different_files
 
@@ -152,7 +153,7 @@ def test_what_the_tests_start_listens_to_signals_whoever_started_them() -> None:
     child = "import signal; print(*(signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGINT, signal.SIGQUIT)))"
     code = f"import subprocess, sys; import conftest; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     shell = f"trap '' INT QUIT; {sys.executable} -c {shlex.quote(code)}"
-    done = subprocess.run(["bash", "-c", shell], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(["bash", "-c", shell], cwd=REPOSITORY / "tests", capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
 
