@@ -76,13 +76,8 @@ class Distillation:
             texts = [pool.checksum(path) for path in self.unlabelled]
         except OSError as e:
             raise UserError(f"--unlabelled: {e.filename}: {e.strerror}; expected a file of texts") from e
-        self.how: dict[str, Any] = {
-            pool.DISTILLED: {
-                "ensemble": _identity(self.record),
-                "soft_weight": float(soft_weight),
-                "unlabelled": texts,
-            }
-        }
+        how = {"ensemble": _identity(self.record), "soft_weight": float(soft_weight), "unlabelled": texts}
+        self.how: dict[str, Any] = {pool.DISTILLED: how}
         """What a student's record says of it."""
 
     # Before anything is loaded: the settings of the run
@@ -106,13 +101,9 @@ class Distillation:
         """The students that ``model.members`` describes, grids expanded, with names that say what they are."""
         members = expand_members([MemberConfig()] if entries is None else entries, finetune=finetune)
         digest = hashlib.sha256(json.dumps(self.how, sort_keys=True).encode()).hexdigest()[:8]
-        return [
-            entry_of(
-                # A name that the user gave is the name.
-                dataclasses.replace(m, name=f"{m.name}-distilled-{digest}") if m.name == member_name(m, finetune) else m
-            )
-            for m in members
-        ]
+        made = [m.name == member_name(m, finetune) for m in members]  # a name that the user gave is the name
+        names = [f"{m.name}-distilled-{digest}" if own else m.name for m, own in zip(members, made, strict=True)]
+        return [dataclasses.replace(entry_of(m), name=name) for m, name in zip(members, names, strict=True)]
 
     # Then
 
@@ -196,12 +187,8 @@ class Distillation:
         asked: list[Text] = [t[0] for t in texts] if len(task.text) == 1 else list(texts)
         shown = None if trainer.progress_bar_callback is not None else True  # None: on a terminal
         with tqdm(total=len(asked), desc="asking the ensemble", unit="text", disable=shown) as bar:
-            soft = np.concatenate(
-                [
-                    averaged(ensemble.logits(asked[i : i + _BLOCK], progress=bar.update), self.record)
-                    for i in range(0, len(asked), _BLOCK)
-                ]
-            )
+            blocks = [asked[i : i + _BLOCK] for i in range(0, len(asked), _BLOCK)]
+            soft = np.concatenate([averaged(ensemble.logits(b, progress=bar.update), self.record) for b in blocks])
         if not np.isfinite(soft).all():
             raise UserError(f"--ensemble: {self.path}: NaN or infinity for {int((~np.isfinite(soft)).sum())} texts")
         return soft
@@ -240,9 +227,9 @@ def _identity(ensemble: record.Ensemble) -> str:
 
 def _settings(best: MemberRecord) -> dict[str, Any]:
     """How a member was trained, by option."""
-    own: dict[str, Any] = {"rank": best.rank, "scaling": best.scaling, "lr": best.lr, "seed": best.seed}
-    own["targets"] = best.targets or NO_TARGETS
-    options: dict[str, Any] = {"model.members": (MemberConfig(**{k: v for k, v in own.items() if v is not None}),)}
+    own = {key: getattr(best, key) for key in ("rank", "scaling", "lr", "seed")}
+    own = {k: v for k, v in own.items() if v is not None}
+    options: dict[str, Any] = {"model.members": (MemberConfig(**own, targets=best.targets or NO_TARGETS),)}
     for group, keys in _SETTINGS.items():
         options |= {f"{group}.{key}": best.settings[key] for key in keys.split() if key in best.settings}
     if "data_seed" in best.settings:
