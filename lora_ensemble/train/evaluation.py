@@ -80,14 +80,14 @@ def evaluate(
     array = strategy.reduce(full, reduce_op="sum").cpu().numpy()
     there = strategy.reduce(seen, reduce_op="sum").bool().cpu().numpy()
 
-    def measured(measure: Callable[[np.ndarray, np.ndarray], float]) -> list[float]:
+    def measured(measure: Callable[[np.ndarray, np.ndarray], float], labels: np.ndarray) -> list[float]:
         usable = [there.any() and np.isfinite(member).all() for member in array]
         return [measure(m[there], labels[there]) if use else math.nan for m, use in zip(array, usable, strict=True)]
 
-    labels, scores, values = examples.labels, None, {}
-    if labels is not None:
-        scores = measured(partial(score, kind=task.kind))
-        values = {name: measured(partial(metric, name, task)) for name in metrics}
+    scores, values = None, {}
+    if examples.labels is not None:
+        scores = measured(partial(score, kind=task.kind), examples.labels)
+        values = {name: measured(partial(metric, name, task), examples.labels) for name in metrics}
     array[:, ~there] = math.nan
     return Evaluation(array, scores, values, bool(there.all()))
 

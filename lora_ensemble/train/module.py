@@ -249,7 +249,7 @@ class BankModule(pl.LightningModule):
         self.on_test_epoch_end()
         if self.trainer.sanity_checking:
             return
-        curves = {}
+        curves: dict[str, float] = {}
         for name, e in self.evaluations.items():
             scores = e.scores or []
             for curve, values in (("dev_score", scores), *((f"dev_{n}", v) for n, v in e.metrics.items())):

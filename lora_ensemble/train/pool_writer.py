@@ -229,7 +229,7 @@ class PoolUser(pl.Callback):
                 say(f"{task.name}: {split} logits of {len(logits)} members added to {self.dir / task.name}")
 
     def _print_scores(self, module: BankModule, split: str) -> None:
-        header, rows = ["member"], [[m.name] for m in module.members]
+        header, rows = ["member"], [list[Any]([m.name]) for m in module.members]
         for task in module.tasks:
             e = module.evaluations[task.name]
             for name, values in ((task.score_name, e.scores), *e.metrics.items()):

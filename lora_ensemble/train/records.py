@@ -6,6 +6,7 @@ Axes: M members, N examples of a split, C outputs of a head, E epochs.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections import Counter
@@ -181,9 +182,9 @@ class PoolRecords:
             # Else a kill came between the pool and the checkpoint: the same evaluation comes again.
         if writes:
             pool.write_members(self.dir, back)
-        for task in tasks if writes and self.replaced else ():
-            for name in history.members:
-                shutil.rmtree(pool.member_folder(self.replaced, task, name), ignore_errors=True)
+        if writes and (replaced := self.replaced) is not None:
+            for task, name in itertools.product(tasks, history.members):
+                shutil.rmtree(pool.member_folder(replaced, task, name), ignore_errors=True)
         return anew
 
     def _kept(self, tasks: Sequence[str], name: str, best: int) -> list[pool.NewMember]:
