@@ -20,7 +20,7 @@ from lora_ensemble.train.module import BankModule
 class DistillCLI(cli.CLI):
     """The command line of training with the command ``distill`` alone."""
 
-    def subcommands(self) -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """``distill``."""
         return {"distill": {"model", "datamodule"}}
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,9 +22,10 @@ from lora_ensemble import Ensemble, pool
 from lora_ensemble.bank.lora import MemberConfig
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor.cli import main as dicor
-from lora_ensemble.main import main
+from lora_ensemble.main import TRAINING, main
 from lora_ensemble.tasks import PRESETS
 from lora_ensemble.text.readers import read_split
+from lora_ensemble.train.cli import CLI
 from lora_ensemble.train.module import BankModule
 
 MEMBERS = (
@@ -614,9 +616,20 @@ def test_a_command_that_is_none_is_told_all_that_there_are(command: str, capsys:
         assert f" {name}," in said or f" {name};" in said
 
 
-def test_what_distill_needs_is_called_as_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fast_door_knows_the_commands_of_training() -> None:
+    every: Any = SimpleNamespace(_command="--config=x.yaml")
+    assert set(TRAINING) == {*CLI.subcommands(every), "distill"}
+    assert set(CLI.subcommands(SimpleNamespace(_command="fit"))) == {"fit"}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("before", [[], ["--config=empty.yaml"]])
+def test_what_distill_needs_is_called_as_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], before: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").write_text("{}\n")
     with pytest.raises(SystemExit):
-        main(["distill"])
+        main([*before, "distill"])
     assert "error: --ensemble is required" in capsys.readouterr().err
 
 
