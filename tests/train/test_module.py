@@ -18,6 +18,7 @@ from lora_ensemble.scores import decisions
 from lora_ensemble.tasks import PRESETS, Kind, Task
 from lora_ensemble.train.evaluation import Evaluation, History, check_metrics, member_losses, metric
 from lora_ensemble.train.module import BankModule
+from lora_ensemble.train.notices import print_summary
 from lora_ensemble.train.optimiser import planned_steps
 
 
@@ -183,3 +184,10 @@ def test_planned_steps(limit: Any, accumulate: int, epochs: int, steps: int, exp
         max_steps=steps,
     )
     assert planned_steps(trainer) == expected
+
+
+def test_the_table_is_sorted_by_the_tasks_scores_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of equal scores the first stays first, whatever a further metric says; NaN comes last."""
+    rows = [["a", 1, float("nan"), 0.9], ["b", 1, 0.5, 0.1], ["c", 1, 0.5, 0.7], ["d", 2, 0.6, 0.0]]
+    print_summary(["member", "best epoch", "t dev", "t dev (F1Score)"], rows, folder=Path("pool"), tasks=["t"])
+    assert [line[0] for line in capsys.readouterr().out.splitlines()[1:5]] == ["d", "b", "c", "a"]
