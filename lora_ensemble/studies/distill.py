@@ -169,7 +169,7 @@ class Distillation:
         file = keep / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npy"
         # Of several processes on one machine, or several runs, one asks.
         with pool.sole_process(keep, "asks an ensemble", wait=math.inf):
-            if (soft := _kept(file, len(texts))) is None:
+            if (soft := _kept(file)) is None:
                 soft = self._ask(texts, task, trainer, precision)
                 with replacing(file) as beside, open(beside, "wb") as f:
                     np.save(f, soft, allow_pickle=False)
@@ -237,10 +237,9 @@ def _settings(best: MemberRecord) -> dict[str, Any]:
     return options
 
 
-def _kept(file: Path, n: int) -> np.ndarray | None:
+def _kept(file: Path) -> np.ndarray | None:
     """What was kept, or None where there is nothing whole."""
     try:
-        soft = np.load(file, allow_pickle=False)
+        return np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return soft if len(soft) == n and soft.dtype == np.float32 and np.isfinite(soft).all() else None
