@@ -30,7 +30,7 @@ from lora_ensemble.bank.model import Bank
 from lora_ensemble.bank.optim import BankAdamW
 from lora_ensemble.text.readers import read_split
 from lora_ensemble.train.data import BankData
-from lora_ensemble.train.module import member_losses
+from lora_ensemble.train.evaluation import member_losses
 from machine import PeakMemory, synchronize
 from workload import Workload
 

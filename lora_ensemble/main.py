@@ -13,15 +13,16 @@ from lora_ensemble.errors import Interrupted, UserError
 # A full disk, a folder that may not be written, a file where a folder should be.
 _NOT_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
-_OWN = {
+OWN = {
     "reproduce": "lora_ensemble.studies.reproduce.command",
     "data": "lora_ensemble.text.download",
     "infer": "lora_ensemble.ensemble.infer",
     "serve": "lora_ensemble.ensemble.serve.command",
     "export": "lora_ensemble.ensemble.export",
 }
-"""Commands that are not LightningCLI's: the module whose ``run`` takes the arguments and returns the exit code."""
-_LIGHTNINGS = ("fit", "distill", "sweep", "validate", "test", "predict")
+"""Commands whose options need no torch: the module whose ``run`` takes the arguments and returns the exit code."""
+TRAINING = ("fit", "distill", "sweep", "validate", "test", "predict")
+"""Commands that have LightningCLI's options."""
 
 USAGE = """\
 usage: lora-ensemble COMMAND [options]
@@ -67,14 +68,14 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"lora-ensemble {__version__}")
         return 0
     try:
-        if argv[0] in _OWN:
-            return int(importlib.import_module(_OWN[argv[0]]).run(argv[1:]))
-        if argv[0] not in _LIGHTNINGS and not argv[0].startswith("-"):
-            commands = ", ".join([*_LIGHTNINGS, *_OWN])
+        if argv[0] in OWN:
+            return int(importlib.import_module(OWN[argv[0]]).run(argv[1:]))
+        if argv[0] not in TRAINING and not argv[0].startswith("-"):
+            commands = ", ".join([*TRAINING, *OWN])
             raise UserError(f"{argv[0]}: no such command; expected one of {commands}; what selects is dicor (--help)")
-        from lora_ensemble.train.cli import run
-
-        return run(None if args is None else argv)
+        distils = "distill" in argv[:1] or (argv[0].startswith("-") and "distill" in argv)
+        module = "lora_ensemble.studies.distill_command" if distils else "lora_ensemble.train.cli"
+        return int(importlib.import_module(module).run(argv))
     except UserError as e:
         print(f"lora-ensemble: error: {e}", file=sys.stderr)
         return 2

@@ -50,6 +50,8 @@ class Task:
     """Name of a data set of the Hugging Face hub (or a local folder that `datasets` loads) instead of files."""
     dataset_config: str | None = None
     """Configuration name of that data set, if it has several."""
+    metrics: list[str] = field(default_factory=list)
+    """Further curves on dev: classes of torchmetrics by name, as ``model.metrics`` has them for all tasks."""
     leaderboard_column: str = "Prediction"
     """Header of the value column in the course's leaderboard files, which ``dicor apply`` writes for the presets."""
 

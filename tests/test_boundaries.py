@@ -14,7 +14,7 @@ from trained_pool import write_pool
 
 import lora_ensemble
 from lora_ensemble.dicor.cli import main as dicor_main
-from lora_ensemble.main import _OWN
+from lora_ensemble.main import OWN
 
 PACKAGE = Path(lora_ensemble.__file__).parent
 HEAVY = ("torch", "transformers", "lightning", "wandb")
@@ -41,7 +41,7 @@ def test_dicors_help_needs_nothing_at_all(args):
     assert loaded(dicor(*args), (*HEAVY, "numpy", "scipy", "altair", "jinja2", "safetensors")) == []
 
 
-@pytest.mark.parametrize("command", _OWN)
+@pytest.mark.parametrize("command", OWN)
 def test_help_needs_no_torch(command):
     help_ = f"from lora_ensemble.main import main\ntry: main([{command!r}, '--help'])\nexcept SystemExit: pass"
     names = [*HEAVY, "fastapi", "uvicorn", "altair", "sklearn"]

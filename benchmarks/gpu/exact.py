@@ -28,7 +28,8 @@ from gpu.setting import Setting
 from lora_ensemble.bank.base_model import load_tokenizer
 from lora_ensemble.bank.lora import Member, from_peft, single
 from lora_ensemble.bank.optim import BankAdamW
-from lora_ensemble.train.module import BankModule, member_losses
+from lora_ensemble.train.evaluation import member_losses
+from lora_ensemble.train.module import BankModule
 from sides import peer_examples, peer_model, save_peft, start_anywhere
 from workload import Workload
 

@@ -24,6 +24,7 @@ from lora_ensemble import pool
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.pool_writer import PoolWriter
+from lora_ensemble.train.records import PoolOptions
 from lora_ensemble.train.restart import BankTrainer, RunCheckpoint
 from lora_ensemble.train.runs import probe
 from lora_ensemble.train.runs.banks import BankRun
@@ -58,8 +59,8 @@ def foretold(setting: Setting) -> list[dict[str, Any]]:
 def _need(module: BankModule, data: BankData, trainer: pl.Trainer) -> Need:
     """The line through trials of one member and of two, as the plan draws it, of training or evaluation."""
     data.trainer = trainer
-    trial = probe._Trial(module, data, trainer, data.train_dataloader())
-    points = [trial.run(list(range(count))) for count in (1, 2)]
+    trial = probe.Trial(module, data, trainer)
+    points = [trial.peaks(list(range(count))) for count in (1, 2)]
     needs = [Need.through([(1, points[0][phase]), (2, points[1][phase])]) for phase in points[0]]
     return max(needs, key=lambda need: need.of(len(module.members)))
 
@@ -180,8 +181,8 @@ class _Run:
         self._fails = _RunsOut(fails)
 
     def _trainer(self, folder: Path, resumed: bool) -> pl.Trainer:
-        writer = PoolWriter(str(self.folder / "pool"))
-        writer.run, writer.resumed, writer.summarise = self.folder.name, resumed, False
+        options = PoolOptions(str(self.folder / "pool"))
+        writer = PoolWriter(options, run=self.folder.name, resumed=resumed, summarise=False)
         return BankTrainer(**_settings(self.work, epochs=2), callbacks=[writer, self._fails, RunCheckpoint(folder)])
 
     def fit(self, size: Any, *, free: int | None = None) -> dict[str, Any]:

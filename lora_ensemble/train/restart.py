@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from lightning.pytorch.loops.utilities import _parse_loop_limits
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from lora_ensemble.errors import Interrupted
+from lora_ensemble.bank.base_model import base_difference, way_back
+from lora_ensemble.bank.member_files import say_unknown_base
+from lora_ensemble.errors import Interrupted, UserError
+from lora_ensemble.files import replacing
 
 SAVE_EVERY_S = 600.0
 """An epoch may take hours."""
@@ -211,11 +214,27 @@ def _end(trainer: pl.Trainer) -> str:
     return f"{trainer.max_steps} steps" if trainer.max_steps != -1 else f"{trainer.max_epochs} epochs"
 
 
+def check_checkpoint(saved: Mapping[str, Any], expected: Mapping[str, Any], *, any_base: bool) -> None:
+    """``UserError`` where a checkpoint, by what it says of its bank, is another one's, or over another base model."""
+    for key in ("base_model", "finetune", "tasks", "members"):
+        if saved.get(key) != expected[key]:
+            raise UserError(
+                f"--ckpt_path: the checkpoint is another bank's ({key} differs); give the settings it was made with"
+            )
+    then = saved.get("base_fingerprint", {})
+    if not then:
+        say_unknown_base("--ckpt_path")
+    if not any_base and (difference := base_difference(then, expected["base_fingerprint"])):
+        raise UserError(
+            f"--ckpt_path: the checkpoint was trained over another {expected['base_model']}: {difference}; "
+            f"{way_back(saved['revision'])}"
+        )
+
+
 def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
     """``last.ckpt`` in ``folder``, in one move."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f".last.{os.getpid()}"
     buffer = io.BytesIO()  # on a full disk torch's own writer raises an error that does not say so
     torch.save(content, buffer)
-    new.write_bytes(buffer.getvalue())
-    os.replace(new, folder / "last.ckpt")
+    with replacing(folder / "last.ckpt") as beside:
+        beside.write_bytes(buffer.getvalue())

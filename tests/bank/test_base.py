@@ -313,12 +313,13 @@ def test_the_runs_name_is_what_it_was(trained: Trained) -> None:
     raw = yaml.safe_load((trained.run_dir() / "config.yaml").read_text())
     assert raw["model"].pop("revision") is None
     assert "revision" not in raw["data"]
-    from lora_ensemble.train.cli import _NOT_THE_RUN
+    assert raw["model"].pop("metrics") == []
+    from lora_ensemble.train.options import NOT_THE_RUN
 
     what: dict[str, Any] = {
         "model": raw["model"],
         "data": {k: v for k, v in raw["data"].items() if k not in ("eval_batch_size", "predict_split")},
-        "trainer": {k: v for k, v in raw["trainer"].items() if k not in _NOT_THE_RUN},
+        "trainer": {k: v for k, v in raw["trainer"].items() if k not in NOT_THE_RUN},
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     assert trained.run_dir().name == f"sst-{digest[:8]}"

@@ -19,8 +19,7 @@ from lora_ensemble.bank.lora import Member, expand_members, single
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.tasks import PRESETS
 from lora_ensemble.text.readers import Split
-from lora_ensemble.train.data import TokenisedSplit
-from lora_ensemble.train.frozen import FrozenReads
+from lora_ensemble.train.batches import FrozenReads, TokenisedSplit
 
 PACKED = [f for f in FAMILY_NAMES if f != "deberta-v2"]
 

@@ -328,7 +328,7 @@ def test_kernels_are_counted_where_they_belong() -> None:
 def test_a_made_up_word_is_one_token(tmp_path: Path) -> None:
     import workload
     from lora_ensemble.text.readers import read_split
-    from lora_ensemble.train.data import TokenisedSplit
+    from lora_ensemble.train.batches import TokenisedSplit
 
     tokenizer = workload.made_up_tokenizer()
     assert len(tokenizer) == 30_522  # BERT's

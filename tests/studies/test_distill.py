@@ -29,7 +29,7 @@ from lora_ensemble.main import main
 from lora_ensemble.studies.distill import averaged, mixed
 from lora_ensemble.tasks import Kind, Task
 from lora_ensemble.train.data import BankData
-from lora_ensemble.train.module import member_losses
+from lora_ensemble.train.evaluation import member_losses
 
 STILL = ("--model.head_dropout=0", "--model.encoder_dropout=0", "--trainer.precision=64-true")
 KINDS: list[Kind] = ["multiclass", "binary", "regression"]

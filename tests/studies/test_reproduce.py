@@ -13,13 +13,15 @@ from conftest import REPOSITORY
 from test_cli import Program
 
 from lora_ensemble.bank.lora import Member, expand_members
+from lora_ensemble.dicor.choose.settings import DEFAULT_SIZE
 from lora_ensemble.main import main
 from lora_ensemble.pool import MemberRecord, TaskPool
 from lora_ensemble.scores import overall_score
-from lora_ensemble.studies.reproduce import command, papers, results, timing
+from lora_ensemble.studies.reproduce import command, papers, results, work
 from lora_ensemble.studies.reproduce.figures import low_and_high
-from lora_ensemble.studies.reproduce.grids import Work, config_files, config_folder, work_of
-from lora_ensemble.studies.reproduce.markdown import table
+from lora_ensemble.studies.reproduce.results import markdown_table
+from lora_ensemble.studies.reproduce.work import Speed, Work, config_files, config_folder, work_of
+from lora_ensemble.tasks import PRESETS
 
 CONFIGS = REPOSITORY / "configs"
 
@@ -82,7 +84,7 @@ def test_oyeniyis_models_and_defaults(read: Any) -> None:
     assert [(m.recorded()["targets"], m.recorded()["rank"], m.lr) for m in found] == ELEVEN
     assert {m.scaling for m in found if m.adapted} == {1.0}
     assert {m.seed for m in found} == {11711}
-    assert [m.name for m in found] == list(papers.OYENIYI_DEV)
+    assert [m.name for m in found] == list(papers.OYENIYI.dev)
     assert config.seed_everything == 11711
     assert config.trainer.max_epochs == 10
     assert config.data.batch_size == 8
@@ -121,21 +123,12 @@ def test_tolkunovs_grids(task: str) -> None:
     assert best in points
     named = [tuple(map(float, p.split(","))) for p in chosen.split()]
     assert set(named) <= points
-    assert papers.TOLKUNOV_SIZES[task] == len(named)
-
-
-def test_dicors_defaults_are_the_reports_sizes() -> None:
-    from lora_ensemble.dicor.choose.settings import DEFAULT_SIZE
-    from lora_ensemble.tasks import PRESETS
-
-    assert {t: DEFAULT_SIZE[PRESETS[t].kind] for t in papers.TASKS} == papers.TOLKUNOV_SIZES == {
-        "sst": 11, "quora": 4, "sts": 10,
-    }  # fmt: skip
+    assert DEFAULT_SIZE[PRESETS[task].kind] == len(named)  # dicor select takes as many
 
 
 @pytest.mark.parametrize(
     "figures",
-    [*papers.OYENIYI_DEV.values(), papers.OYENIYI_TEST[1], *papers.TOLKUNOV_DEV.values(), papers.TOLKUNOV_TEST[1]],
+    [*papers.OYENIYI.dev.values(), papers.OYENIYI.test[1], *papers.TOLKUNOV.dev.values(), papers.TOLKUNOV.test[1]],
 )
 def test_the_reports_overall_scores_are_the_means_of_theirs(figures: Any) -> None:
     """A slip in copying a figure would show: overall = (sst + quora + (sts + 1) / 2) / 3, to their rounding."""
@@ -151,37 +144,37 @@ def test_the_reports_overall_scores_are_the_means_of_theirs(figures: Any) -> Non
 def test_what_a_part_trains(paper: Any, scale: Any) -> None:
     """Counted from the files without starting anything, against the members that the program makes of them."""
     for part in papers.PAPERS[paper].parts:
-        work = work_of(part, scale)
+        counted = work_of(part, scale)
         config = settings(*(str(f.relative_to(config_folder())) for f in config_files(part, scale)))
         for entry in config["model"]["members"]:
             entry["lr"] = float(entry["lr"])
         found = members(config)
-        assert work.members == len(found)
-        assert work.heads_only == sum(m.targets in ("none", "pooler") for m in found) * (not work.full)
-        assert work.epochs == config["trainer"]["max_epochs"]
+        assert counted.members == len(found)
+        assert counted.heads_only == sum(m.targets in ("none", "pooler") for m in found) * (not counted.full)
+        assert counted.epochs == config["trainer"]["max_epochs"]
 
 
 def test_a_table() -> None:
-    assert table(["model", "sst"], [["a", "0.1"], ["bc", "-"]]) == (
+    assert markdown_table(["model", "sst"], [["a", "0.1"], ["bc", "-"]]) == (
         "| model | sst |\n|-------|----:|\n| a     | 0.1 |\n| bc    |   - |"
     )
 
 
 def test_a_column_is_of_numbers_where_nothing_else_stands_in_it() -> None:
-    assert table(["a", "b"], [["0.5 (p 0.1)", "x"], ["-", "1"]]).splitlines()[1] == "|------------:|---|"
-    assert table(["a"], []).splitlines()[1] == "|---|"
+    assert markdown_table(["a", "b"], [["0.5 (p 0.1)", "x"], ["-", "1"]]).splitlines()[1] == "|------------:|---|"
+    assert markdown_table(["a"], []).splitlines()[1] == "|---|"
 
 
 def test_how_long_a_part_takes_by_hand() -> None:
-    speed = timing.Speed(device="", seconds=0.01, tokens={"a": 5.0, "b": 2.0}, examples={"a": (100, 10), "b": (40, 20)})
-    work = Work(members=5, heads_only=2, full=False, epochs=3, steps_per_epoch=None, learning_rates=[])
-    assert timing.steps(work, ("a", "b"), speed.examples) == 3 * 13  # 100 examples in batches of 8
-    assert timing.steps(replace(work, steps_per_epoch=4), ("a", "b"), speed.examples) == 3 * 4
+    speed = Speed(device="", seconds=0.01, tokens={"a": 5.0, "b": 2.0}, examples={"a": (100, 10), "b": (40, 20)})
+    some = Work(members=5, heads_only=2, full=False, epochs=3, steps_per_epoch=None, learning_rates=[])
+    assert work.steps(some, ("a", "b"), speed.examples) == 3 * 13  # 100 examples in batches of 8
+    assert work.steps(replace(some, steps_per_epoch=4), ("a", "b"), speed.examples) == 3 * 4
     # Three members: 39 steps of 8 × (5 + 2) tokens, three times 10 × 5 + 20 × 2 of dev at a third. Two heads: the
     # encoder once over 110 × 5 + 60 × 2 tokens, at a third.
-    assert timing.seconds(work, ("a", "b"), speed) == pytest.approx(0.01 * (3 * (2184 + 90) + 670 / 3))
-    full = replace(work, members=1, heads_only=0, full=True)
-    assert timing.seconds(full, ("a",), speed) == pytest.approx(0.01 * (2.5 * 39 * 8 * 5 + 50))
+    assert work.seconds(some, ("a", "b"), speed) == pytest.approx(0.01 * (3 * (2184 + 90) + 670 / 3))
+    full = replace(some, members=1, heads_only=0, full=True)
+    assert work.seconds(full, ("a",), speed) == pytest.approx(0.01 * (2.5 * 39 * 8 * 5 + 50))
 
 
 def test_the_members_of_figure_4() -> None:
@@ -203,10 +196,10 @@ def test_the_members_of_figure_4() -> None:
 
 def test_oyeniyis_claims_by_hand() -> None:
     """With these scores the overall one is x for a member that has x, x and 2x - 1; who diverged has none."""
-    of = dict.fromkeys(papers.OYENIYI_DEV, 0.5) | {"4-kqv-r48": 0.7, "9-all-1-r4": 0.6}
+    of = dict.fromkeys(papers.OYENIYI.dev, 0.5) | {"4-kqv-r48": 0.7, "9-all-1-r4": 0.6}
     of |= {"2-kqv-r4": None, "11-all-1-r100": None}
     scores = {n: {"sst": x, "quora": x, "sts": None if x is None else 2 * x - 1} for n, x in of.items()}
-    beats, ranks, layers, _, best = results._oyeniyi_claims(scores).splitlines()
+    beats, ranks, layers, _, best = results.oyeniyi_claims(scores).splitlines()
     assert ": 2 of 10 do here (not 2-kqv-r4, 3-kqv-r32, 5-pooler-r4, " in beats  # as good as the baseline is not better
     assert "11-all-1-r100)." in beats
     assert "4 to 48 on key, query, value - → 0.700;" in ranks

@@ -15,7 +15,8 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import PRESETS, Task
 from lora_ensemble.text.packing import unpack
 from lora_ensemble.text.readers import Split
-from lora_ensemble.train.data import BankData, EvalBatches, TokenisedSplit, TrainBatches, resolve_tasks
+from lora_ensemble.train.batches import EvalBatches, TokenisedSplit, TrainBatches
+from lora_ensemble.train.data import BankData, resolve_tasks
 
 
 def split_of(n: int, tokenizer: Any, *, pairs: bool = False, max_length: int = 90) -> TokenisedSplit:
@@ -74,7 +75,7 @@ def batches(
     splits: dict[str, TokenisedSplit], *, epoch: int = 0, rank: int = 0, world: int = 1, **kw: Any
 ) -> TrainBatches:
     settings = {"batch_size": 4, "steps": "longest", "seed": 1} | kw
-    return TrainBatches(splits, rank=rank, world=world, epoch=lambda: epoch, **settings)
+    return TrainBatches(splits=splits, rank=rank, world=world, epoch=lambda: epoch, **settings)
 
 
 def rows_of(loader: TrainBatches, task: str) -> list[list[int]]:

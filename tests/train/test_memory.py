@@ -16,15 +16,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILY_NAMES
 
 from lora_ensemble.bank.lora import Member
 from lora_ensemble.bank.model import row_width
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.runs import memory, probe
-from lora_ensemble.train.runs.halves import is_out_of_memory
-from lora_ensemble.train.runs.memory import Need, cautious_need, free_host_memory, peak_bytes
+from lora_ensemble.train.runs.memory import Need, cautious_need, free_host_memory, is_out_of_memory, peak_bytes
 from lora_ensemble.train.runs.plan import Finished, Plan, PlannedBank, arrange, read_plan, write_plan
 
 CPU = torch.device("cpu")
@@ -130,7 +128,7 @@ def test_a_need_is_a_line() -> None:
     assert [need.fits(n) for n in (99, 129, 130, 159, 400)] == [0, 0, 1, 1, 10]
 
 
-class Trial:
+class Setting:
     """A module of some members, its data and a Trainer, on the CPU."""
 
     def __init__(self, base: Path, root: Path, *entries: Member, tasks: tuple[str, ...] = ("sst", "sts")) -> None:
@@ -142,18 +140,18 @@ class Trial:
         )
         self.data.trainer = self.trainer
 
-    def measured(self, members: int) -> dict[str, int]:
-        batches = self.data.train_dataloader()
-        return probe._Trial(self.module, self.data, self.trainer, batches).run(list(range(members)))
+    def trial(self) -> probe.Trial:
+        return probe.Trial(self.module, self.data, self.trainer)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])  # packed, padded, and of other layers
 def test_a_larger_bank_takes_what_one_and_two_foretell(
     tiny: Callable[[str], Path], demo_root: Path, family: str
 ) -> None:
     """At most a fiftieth less and a tenth more, in both phases; the estimate without a probe is above it."""
-    trial = Trial(tiny(family), demo_root, Member(rank=4, targets="all-linear", seed=list(range(7))))
-    few = [trial.measured(m) for m in (1, 2, 7)]
+    trial = Setting(tiny(family), demo_root, Member(rank=4, targets="all-linear", seed=list(range(7))))
+    measured = trial.trial()
+    few = [measured.peaks(list(range(m))) for m in (1, 2, 7)]
     for phase in ("train", "dev"):
         need = Need.through([(1, few[0][phase]), (2, few[1][phase])])
         assert 0.98 < need.of(7) / few[2][phase] < 1.1
@@ -169,7 +167,7 @@ def test_a_larger_bank_takes_what_one_and_two_foretell(
 
 
 def test_the_largest_steps_by_brute_force(tiny: Callable[[str], Path], demo_root: Path) -> None:
-    trial = Trial(tiny("bert"), demo_root, Member())
+    trial = Setting(tiny("bert"), demo_root, Member())
     batches = trial.data.train_dataloader()
     padded, real = [], []
     for epoch in range(2):
@@ -188,8 +186,9 @@ def test_a_probe_decides_where_the_estimate_is_too_large(
     tiny: Callable[[str], Path], demo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory for four and a half members takes four, for less than one takes one; no random state moves."""
-    trial = Trial(tiny("bert"), demo_root, Member(rank=4, seed=list(range(9))))
-    four, five = (trial.measured(m)["train"] for m in (4, 5))
+    trial = Setting(tiny("bert"), demo_root, Member(rank=4, seed=list(range(9))))
+    measured = trial.trial()
+    four, five = (measured.peaks(list(range(m)))["train"] for m in (4, 5))
     assert four < five
     torch.manual_seed(3)
     np.random.seed(3)  # noqa: NPY002
@@ -206,7 +205,7 @@ def test_a_probe_decides_where_the_estimate_is_too_large(
 def test_a_probe_that_does_not_fit(
     tiny: Callable[[str], Path], demo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trial = Trial(tiny("bert"), demo_root, Member(rank=4, seed=[1, 2, 3]))
+    trial = Setting(tiny("bert"), demo_root, Member(rank=4, seed=[1, 2, 3]))
     monkeypatch.setattr(probe, "usable_memory", lambda _: 1)
     original = BankModule.with_members
     for most in (1, 0):
@@ -273,7 +272,7 @@ def test_the_shapes_are_those_of_the_smaller_bank(tiny: Callable[[str], Path], d
         Member(targets="none"),
         Member(rank=3, targets="qkv"),
     ]
-    module = Trial(tiny("bert"), demo_root, *entries).module
+    module = Setting(tiny("bert"), demo_root, *entries).module
     for rows in ([0], [1, 2], [2], [1, 3], [0, 1, 2, 3]):
         alone = module.with_members([module.members[i] for i in rows])
         assert list(module.bank.row_shapes(rows).items()) == list(alone.bank.shapes.items())

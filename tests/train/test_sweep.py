@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -28,12 +29,28 @@ from lora_ensemble.train.runs.sweep import Sweep
 
 TWO = "[{rank: [2, 3], lr: 3e-3}]"
 THREE = "[{rank: [2, 3, 4], lr: 3e-3}]"
+SIX = "[{rank: [1, 2, 3], scaling: [1, 2], targets: all-linear, lr: 3e-3}]"
 TWELVE = "[{rank: [1, 2, 3, 4], scaling: [1, 2, 3], targets: all-linear, lr: 3e-3}]"
 
 
 @pytest.fixture
 def program(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> Program:
     return Program(tmp_path, tiny("bert"), demo_root)
+
+
+@pytest.fixture(scope="module")
+def two_swept(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path], demo_root: Path) -> Program:
+    """A whole sweep of TWO, not to be changed."""
+    program = Program(tmp_path_factory.mktemp("two"), tiny("bert"), demo_root)
+    assert program("sweep", members=TWO) == 0
+    return program
+
+
+@pytest.fixture
+def swept(tmp_path: Path, two_swept: Program) -> Program:
+    """A copy of it: run, pool and all."""
+    folder = shutil.copytree(two_swept.folder, tmp_path / "swept")
+    return Program(folder, two_swept.base, two_swept.root)
 
 
 @pytest.fixture
@@ -83,13 +100,10 @@ def test_a_sweep_trains_what_fit_does(program: Program) -> None:
 
 
 def test_what_is_finished_is_not_trained_again(
-    program: Program, steps: list[list[str]], capsys: pytest.CaptureFixture[str]
+    swept: Program, steps: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert program("sweep", members=TWO) == 0
-    assert len(steps) == 16  # 60 examples, 8 in a batch, two epochs
+    program = swept
     before = contents(program.pool)
-    steps.clear()
-    capsys.readouterr()
     assert program("sweep", members=TWO) == 0  # the plan says so
     shutil.rmtree(program.folder / "runs")
     assert program("sweep", members=TWO) == 0  # the pool says so
@@ -115,12 +129,8 @@ def test_a_member_that_is_gone_is_trained_again(program: Program, steps: list[li
     assert f"sst/{last}/member.json" in again
 
 
-def test_a_pool_that_is_gone_is_made_again(program: Program) -> None:
+def test_a_pool_that_is_gone_is_made_again(program: Program, two_swept: Program) -> None:
     """Deleted while the sweep was interrupted, whose checkpoint remembers better scores than any to come."""
-    assert program("sweep", members=TWO) == 0
-    whole = contents(program.pool)
-    shutil.rmtree(program.folder / "runs")
-    shutil.rmtree(program.pool)
 
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -130,25 +140,23 @@ def test_a_pool_that_is_gone_is_made_again(program: Program) -> None:
     assert len(list((program.pool / "sst").glob("r*"))) == 2
     shutil.rmtree(program.pool)
     assert program("sweep", members=TWO) == 0
-    assert contents(program.pool) == whole
+    assert contents(program.pool) == contents(two_swept.pool)
 
 
-def test_a_folder_that_is_there_is_not_a_member_that_is_finished(program: Program, steps: list[list[str]]) -> None:
+def test_a_folder_that_is_there_is_not_a_member_that_is_finished(swept: Program, steps: list[list[str]]) -> None:
     """The same settings and data, but training was interrupted."""
-    assert program("sweep", members=TWO) == 0
+    program = swept
     record = pool.read_record(program.pool, "sst", "r2-c1-qv-lr3e-3-s11711")
     assert record is not None
     record.finished = False
     pool.write_member(program.pool, record, {}, keep=record)
     shutil.rmtree(program.folder / "runs")
-    steps.clear()
     assert program("sweep", members=TWO) == 0
     assert steps == [["r2-c1-qv-lr3e-3-s11711"]] * 16
 
 
-def test_more_epochs_go_on_from_where_it_ended(program: Program, steps: list[list[str]]) -> None:
-    assert program("sweep", members=TWO) == 0
-    steps.clear()
+def test_more_epochs_go_on_from_where_it_ended(swept: Program, steps: list[list[str]]) -> None:
+    program = swept
     assert program("sweep", "--trainer.max_epochs=3", members=TWO) == 0
     assert len(steps) == 8
     longer, program.pool = contents(program.pool), program.folder / "other"
@@ -165,9 +173,9 @@ def test_more_epochs_go_on_from_where_it_ended(program: Program, steps: list[lis
     ],
 )
 def test_another_member_of_that_name(
-    program: Program, capsys: pytest.CaptureFixture[str], change: str, message: str
+    swept: Program, capsys: pytest.CaptureFixture[str], change: str, message: str
 ) -> None:
-    assert program("sweep", members=TWO) == 0
+    program = swept
     before = contents(program.pool)
     if change == "--data.root=":
         other = shutil.copytree(program.root, program.folder / "data")
@@ -324,7 +332,7 @@ def test_a_kill_before_the_members_left(program: Program, monkeypatch: pytest.Mo
     undisturbed, program.pool = contents(program.pool), program.folder / "killed"
     shutil.rmtree(program.folder / "runs")
     with monkeypatch.context() as patch:
-        patch.setattr(Sweep, "_stopped", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(Sweep, "_was_stopped", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert program("sweep", *exits, members=THREE) == 130
     assert program("sweep", *exits, members=THREE) == 0
     assert contents(program.pool) == undisturbed
@@ -355,11 +363,7 @@ def test_out_of_memory(program: Program, monkeypatch: pytest.MonkeyPatch, capsys
     assert sorted(r.name for r in pool.TaskPool(program.pool, "sst").members) == sorted(NAMES)
 
 
-def test_a_lost_device(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    assert program("sweep", members=TWO) == 0
-    undisturbed, program.pool = contents(program.pool), program.folder / "lost"
-    shutil.rmtree(program.folder / "runs")
-
+def test_a_lost_device(program: Program, two_swept: Program, capsys: pytest.CaptureFixture[str]) -> None:
     def lost() -> None:
         raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
 
@@ -369,15 +373,15 @@ def test_a_lost_device(program: Program, capsys: pytest.CaptureFixture[str]) -> 
         capsys.readouterr().err
     )
     assert program("sweep", members=TWO) == 0
-    assert contents(program.pool) == undisturbed
+    assert contents(program.pool) == contents(two_swept.pool)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, 200 kB large."""
+    """A file system of its own, 120 kB large."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(folder)], capture_output=True)
     if made.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {made.stderr.decode().strip()}")
     yield folder
@@ -385,28 +389,29 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(program: Program, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert program("sweep", "--bank_size=2", members=TWELVE) == 0
+    assert program("sweep", "--bank_size=2", members=SIX) == 0
     undisturbed, program.pool = contents(program.pool), small_disk / "pool"
     shutil.rmtree(program.folder / "runs")
     capsys.readouterr()
-    assert program("sweep", "--bank_size=2", members=TWELVE) == 2
+    assert program("sweep", "--bank_size=2", members=SIX) == 2
     err = capsys.readouterr().err
     assert "No space left on device" in err
     assert len(err.strip().splitlines()) == 1
     finished = [r.name for r in pool.read_records(program.pool, "sst") if r.finished]
-    assert 0 < len(finished) < 12
+    assert 0 < len(finished) < 6
     assert {k: v for k, v in contents(program.pool).items() if k.split("/")[1] in finished}.items() <= (
         undisturbed.items()
     )
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
-    assert program("sweep", "--bank_size=2", members=TWELVE) == 0
+    assert program("sweep", "--bank_size=2", members=SIX) == 0
     assert contents(program.pool) == undisturbed
 
 
-def test_a_pool_that_cannot_be_written(program: Program, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pool_that_cannot_be_written(
+    program: Program, two_swept: Program, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Mounted read-only after half of the members were trained."""
-    program.pool = small_disk / "pool"
-    assert program("sweep", members=TWO) == 0
+    program.pool = shutil.copytree(two_swept.pool, small_disk / "pool")
     before = contents(program.pool)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     capsys.readouterr()
@@ -422,25 +427,36 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["lora_ensemble.train.cli"])
 
 
-def start(arguments: list[str]) -> Any:
-    process = FORKS.Process(target=run, args=(arguments,))
+def start(arguments: list[str], *kill: Any) -> Any:
+    process = FORKS.Process(target=run, args=(arguments, *kill))
     process.start()
     return process
 
 
-def run(arguments: list[str]) -> None:
-    """In a process of its own, its words in a file."""
+def run(arguments: list[str], event: str = "", number: int = 0) -> None:
+    """In a process of its own, its words in a file; it kills itself before the event happens for the number-th time."""
+    counted = itertools.count(1)
+
+    def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **kw: Any) -> Any:
+            if next(counted) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kw)
+
+        return counting
+
+    if event == "step":
+        BankModule.training_step = deadly(BankModule.training_step)  # type: ignore[method-assign]
+    elif event == "rename":
+        os.rename, os.replace = deadly(os.rename), deadly(os.replace)
     with open(os.environ["SWEEP_LOG"], "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os._exit(main(arguments))
 
 
-def test_sigterm(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigterm(program: Program, two_swept: Program, capsys: pytest.CaptureFixture[str]) -> None:
     """In the fourth step of the second epoch: the checkpoint is of that step, and the sweep goes on bit for bit."""
-    assert program("sweep", members=TWO) == 0
-    undisturbed, program.pool = contents(program.pool), program.folder / "ended"
-    shutil.rmtree(program.folder / "runs")
     with at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM)) as begun:
         assert program("sweep", members=TWO) == 128 + signal.SIGTERM
     assert begun[-1] == 12
@@ -448,15 +464,32 @@ def test_sigterm(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = program.run_dir() / "checkpoint" / "last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 12
     assert program("sweep", members=TWO) == 0
+    assert contents(program.pool) == contents(two_swept.pool)
+
+
+SWEPT_IN_BANKS = ("--model.schedule=linear", "--trainer.logger=false")
+
+
+def test_four_kills(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there is a checkpoint, while the pool is written, in the second epoch, and in the second bank."""
+    monkeypatch.setenv("SWEEP_LOG", str(program.folder / "log"))
+    how = (*SWEPT_IN_BANKS, "--bank_size=3")
+    assert program("sweep", *how, members=SIX) == 0
+    undisturbed, program.pool = contents(program.pool), program.folder / "killed"
+    shutil.rmtree(program.folder / "runs")
+    for kill in (("step", 5), ("rename", 4), ("step", 13), ("step", 12), ()):
+        process = start(program.arguments("sweep", *how, members=SIX), *kill)
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if kill else 0), (program.folder / "log").read_text()[-3000:]
     assert contents(program.pool) == undisturbed
 
 
-@pytest.mark.parametrize("most", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_at_any_moment(program: Program, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Twelve members in three banks, killed and begun again: always the pool of an undisturbed sweep."""
+@pytest.mark.slow
+def test_kills_at_any_moment(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve members in three banks, killed twenty times and begun again: always the pool of an undisturbed sweep."""
     log = program.folder / "log"
     monkeypatch.setenv("SWEEP_LOG", str(log))
-    how = ("--bank_size=4", "--model.schedule=linear", "--trainer.logger=false")
+    how = (*SWEPT_IN_BANKS, "--bank_size=4")
     started = time.monotonic()
     undisturbed = start(program.arguments("sweep", *how, members=TWELVE))
     undisturbed.join()
@@ -466,13 +499,13 @@ def test_kills_at_any_moment(program: Program, monkeypatch: pytest.MonkeyPatch, 
     assert len([name for name in expected if name.endswith("member.json")]) == 12
     random_ = random.Random(0)
     kills = rounds = 0
-    while kills < most:
+    while kills < 20:
         rounds += 1
         shutil.rmtree(program.folder / "runs")
         program.pool = program.folder / f"pool-{rounds}"
         while True:
             process = start(program.arguments("sweep", *how, members=TWELVE))
-            process.join(random_.uniform(0, takes) if kills < most else None)
+            process.join(random_.uniform(0, takes) if kills < 20 else None)
             if process.exitcode is not None:
                 break
             process.kill()

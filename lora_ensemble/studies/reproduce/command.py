@@ -16,9 +16,8 @@ from typing import Any, get_args
 
 from lora_ensemble.errors import Parser, UserError
 from lora_ensemble.pool import MemberRecord
-from lora_ensemble.studies.reproduce.grids import config_files, work_of
-from lora_ensemble.studies.reproduce.markdown import table
-from lora_ensemble.studies.reproduce.papers import PAPERS, Paper, PaperName, Part, Scale
+from lora_ensemble.studies.reproduce.papers import PAPERS, TASKS, Paper, PaperName, Part, Scale
+from lora_ensemble.studies.reproduce.work import config_files, measure, seconds, steps, work_of
 from lora_ensemble.tasks import PRESETS, SPLITS
 
 BASE_MODELS: dict[Scale, str] = {"full": "bert-base-uncased", "small": "all-MiniLM-L6-v2"}
@@ -56,13 +55,15 @@ def run(args: Sequence[str]) -> int:
     paper: Paper = PAPERS[given.paper]
     given.base_model = given.base_model or BASE_MODELS[given.scale]
     given.output = given.output or Path("checkpoints") / f"{given.paper}-{given.scale}"
-    _check_data(given.root)
-    if given.paper == "tolkunov" and not given.plan:
-        _check_figures()
-    from lora_ensemble.bank.precision import fast_precision  # these load torch: not for --help
+    _check(given)
+    import torch  # not for --help, like what is imported below
+
+    from lora_ensemble.bank.lora import Member
+    from lora_ensemble.bank.precision import fast_precision
+    from lora_ensemble.studies.reproduce.results import write_results
     from lora_ensemble.train.runs.progress import duration
 
-    device = _device(given.accelerator)
+    device = "cuda" if torch.cuda.is_available() and given.accelerator != "cpu" else "cpu"
     given.precision = given.precision or fast_precision(device)
     _say_plan(paper, given, device)
     if given.plan:
@@ -70,77 +71,82 @@ def run(args: Sequence[str]) -> int:
     started = time.monotonic()
     for number, part in enumerate(paper.parts, 1):
         print(f"\n== part {number} of {len(paper.parts)}: {part.name}", flush=True)
-        if code := _program("sweep", part, given):
+        if code := _train("sweep", part, given):
             print(f"lora-ensemble: stopped in part {number} ({part.name}); the same command goes on", file=sys.stderr)
             return code
-    from lora_ensemble.bank.lora import Member
-    from lora_ensemble.studies.reproduce.results import write_results
 
-    def predict(pool: str, tasks: tuple[str, ...], members: list[MemberRecord]) -> None:
-        part = next(p for p in paper.parts if p.pool == pool and p.tasks == tasks)
+    def predict(pool: str, task: str, members: list[MemberRecord]) -> None:
+        part = next(p for p in paper.parts if p.pool == pool and task in p.tasks)
         entries = json.dumps([asdict(Member.of_record(r)) for r in members])
-        if _program("predict", part, given, f"--model.members={entries}"):
+        if _train("predict", part, given, f"--model.members={entries}"):
             raise UserError(f"predictions of {part.name} failed; the same command goes on")
 
     files = write_results(given.paper, given.scale, given.output, base_model=given.base_model, predict=predict)
     if given.paper == "tolkunov":
-        from lora_ensemble.studies.reproduce.figures import tolkunov_figures
-
-        files += tolkunov_figures(given.output, given.scale, given.root, given.base_model)
+        files += _figures(given)
     print("\n".join(f"saved {file}" for file in files))
     print(f"done in {duration(time.monotonic() - started)} (this start)")
     return 0
 
 
-def _check_data(root: Path) -> None:
+def _check(given: argparse.Namespace) -> None:
+    """``UserError`` for what would be missed only after hours of training."""
     for task in PRESETS.values():
         for split in SPLITS:
-            name = getattr(task, split)
-            if not (root / name).is_file():
+            file = given.root / getattr(task, split)
+            if not file.is_file():
                 raise UserError(
-                    f"{root / name}: no such file; --data.root is the folder of the CS224N default project's data "
-                    f"files, or of what lora-ensemble data download --root {root} fetches"
+                    f"{file}: no such file; --data.root is the folder of the CS224N default project's data files, or "
+                    f"of what lora-ensemble data download --root {given.root} fetches"
                 )
-
-
-def _check_figures() -> None:
-    needed = {"altair": "altair", "vl_convert": "vl-convert-python", "jinja2": "jinja2", "sklearn": "scikit-learn"}
-    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(f"the figures need {' and '.join(missing)}; run: pip install 'lora-ensemble[reproduce]'")
-
-
-def _device(accelerator: str) -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu"
+    if given.paper == "tolkunov" and not given.plan:
+        needed = {"altair": "altair", "vl_convert": "vl-convert-python", "sklearn": "scikit-learn"}
+        missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+        if missing:
+            raise UserError(f"the figures need {' and '.join(missing)}; run: pip install 'lora-ensemble[reproduce]'")
 
 
 def _say_plan(paper: Paper, given: argparse.Namespace, device: str) -> None:
-    from lora_ensemble.studies.reproduce import timing
+    from lora_ensemble.studies.reproduce.results import markdown_table
     from lora_ensemble.train.runs.progress import duration
 
-    tasks = tuple(paper.sizes)
-    speed = timing.measure(given.root, tasks, given.base_model, precision=given.precision, device=device)
+    speed = measure(given.root, TASKS, given.base_model, precision=given.precision, device=device)
     rows, total = [], 0.0
     for part in paper.parts:
         work = work_of(part, given.scale)
-        took = timing.seconds(work, part.tasks, speed)
+        took = seconds(work, part.tasks, speed)
         total += took
         rates = ", ".join(f"{rate:g}" for rate in work.learning_rates)
-        number = timing.steps(work, part.tasks, speed.examples)
+        number = steps(work, part.tasks, speed.examples)
         rows.append([part.name, str(work.members), str(work.epochs), str(number), rates, duration(took)])
     print(f"\n{paper.title}, --scale {given.scale}, {given.base_model}, {given.precision} on {speed.device}\n")
-    print(table(["trains", "members", "epochs", "steps", "learning rates", "about"], rows))
+    print(markdown_table(["trains", "members", "epochs", "steps", "learning rates", "about"], rows))
     print(f"\nabout {duration(total)} in all, if nothing else runs here; output: {given.output}", flush=True)
 
 
-def _program(verb: str, part: Part, given: argparse.Namespace, *more: str) -> int:
-    """Run ``lora-ensemble`` in a process of its own: it has the machine's memory to itself, and leaves nothing."""
-    arguments: list[Any] = [sys.executable, "-m", "lora_ensemble", verb]
-    for file in config_files(part, given.scale):
-        arguments += ["--config", file]
-    arguments += [
+def _figures(given: argparse.Namespace) -> list[Path]:
+    """Each task's page of ``dicor report`` with its plots, figures 1 and 3 among them, and figure 4; the files."""
+    from lora_ensemble.studies.reproduce.figures import save_embeddings
+    from lora_ensemble.studies.reproduce.results import dicor_options
+
+    pool, folder, files = given.output / "grid", given.output / "figures", []
+    for task in TASKS:
+        page, options = given.output / f"{task}.html", asdict(dicor_options(task, given.scale))
+        chosen = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+        files += [page, folder / f"{task}-embeddings.png"]
+        paths = [f"--pool={pool}", f"--output={page}", f"--plots={folder}"]
+        if _program("lora_ensemble.dicor", "report", f"--task={task}", "--method=dicor", *paths, *chosen):
+            raise UserError(f"the figures of {task} failed; the same command goes on")
+        save_embeddings(pool, task, given.root, given.base_model, files[-1])
+    return files
+
+
+def _train(verb: str, part: Part, given: argparse.Namespace, *more: str) -> int:
+    """Run ``lora-ensemble`` for a part; returns its exit code."""
+    return _program(
+        "lora_ensemble",
+        verb,
+        *(f"--config={file}" for file in config_files(part, given.scale)),
         f"--data.root={given.root}",
         f"--data.tasks=[{', '.join(part.tasks)}]",
         f"--model.base_model={given.base_model}",
@@ -151,8 +157,12 @@ def _program(verb: str, part: Part, given: argparse.Namespace, *more: str) -> in
         f"--trainer.devices={given.devices}",
         f"--experiment={given.paper}-{given.scale}",
         *more,
-    ]
-    process = subprocess.Popen([str(a) for a in arguments])
+    )
+
+
+def _program(module: str, *arguments: Any) -> int:
+    """Run one of our programs in a process of its own: it has the machine's memory to itself, and leaves nothing."""
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments])
     # A scheduler tells this process alone to end; the one that trains has the checkpoint to write.
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:

@@ -40,6 +40,12 @@ class Paper:
     """How ``--scale small`` differs, in words."""
     oddities: tuple[str, ...]
     """What in the report contradicts itself or cannot be right."""
+    base_model: str
+    """As it is named there."""
+    dev: dict[str, tuple[float, float, float, float] | None]
+    """System to SST, Quora, STS and overall score on dev; None: announced and not reported."""
+    test: tuple[str, tuple[float, float, float, float]]
+    """The system of the test leaderboard, and its scores."""
 
 
 OYENIYI = Paper(
@@ -63,24 +69,23 @@ OYENIYI = Paper(
         "It names no scaling; here alpha / r is 1.",
         'Its table 2 speaks of "three models" and has one; model 11 is announced and not reported.',
     ),
+    base_model="BERT base",
+    # Section 5.3, table 2.
+    dev={
+        "1-baseline": (0.144, 0.369, -0.009, 0.336),
+        "2-kqv-r4": (0.272, 0.632, 0.013, 0.470),
+        "3-kqv-r32": (0.176, 0.631, -0.047, 0.428),
+        "4-kqv-r48": (0.256, 0.632, 0.157, 0.489),
+        "5-pooler-r4": (0.256, 0.380, 0.030, 0.384),
+        "6-pooler-kqv-r4": (0.279, 0.632, -0.037, 0.464),
+        "7-pooler-kqv-r32": (0.261, 0.369, 0.084, 0.391),
+        "8-pooler-kqv-r48": (0.241, 0.632, 0.133, 0.480),
+        "9-all-1-r4": (0.256, 0.632, 0.157, 0.489),
+        "10-all-1-r48": (0.257, 0.632, 0.021, 0.466),
+        "11-all-1-r100": None,
+    },
+    test=("9-all-1-r4", (0.236, 0.632, 0.002, 0.456)),  # table 3
 )
-
-# Model to SST, Quora, STS and overall score on dev (section 5.3, table 2); None: announced and not reported.
-OYENIYI_DEV: dict[str, tuple[float, float, float, float] | None] = {
-    "1-baseline": (0.144, 0.369, -0.009, 0.336),
-    "2-kqv-r4": (0.272, 0.632, 0.013, 0.470),
-    "3-kqv-r32": (0.176, 0.631, -0.047, 0.428),
-    "4-kqv-r48": (0.256, 0.632, 0.157, 0.489),
-    "5-pooler-r4": (0.256, 0.380, 0.030, 0.384),
-    "6-pooler-kqv-r4": (0.279, 0.632, -0.037, 0.464),
-    "7-pooler-kqv-r32": (0.261, 0.369, 0.084, 0.391),
-    "8-pooler-kqv-r48": (0.241, 0.632, 0.133, 0.480),
-    "9-all-1-r4": (0.256, 0.632, 0.157, 0.489),
-    "10-all-1-r48": (0.257, 0.632, 0.021, 0.466),
-    "11-all-1-r100": None,
-}
-# Its table 3: the test leaderboard, model 9 only.
-OYENIYI_TEST = ("9-all-1-r4", (0.236, 0.632, 0.002, 0.456))
 
 TOLKUNOV = Paper(
     title='Tolkunov, "Ensembling LoRA Models"',
@@ -110,20 +115,20 @@ TOLKUNOV = Paper(
         "The standard deviation of A at the start is not said; here 0.02.",
         "On Quora DiCor takes all four models, so it is Omni.",
     ),
+    base_model="BERT",
+    # Table 1.
+    dev={
+        "Frozen BERT": (0.395, 0.697, 0.526, 0.618),
+        "Finetuned BERT": (0.543, 0.883, 0.884, 0.789),
+        "LoRA (best)": (0.540, 0.898, 0.872, 0.791),
+        "Omni-LoRA": (0.530, 0.905, 0.874, 0.791),
+        "DiCor-LoRA": (0.544, 0.905, 0.885, 0.797),
+    },
+    test=("DiCor-LoRA", (0.550, 0.904, 0.882, 0.798)),  # table 2
 )
 
-# System to SST, Quora, STS and overall score on dev.
-TOLKUNOV_DEV = {
-    "Frozen BERT": (0.395, 0.697, 0.526, 0.618),
-    "Finetuned BERT": (0.543, 0.883, 0.884, 0.789),
-    "LoRA (best)": (0.540, 0.898, 0.872, 0.791),
-    "Omni-LoRA": (0.530, 0.905, 0.874, 0.791),
-    "DiCor-LoRA": (0.544, 0.905, 0.885, 0.797),
-}
-TOLKUNOV_TEST = ("DiCor-LoRA", (0.550, 0.904, 0.882, 0.798))
-# Sizes of DiCor; the default ones of dicor select are the same.
-TOLKUNOV_SIZES = {"sst": 11, "quora": 4, "sts": 10}
-SMALL_SIZES = {"sst": 4, "quora": 4, "sts": 4}
+# Of DiCor in a small pool.
+SMALL_SIZE = 4
 SMALL_TOP_K = {"sst": 6, "quora": 4, "sts": 6}
 
 PAPERS: dict[PaperName, Paper] = {"oyeniyi": OYENIYI, "tolkunov": TOLKUNOV}

@@ -38,12 +38,7 @@ class EarlyExit:
 
 
 def survivors(
-    scores: Sequence[float],
-    others: Sequence[float],
-    logits: Mapping[str, np.ndarray],
-    *,
-    keep: float,
-    reserve: float,
+    scores: Sequence[float], others: Sequence[float], logits: Mapping[str, np.ndarray], *, keep: float, reserve: float
 ) -> list[int]:
     """Which of M members of a bank stay: indices, ascending, at least one.
 
@@ -52,10 +47,9 @@ def survivors(
     ``reserve`` times M more stay, each the one whose dev logits (task to (M, N, C)) correlate least with those of the
     members that stay so far. NaN is the worst score; of equal scores the first in the bank is better.
     """
-    own = np.nan_to_num(np.asarray(scores, float), nan=-np.inf)
-    everyone = np.sort(np.concatenate([own, np.nan_to_num(np.asarray(others, float), nan=-np.inf)]))[::-1]
-    least = everyone[max(math.ceil(keep * len(everyone)), 1) - 1]
-    order = sorted(range(len(own)), key=lambda i: (-own[i], i))
+    everyone = np.nan_to_num(np.array([*scores, *others], float), nan=-np.inf)
+    own, least = everyone[: len(scores)], np.sort(everyone)[::-1][max(math.ceil(keep * len(everyone)), 1) - 1]
+    order = np.argsort(-own, kind="stable").tolist()
     # Ties with the last place stay; where all tie, nobody leaves.
     stay = [i for i in order if own[i] >= least and np.isfinite(own[i])] or order[:1]
     rest = [i for i in order if i not in stay and np.isfinite(own[i])]
@@ -70,17 +64,14 @@ def survivors(
 
 def _correlation(logits: Mapping[str, np.ndarray]) -> np.ndarray:
     """Pearson's r between members' logits, the mean over tasks: (M, M). Constant logits are like all others."""
-    each = []
-    for task in logits.values():
-        x = np.asarray(task, np.float64)
+    matrices = []
+    for x in logits.values():
+        x = np.asarray(x, np.float64)
         if x.shape[-1] > 1:
             x = x - x.mean(-1, keepdims=True)  # a shift of all classes of an example says nothing
-        x = x.reshape(len(x), -1)
-        x = x - x.mean(1, keepdims=True)
-        length = np.sqrt(np.einsum("mn,mn->m", x, x))
         with np.errstate(invalid="ignore", divide="ignore"):
-            each.append(np.nan_to_num((x @ x.T) / np.outer(length, length), nan=1.0))
-    return np.asarray(np.mean(each, axis=0))
+            matrices.append(np.nan_to_num(np.atleast_2d(np.corrcoef(x.reshape(len(x), -1))), nan=1.0))
+    return np.mean(matrices, axis=0)
 
 
 class Gate(pl.Callback):
@@ -91,9 +82,7 @@ class Gate(pl.Callback):
     """
 
     def __init__(self, rule: EarlyExit, writer: PoolWriter, *, rung: int, others: Callable[[int], list[float]]) -> None:
-        self._rule, self._writer, self._others = rule, writer, others
-        self.rung = rung
-        """The last one that the bank has been through."""
+        self._rule, self._writer, self._others, self.rung = rule, writer, others, rung
         self.stayed: list[int] | None = None
         """Indices of the members that stay, once the bank was stopped."""
         self.epochs = 0

@@ -42,6 +42,19 @@ class Need:
         return max(int((free - self.shared) / self.each), 0) if self.each else _UNLIMITED
 
 
+def gib(size: float) -> str:
+    """A number of bytes as people read it."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the machine, has no memory left."""
+    known = ("DefaultCPUAllocator", "not enough memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in known)
+    )
+
+
 def measurable(device: torch.device) -> bool:
     """Whether memory can be measured on this kind of device; a host's not on Windows, which lacks ``os.sysconf``."""
     return device.type in _USABLE and (device.type != "cpu" or hasattr(os, "sysconf"))
@@ -73,9 +86,8 @@ def free_host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
         if controllers == "":
             limits += _group_limits(cgroups, path, "memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            limits += _group_limits(
-                cgroups / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-            )
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            limits += _group_limits(cgroups / "memory", path, *names)
     own, _ = resource.getrlimit(resource.RLIMIT_AS)
     if own != resource.RLIM_INFINITY and (proc / "self/status").is_file():
         limits.append(own - 1024 * _field(proc / "self/status", "VmSize"))
@@ -84,18 +96,15 @@ def free_host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 def _group_limits(root: Path, path: str, limit: str, usage: str, cache: str) -> list[int]:
     """What a control group and those above it leave; in a container the path may be the host's, the root ours."""
-    found, below = [], [root / path.lstrip("/"), *(root / path.lstrip("/")).parents]
-    for folder in [f for f in below if f == root or root in f.parents]:
+    limits, group = [], root / path.lstrip("/")
+    for folder in [group, *group.parents]:
         try:
-            most = (folder / limit).read_text().strip()
-            if most == "max":
-                continue
             # The page cache counts as used, and is given back when it is wanted.
-            cached = _field(folder / "memory.stat", cache)
-            found.append(int(most) - int((folder / usage).read_text()) + cached)
+            most, cached = (folder / limit).read_text().strip(), _field(folder / "memory.stat", cache)
+            limits += [] if most == "max" else [int(most) - int((folder / usage).read_text()) + cached]
         except (OSError, ValueError, StopIteration):
             continue
-    return found
+    return limits
 
 
 def _field(file: Path, name: str) -> int:

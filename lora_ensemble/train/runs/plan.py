@@ -1,23 +1,28 @@
 """Which members train together: a list of members as banks that fit, and the file that a restarted run reads.
 
-Plain functions and JSON. Axes: M members of a bank, P trained numbers per member (zeros included).
+Axes: M members of a bank, P trained numbers per member (zeros included).
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+
+from lora_ensemble.bank.model import row_width
 from lora_ensemble.errors import UserError
+from lora_ensemble.files import replacing
+from lora_ensemble.train.module import BankModule
 
 FILE = "banks.json"
+BankSize = int | Literal["auto"] | None
+"""Members that train at once: a number, as many as fit, or all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,7 @@ class PlannedBank:
 class Plan:
     """The banks of a run, in the order in which they train."""
 
-    banks: list[PlannedBank]
+    banks: list[PlannedBank] = field(default_factory=list)
     why: str = ""
     """What decided the size, in words."""
     splits: list[str] = field(default_factory=list)
@@ -68,10 +73,9 @@ class Plan:
     def describe(self) -> str:
         """``186 members in 3 banks of 62 (why)``."""
         sizes = [len(b.members) for b in self.banks]
-        total, n = sum(sizes), len(sizes)
-        each = f"{sizes[0]}" if min(sizes) == max(sizes) else f"{max(sizes)} to {min(sizes)}"
-        banks = "1 bank" if n == 1 else f"{n} banks of {each}"
-        return f"{total} member{'s' * (total > 1)} in {banks}" + (f" ({self.why})" if self.why else "")
+        size = f"{max(sizes)}" if min(sizes) == max(sizes) else f"{max(sizes)} to {min(sizes)}"
+        banks = "1 bank" if len(sizes) == 1 else f"{len(sizes)} banks of {size}"
+        return f"{sum(sizes)} member{'s' * (sum(sizes) > 1)} in {banks}" + (f" ({self.why})" if self.why else "")
 
     def replaced(self, old: PlannedBank, new: Sequence[PlannedBank], note: str = "") -> Plan:
         """This plan with other banks in the place of one."""
@@ -88,29 +92,44 @@ def arrange(orders: Sequence[Sequence[int]], size: int, *, width: Callable[[Sequ
     inside a bank, members stand in ascending order.
     """
     banks = math.ceil(len(orders[0]) / size)
-    short, longer = divmod(len(orders[0]), banks)
-
-    def pieces(order: Sequence[int]) -> list[list[int]]:
-        ends = [i * short + min(i, longer) for i in range(banks + 1)]
-        return [sorted(order[a:b]) for a, b in itertools.pairwise(ends)]
-
-    return min((pieces(order) for order in orders), key=lambda cut: sum(len(rows) * width(rows) for rows in cut))
+    cuts = [[sorted(piece.tolist()) for piece in np.array_split(np.array(order), banks)] for order in orders]
+    return min(cuts, key=lambda cut: sum(len(rows) * width(rows) for rows in cut))
 
 
-def gib(size: float) -> str:
-    """A number of bytes as people read it."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+def check_bank_size(size: BankSize) -> None:
+    """``UserError`` for a bank of none."""
+    if isinstance(size, int) and size < 1:
+        raise UserError(f"--bank_size: {size}; expected auto, null, or a number of members of at least 1")
+
+
+def banks_of(module: BankModule, names: Sequence[str], size: int) -> list[PlannedBank]:
+    """Some of the module's members in banks of at most ``size``, put together so that little is padded."""
+    bank, members = module.bank, module.members
+    rows = [i for i, m in enumerate(members) if m.name in names]
+    by_targets = sorted(rows, key=lambda i: (len(bank.paths[i]), bank.paths[i], bank.ranks[i]))
+    by_rank = sorted(rows, key=lambda i: (bank.ranks[i], len(bank.paths[i]), bank.paths[i]))
+    orders = [rows, by_targets, by_rank, by_targets[::-1], by_rank[::-1]]
+    cut = arrange(orders, size, width=lambda some: row_width(bank.row_shapes(some)))
+    return [PlannedBank(members=[members[i].name for i in some]) for some in cut]
+
+
+def evaluation_banks(module: BankModule, size: BankSize, run_dir: Path) -> list[list[str]]:
+    """The module's members in banks to be evaluated, which takes less memory than training.
+
+    auto: no more at a time than the run at ``run_dir`` trained at once; all of them where there is none.
+    """
+    names = [m.name for m in module.members]
+    if size == "auto":
+        plan = read_plan(run_dir, names)
+        size = max(len(b.members) for b in plan.banks) if plan else None
+    return [bank.members for bank in banks_of(module, names, size or len(names))]
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    """Replace the plan's file in one move: a kill leaves the old one or the new one."""
+    """Replace the plan's file whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f".{FILE}.{os.getpid()}"
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(asdict(plan), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, folder / FILE)
+    with replacing(folder / FILE) as new:
+        new.write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
 
 
 def read_plan(folder: Path, members: Sequence[str]) -> Plan | None:
@@ -124,26 +143,17 @@ def read_plan(folder: Path, members: Sequence[str]) -> Plan | None:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         banks = [
-            PlannedBank(
-                members=list(b["members"]),
-                finished=b["finished"] and Finished(**b["finished"]),
-                rung=int(b.get("rung", 0)),  # an older version wrote none
-            )
-            for b in content["banks"]
+            PlannedBank(**{**bank, "finished": bank["finished"] and Finished(**bank["finished"])})
+            for bank in content["banks"]
         ]
-        plan = Plan(
-            banks=banks,
-            why=str(content["why"]),
-            splits=list(content["splits"]),
-            kept=list(content.get("kept", [])),
-            left=dict(content.get("left", {})),
-        )
+        plan = Plan(**{**content, "banks": banks})
+        names = sorted(plan.members)
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"{file}: damaged ({type(e).__name__}: {e}); expected the plan that fit wrote; remove it, and start the "
             "run again without --ckpt_path"
         ) from e
-    if sorted(plan.members) != sorted(members):
-        other = sorted(set(plan.members) ^ set(members))
+    if names != sorted(members):
+        other = sorted(set(names) ^ set(members))
         raise UserError(f"{file}: the plan is for other members ({', '.join(other[:3])}); start without --ckpt_path")
     return plan

@@ -2,29 +2,72 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Callable, Iterator
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor
 
 from lora_ensemble.bank.model import row_width
 from lora_ensemble.bank.optim import BankAdamW
-from lora_ensemble.train.data import BankData, TrainBatches
-from lora_ensemble.train.module import BankModule, member_losses
-from lora_ensemble.train.runs.halves import is_out_of_memory
-from lora_ensemble.train.runs.memory import Need, cautious_need, peak_bytes, usable_memory
-from lora_ensemble.train.runs.plan import gib
+from lora_ensemble.errors import UserError
+from lora_ensemble.train.batches import TrainBatches
+from lora_ensemble.train.data import BankData
+from lora_ensemble.train.evaluation import member_losses
+from lora_ensemble.train.module import BankModule
+from lora_ensemble.train.runs.memory import (
+    Need,
+    cautious_need,
+    gib,
+    is_out_of_memory,
+    measurable,
+    peak_bytes,
+    usable_memory,
+)
+from lora_ensemble.train.runs.plan import BankSize
 
+TOO_LARGE = (
+    "lower --data.batch_size, --data.eval_batch_size or --data.max_length, set --trainer.precision bf16-mixed, or use "
+    "a device with more memory"
+)
 # Steps that are looked at to find the largest; they are in random order, so that later ones are hardly larger.
 _EXAMINED = 20_000
 # A bank is taken without a trial if a generous estimate needs no more than this share of what is usable.
 _CLEARLY = 0.5
+
+
+def launched_by_us(trainer: pl.Trainer) -> bool:
+    """Whether the first process starts the others itself, if there are others."""
+    return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+
+
+def bank_size(
+    given: BankSize, module: BankModule, data: BankData, trainer: pl.Trainer, *, follows: bool
+) -> tuple[int, str]:
+    """How many members train at once, and why, in words.
+
+    ``follows``: whether processes that this one starts follow its plan. ``UserError`` where not even one member fits.
+    """
+    m, device = len(module.members), trainer.strategy.root_device
+    if given is None or m == 1:
+        return m, ""
+    if given != "auto":
+        return given, f"--bank_size {given}"
+    if not measurable(device):
+        return m, f"memory of {device.type} cannot be measured; set --bank_size if it runs out"
+    if trainer.world_size > 1 and not (follows and launched_by_us(trainer)):
+        return m, "several processes started from outside do not probe; set --bank_size if memory runs out"
+    data.trainer = trainer
+    data.setup("fit")
+    fit, why = members_that_fit(module, data, trainer)
+    if fit == 0:
+        raise UserError(f"not even one member fits: {why}; {TOO_LARGE}")
+    return fit, why
 
 
 def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) -> tuple[int, str]:
@@ -35,43 +78,43 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     ``module`` has at least two members; ``data`` is set up for fit and knows the trainer. No random state is changed,
     nor any result.
     """
-    device, m = trainer.strategy.root_device, len(module.members)
+    device, m, bank = trainer.strategy.root_device, len(module.members), module.bank
     free, batches = usable_memory(device), data.train_dataloader()
-    longest = {name: int(split.lengths.max()) for name, split in batches.splits.items()}
+    lengths = [int(split.lengths.max()) for split in batches.splits.values()]
     share = -(-data.batch_size // batches.world)
     number = 8 if str(trainer.precision).startswith("64") else 4
-    row = row_width(module.bank.shapes)
+    row = row_width(bank.shapes)
     estimate = cautious_need(
-        module.bank.config,
+        bank.config,
         width=row,
-        tokens=max(share * sum(longest.values()), data.eval_batch_size * max(longest.values()) // 4),
-        longest=max(longest.values()),
+        tokens=max(share * sum(lengths), data.eval_batch_size * max(lengths) // 4),
+        longest=max(lengths),
         number=number,
     )
     # On a device of its own the encoder comes on top, once as it is and once for autocast's copies.
-    encoder = 2 * sum(p.nbytes for p in module.bank.encoder.parameters()) if device.type != "cpu" else 0
+    encoder = 2 * sum(p.nbytes for p in bank.encoder.parameters()) if device.type != "cpu" else 0
+    usable = f"{gib(free)} usable on {device.type}"
     if encoder + estimate.of(m) <= _CLEARLY * free:
-        return m, f"{gib(free)} usable on {device.type}; a member takes less than {gib(estimate.each)}"
-    order = sorted(range(m), key=lambda i: -row_width(module.bank.row_shapes([i])))
-    trial = _Trial(module, data, trainer, batches)
-    points: dict[str, list[tuple[int, int]]] = {"train": [], "dev": []}
+        return m, f"{usable}; a member takes less than {gib(estimate.each)}"
+    widest = sorted(range(m), key=lambda i: -row_width(bank.row_shapes([i])))[:2]
+    trial = Trial(module, data, trainer)
+    peaks = []
     for count in (1, 2):
         try:
-            found = trial.run(order[:count])
+            peaks.append(trial.peaks(widest[:count]))
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
-            return count - 1, f"{gib(free)} usable on {device.type}; a probe of {count} did not fit"
-        for name, size in found.items():
-            points[name].append((count, size))
+            return count - 1, f"{usable}; a probe of {count} did not fit"
     # The probe's rows are padded to its own largest ranks, the bank's to those of all.
-    padding = 8 * number * (row - row_width(module.bank.row_shapes(order[:2])))
-    logits = _logits_bytes(module, data, trainer)
-    needs = [Need.through(p) for p in points.values()]
-    needs = [Need(n.shared, n.each + padding + logits) for n in needs]
-    worst = min(needs, key=lambda n: n.fits(free))
+    padding = 8 * number * (row - row_width(bank.row_shapes(widest)))
+    # A member's dev logits: collected and in order, and every epoch's in half precision.
+    logits = sum(len(data.splits["dev"][t.name]) * t.num_outputs for t in module.tasks)
+    extra = padding + logits * (3 * 4 + 2 * max(trainer.max_epochs or 1, 1))
+    needs = [Need.through([(1, peaks[0][phase]), (2, peaks[1][phase])]) for phase in peaks[0]]
+    worst = min((Need(n.shared, n.each + extra) for n in needs), key=lambda n: n.fits(free))
     said = f"a member takes {gib(worst.each)} + {gib(worst.shared)} shared; probe of 1 and 2 members"
-    return min(max(worst.fits(free), 1), m), f"{gib(free)} usable on {device.type}; {said}"
+    return min(max(worst.fits(free), 1), m), f"{usable}; {said}"
 
 
 def largest_steps(batches: TrainBatches, epochs: int) -> list[dict[str, np.ndarray]]:
@@ -79,29 +122,18 @@ def largest_steps(batches: TrainBatches, epochs: int) -> list[dict[str, np.ndarr
 
     ``epochs``: how many the run has. Of more than 20 000 steps, the first ones are looked at.
     """
-    best: list[tuple[int, dict[str, np.ndarray]]] = [(-1, {}), (-1, {})]
-    places = ((e, s) for e in range(epochs) for s in range(len(batches)))
-    for (epoch, step), _ in zip(places, range(_EXAMINED), strict=False):
-        rows = batches.rows(epoch, step)
-        lengths = [batches.splits[name].lengths[r] for name, r in rows.items()]
-        padded = sum(len(x) * int(x.max(initial=0)) for x in lengths)
-        for i, size in enumerate((padded, sum(int(x.sum()) for x in lengths))):
-            if size > best[i][0]:
-                best[i] = (size, rows)
-    same = all(np.array_equal(best[0][1][name], best[1][1][name]) for name in best[0][1])
-    return [rows for _, rows in best[: 1 if same else 2]]
-
-
-def _logits_bytes(module: BankModule, data: BankData, trainer: pl.Trainer) -> int:
-    """Bytes of a member's dev logits: collected and in order, and every epoch's in half precision."""
-    numbers = sum(len(data.splits["dev"][t.name]) * t.num_outputs for t in module.tasks)
-    return numbers * (3 * 4 + 2 * max(trainer.max_epochs or 1, 1))
+    places = itertools.islice(itertools.product(range(epochs), range(len(batches))), _EXAMINED)
+    steps = [batches.rows(*place) for place in places]
+    lengths = [[batches.splits[name].lengths[rows] for name, rows in step.items()] for step in steps]
+    padded = int(np.argmax([sum(len(x) * x.max(initial=0) for x in step) for step in lengths]))
+    real = int(np.argmax([sum(x.sum() for x in step) for step in lengths]))
+    return [steps[i] for i in dict.fromkeys((padded, real))]
 
 
 def train_step(module: BankModule, optimizer: BankAdamW, batch: dict[str, Any]) -> None:
     """A step of training by itself, without a Trainer; the batch is on the module's device."""
     logits = module.bank(batch)
-    losses: list[Tensor] = [
+    losses = [
         member_losses(logits[t.name], batch[t.name]["labels"], t.kind).sum()
         for t in module.tasks
         if len(batch[t.name]["labels"])
@@ -111,61 +143,63 @@ def train_step(module: BankModule, optimizer: BankAdamW, batch: dict[str, Any]) 
     optimizer.step()
 
 
-class _Trial:
+@dataclass
+class Trial:
     """Trains a few members for a step on each of the largest batches, evaluates the longest examples, and measures."""
 
-    def __init__(self, module: BankModule, data: BankData, trainer: pl.Trainer, batches: TrainBatches) -> None:
-        self.module, self.trainer, self.device = module, trainer, trainer.strategy.root_device
-        steps = largest_steps(batches, max(trainer.max_epochs or 1, 1))
-        self.batches = [{n: batches.splits[n].batch(rows) for n, rows in step.items()} for step in steps]
-        self.longest = [
-            {name: split.batch(np.argsort(split.lengths, kind="stable")[-data.eval_batch_size :])}
-            for name, split in data.splits["dev"].items()
-        ]
+    module: BankModule
+    data: BankData
+    trainer: pl.Trainer
 
-    def run(self, members: list[int]) -> dict[str, int]:
+    def __post_init__(self) -> None:
+        batches = self.data.train_dataloader()
+        steps = largest_steps(batches, max(self.trainer.max_epochs or 1, 1))
+        longest = {
+            name: split.batch(np.argsort(split.lengths, kind="stable")[-self.data.eval_batch_size :])
+            for name, split in self.data.splits["dev"].items()
+        }
+        self._batches: dict[str, list[dict[str, Any]]] = {
+            "train": [{n: batches.splits[n].batch(rows) for n, rows in step.items()} for step in steps],
+            "dev": [{name: batch} for name, batch in longest.items()],
+        }
+
+    def peaks(self, members: list[int]) -> dict[str, int]:
         """Peak bytes of training and of evaluation for a bank of these members."""
-        cuda = [self.device] if self.device.type == "cuda" else []
+        device = self.trainer.strategy.root_device
+        cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            module = self.trainer.precision_plugin.convert_module(
-                self.module.with_members([self.module.members[i] for i in members])
-            )
-            assert isinstance(module, BankModule)
+            some: Any = self.module.with_members([self.module.members[i] for i in members])
+            some = self.trainer.precision_plugin.convert_module(some)
+            # On the CPU the encoder is there already, and the weights are made outside of what is measured.
+            there = some.bank.weights.nbytes if device.type == "cpu" else 0
             try:
-                # On the CPU the encoder is there already, and the weights are made outside of what is measured.
-                there = module.bank.weights.nbytes if self.device.type == "cpu" else 0
                 return {
-                    "train": there + peak_bytes(lambda: self._train(module), self.device),
-                    "dev": there + peak_bytes(lambda: self._evaluate(module), self.device),
+                    phase: there + peak_bytes(lambda phase=phase: self._run(some, phase, device), device)
+                    for phase in self._batches
                 }
             finally:
-                module.bank.weights.grad = None
-                module.to("cpu")
+                some.bank.weights.grad = None
+                some.to("cpu")
                 gc.collect()
                 if cuda:
                     torch.cuda.empty_cache()
 
-    @contextlib.contextmanager
-    def _on_device(self, module: BankModule) -> Iterator[Callable[[Any], Any]]:
-        """The module on the device, in the run's precision; gives what brings a batch there."""
-        module.to(self.device)
-        plugin = self.trainer.precision_plugin
-        with plugin.forward_context():
-            yield lambda batch: move_data_to_device(plugin.convert_input(batch), self.device)
-        module.bank.weights.grad = None
+    def _run(self, module: BankModule, phase: str, device: torch.device) -> None:
+        """To the device and back, so that what lies there is measured too."""
+        training, weights, plugin = phase == "train", module.bank.weights, self.trainer.precision_plugin
+        module.train(training).to(device)
+        with plugin.forward_context(), torch.set_grad_enabled(training):
+            optimizer = BankAdamW(weights, module.bank.rates)
+            if training:
+                # As in the middle of a run: the moments are there, and the last step's gradient until the backward
+                # pass.
+                assert optimizer.alive.all()
+                weights.grad = torch.zeros_like(weights)
+            for batch in self._batches[phase]:
+                batch = move_data_to_device(plugin.convert_input(batch), device)
+                if training:
+                    train_step(module, optimizer, batch)
+                else:
+                    module.bank(batch)
+        weights.grad = None
         module.to("cpu")
-
-    def _train(self, module: BankModule) -> None:
-        with self._on_device(module) as brought:
-            optimizer = BankAdamW(module.bank.weights, module.bank.rates)
-            # As in the middle of a run: the moments are there, and the last step's gradient until the backward pass.
-            assert optimizer.alive.all()
-            module.bank.weights.grad = torch.zeros_like(module.bank.weights)
-            for batch in [brought(b) for b in self.batches]:
-                train_step(module, optimizer, batch)
-
-    def _evaluate(self, module: BankModule) -> None:
-        module.eval()
-        with torch.no_grad(), self._on_device(module) as brought:
-            for batch in self.longest:
-                module.bank(brought(batch))

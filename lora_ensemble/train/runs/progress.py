@@ -18,24 +18,26 @@ from lora_ensemble.train.runs.plan import Plan, PlannedBank
 
 MOST_ROWS = 8
 """Banks that the table shows: the ones around the one that trains."""
+_NONE = (-math.inf, "")
+"""Score and name of the best member where none has a score."""
 
 
 def duration(seconds: float) -> str:
     """``42 s``, ``7 min``, ``3 h 5 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def best_of(rows: Sequence[Sequence[Any]], tasks: Sequence[Task]) -> tuple[float, str]:
     """Overall score and name of the best row of ``PoolWriter.summary``; minus infinity where none has a score."""
-    found = (-math.inf, "")
+    best = _NONE
     for name, _, *scores in rows:
         if all(isinstance(s, float) and math.isfinite(s) for s in scores):
-            each = {t.name: (s, t.kind) for t, s in zip(tasks, scores, strict=True)}
-            found = max(found, (overall(each), name), key=lambda one: one[0])
-    return found
+            value = overall({t.name: (s, t.kind) for t, s in zip(tasks, scores, strict=True)})
+            best = max(best, (value, name), key=lambda scored: scored[0])
+    return best
 
 
 class SweepProgress(pl.Callback):
@@ -49,37 +51,37 @@ class SweepProgress(pl.Callback):
         """The clock starts; a resumed bank has some epochs behind it."""
         self._since, self._from = time.monotonic(), _epochs(trainer)
 
+    @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the table; the pool's writer has its scores already."""
-        if not trainer.sanity_checking:
-            self._print(trainer, pl_module)
-
-    @rank_zero_only
-    def _print(self, trainer: pl.Trainer, module: Any) -> None:
-        most, done = max(trainer.max_epochs or 0, 0), _epochs(trainer)
-        limit = f"/{most}" if most else ""
-        rows, best, finished = [], (-math.inf, ""), len(self._plan.kept)
-        at = self._plan.banks.index(self._bank)
-        for number, bank in enumerate(self._plan.banks):
-            here, epoch = (-math.inf, ""), "waits"
-            if bank is self._bank:
-                here, epoch = best_of(self._writer.summary(module)[1], self._tasks), f"{done:g}{limit}"
+        if trainer.sanity_checking:
+            return
+        plan, own = self._plan, self._bank
+        most, done, gone = max(trainer.max_epochs or 0, 0), _epochs(trainer), time.monotonic() - self._since
+        states, best = [], _NONE
+        for bank in plan.banks:
+            scored, epoch = _NONE, "waits"
+            if bank is own:
+                module: Any = pl_module
+                scored = best_of(self._writer.summary(module)[1], self._tasks)
+                epoch = f"{done:g}/{most}" if most else f"{done:g}"
             elif bank.finished:
-                here, epoch = best_of(bank.finished.rows, self._tasks), "done"
-                finished += len(bank.members)
-            best = max(best, here, key=lambda one: one[0])
-            if at - MOST_ROWS // 2 < number <= at + MOST_ROWS // 2:
-                rows.append([str(number + 1), str(len(bank.members)), epoch, here[1], here[0] if here[1] else ""])
-        text = table(["bank", "members", "epoch", "best member", "dev"], rows)
-        gone = time.monotonic() - self._since
-        rest = ""
-        if limit and done > self._from:
-            waiting = sum(len(b.members) for b in self._plan.banks if not b.finished and b is not self._bank)
-            left = (most - done) * len(self._bank.members) + most * waiting
-            rest = f", about {duration(gone / ((done - self._from) * len(self._bank.members)) * left)} left"
-        best_ = f"; best so far {best[1]} {best[0]:.4f}" if best[1] else ""
-        total = len(self._plan.members)
-        print(f"{text}\n{finished} of {total} members finished{best_}; {duration(gone)} in this bank{rest}", flush=True)
+                scored, epoch = best_of(bank.finished.rows, self._tasks), "done"
+            best = max(best, scored, key=lambda scored: scored[0])
+            score, name = scored
+            states.append([str(len(states) + 1), str(len(bank.members)), epoch, name, score if name else ""])
+        others = [bank for bank in plan.banks if bank is not own]
+        finished = len(plan.kept) + sum(len(bank.members) for bank in others if bank.finished)
+        words = f"{finished} of {len(plan.members)} members finished"
+        words += f"; best so far {best[1]} {best[0]:.4f}" if best[1] else ""
+        words += f"; {duration(gone)} in this bank"
+        if most and done > self._from:
+            waiting = sum(len(bank.members) for bank in others if not bank.finished)
+            left = (most - done) * len(own.members) + most * waiting
+            words += f", about {duration(gone / ((done - self._from) * len(own.members)) * left)} left"
+        first = max(plan.banks.index(own) + 1 - MOST_ROWS // 2, 0)
+        shown = states[first : plan.banks.index(own) + 1 + MOST_ROWS // 2]
+        print(f"{table(['bank', 'members', 'epoch', 'best member', 'dev'], shown)}\n{words}", flush=True)
 
 
 def _epochs(trainer: pl.Trainer) -> float:

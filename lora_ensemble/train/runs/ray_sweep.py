@@ -50,11 +50,7 @@ def planned(plan: Plan, numbers: list[int], folder: Callable[[PlannedBank], Path
 
 
 def train(
-    options: RayOptions,
-    settings: str,
-    plan: Plan,
-    numbers: list[int],
-    folder: Callable[[PlannedBank], Path],
+    options: RayOptions, settings: str, plan: Plan, numbers: list[int], folder: Callable[[PlannedBank], Path]
 ) -> None:
     """Train these banks of the plan on a Ray cluster, and say what was lost to workers that died.
 
@@ -65,38 +61,35 @@ def train(
         return
     ray = _connected(options)
     # A worker process for each task: what a bank leaves in memory goes with it.
-    remote = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=0, max_calls=1)
-    trained = remote(train_bank)
+    task = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=0, max_calls=1)(train_bank)
     passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-    tried = dict.fromkeys(numbers, 0)
-    lost = 0.0
+    died, lost = dict.fromkeys(numbers, 0), 0.0
 
-    def submit(number: int) -> Any:
-        tried[number] += 1
-        return trained.remote([f"--config={settings}", f"--bank={number}"], passed, os.getcwd())
+    def submit(number: int) -> tuple[Any, tuple[int, float]]:
+        return task.remote([f"--config={settings}", f"--bank={number}"], passed, os.getcwd()), (number, time.time())
 
-    begun = {submit(number): (number, time.time()) for number in numbers}
+    running = dict(map(submit, numbers))
     print(f"{len(numbers)} banks on a Ray cluster of {len(ray.nodes())} nodes", flush=True)
-    while begun:
-        (done,), _ = ray.wait(list(begun))
-        number, since = begun.pop(done)
-        bank = plan.banks[number - 1]
+    while running:
+        (done,), _ = ray.wait(list(running))
+        number, since = running.pop(done)
         try:
             code = ray.get(done)
         except ray.exceptions.RayError as e:
-            since = max(since, _last_checkpoint(folder(bank)))
-            lost += time.time() - since
-            what = f"bank {number}: its worker died ({type(e).__name__}); {duration(time.time() - since)} lost"
-            if tried[number] == options.tries:
+            last = (p.stat().st_mtime for p in folder(plan.banks[number - 1]).rglob("last.ckpt"))
+            lost_here = time.time() - max([since, *last])
+            lost += lost_here
+            died[number] += 1
+            what = f"bank {number}: its worker died ({type(e).__name__}); {duration(lost_here)} lost"
+            if died[number] == options.tries:
                 raise UserError(f"{what}, for the {options.tries}th time; the same command goes on") from e
             print(f"{what}; it goes on from its last checkpoint elsewhere", flush=True)
-            begun[submit(number)] = (number, time.time())
+            running.update([submit(number)])
             continue
         if code:
             raise UserError(f"bank {number} failed (exit code {code}; its words are above); the same command goes on")
         print(f"bank {number} of {len(plan.banks)} is trained", flush=True)
-    died = sum(tried.values()) - len(numbers)
-    print(f"{died} workers died; {duration(lost)} of training lost", flush=True)
+    print(f"{sum(died.values())} workers died; {duration(lost)} of training lost", flush=True)
 
 
 def _connected(options: RayOptions) -> Any:
@@ -105,29 +98,15 @@ def _connected(options: RayOptions) -> Any:
         import ray
     except ImportError as e:
         raise UserError(f"--ray.address needs ray ({e}); run: pip install 'lora-ensemble[ray]'") from e
-    local = options.address == "local"
+    local, (host, _, port) = options.address == "local", options.address.rpartition(":")
     try:
-        _reach(options.address)
-        ray.init(
-            address=None if local else options.address,
-            log_to_driver=True,
-            ignore_reinit_error=True,
-            include_dashboard=False if local else None,
-        )
+        if host and port.isdigit() and "/" not in host:  # where nobody listens, ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=_ANSWER_WITHIN_S).close()
+        address, dashboard = (None, False) if local else (options.address, None)
+        ray.init(address=address, log_to_driver=True, ignore_reinit_error=True, include_dashboard=dashboard)
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(f"--ray.address {options.address}: no cluster ({' '.join(str(e).split())[:200]})") from e
     return ray
-
-
-def _reach(address: str) -> None:
-    """``OSError`` where nobody listens at HOST:PORT: ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=_ANSWER_WITHIN_S).close()
-
-
-def _last_checkpoint(folder: Path) -> float:
-    return max((p.stat().st_mtime for p in folder.rglob("last.ckpt")), default=0.0)
 
 
 def train_bank(arguments: list[str], environment: dict[str, str], folder: str) -> int:

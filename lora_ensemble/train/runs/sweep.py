@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import pool
-from lora_ensemble.errors import UserError
 from lora_ensemble.files import sole_process
+from lora_ensemble.errors import UserError
 from lora_ensemble.scores import overall
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import say
-from lora_ensemble.train.runs.banks import BankRun, banks_of, writer_of
+from lora_ensemble.train.runs.banks import BankRun, writer_of
 from lora_ensemble.train.runs.halving import EarlyExit, Gate
 from lora_ensemble.train.runs.plan import Plan, PlannedBank, read_plan, write_plan
 from lora_ensemble.train.runs.progress import SweepProgress, duration
@@ -30,6 +30,7 @@ _WAIT = 60.0
 """Seconds to wait for a process that is about to die with its node."""
 
 
+@dataclass(eq=False)
 class Sweep(BankRun):
     """A ``BankRun`` that goes on by itself where it stopped, and trains no member that the pool has finished.
 
@@ -37,12 +38,13 @@ class Sweep(BankRun):
     written first and used again.
     """
 
-    _early_exit: EarlyExit | None = None
-    _gate: Gate | None = None
-    _own: Path | None = None
-    """Where the plan of one bank alone is."""
-    _everyone: Plan | None = None
-    """The whole plan, where one bank of it is trained."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._resumes = True
+        self._early_exit: EarlyExit | None = None
+        self._gate: Gate | None = None
+        self._all_banks: Plan | None = None
+        """The run's plan, where one bank of it is trained, whose own plan is ``plan``."""
 
     def sweep(
         self, early_exit: EarlyExit | None = None, *, bank: int | None = None, train: Train | None = None
@@ -55,74 +57,69 @@ class Sweep(BankRun):
         """
         self._early_exit, started = early_exit, time.monotonic()
         if bank is not None:
-            plan = self._one(bank)
-            self._report(plan, time.monotonic() - started, of=plan.members)
+            self.plan = self._plan_of(bank)
+            self._train_all()
+            self._report([n for n in self._names if n in self.plan.members], time.monotonic() - started)
             return
         tasks = [t.name for t in self.module.tasks]
         with pool.sole_sweep(self._pool, tasks) if rank_zero_only.rank == 0 else contextlib.nullcontext():
-            plan = self._plan(resumed=True)
+            self.plan = self._made_plan()
             if train is not None:
-                train(plan, [n for n, b in enumerate(plan.banks, 1) if not self._is_done(plan, b)], self._folder)
-                plan = self._with_their_own(plan)
-                self._write(plan)
-                if any(not self._is_done(plan, b) for b in plan.banks):
+                numbers = [n for n, b in enumerate(self.plan.banks, 1) if not self._is_done(b)]
+                train(self.plan, numbers, self._folder)
+                self.plan = self._with_plans_of_banks(self.plan)
+                self._write()
+                if not all(self._is_done(b) for b in self.plan.banks):
                     return
-            plan = self._through(plan, "last", True)
-        self._report(plan, time.monotonic() - started)
+            self._train_all()
+        self._report(self._names, time.monotonic() - started)
 
-    def _one(self, number: int) -> Plan:
-        """Train one bank of the plan, which is not written; what became of the bank is a plan of its own."""
-        plan = read_plan(self.run_dir, [m.name for m in self.module.members])
+    # The plan
+
+    def _plan_of(self, number: int) -> Plan:
+        """The plan of one bank of the run's, in the bank's folder: what became of the bank while it was trained."""
+        plan = read_plan(self.run_dir, self._names)
         if plan is None:
             raise UserError(f"--bank {number}: there is no plan in {self.run_dir} yet; run it with --plan_only true")
         if not 1 <= number <= len(plan.banks):
             raise UserError(f"--bank {number}: the plan has {len(plan.banks)} banks")
-        bank = plan.banks[number - 1]
-        self._everyone, self._own = plan, self._folder(bank)
-        own = read_plan(self._own, bank.members) or Plan(banks=[bank])
-        return self._through(own, "last", True)
+        self._all_banks, bank = plan, plan.banks[number - 1]
+        self._own_folder = self._folder(bank)
+        return read_plan(self._own_folder, bank.members) or Plan(banks=[bank])
 
-    def _with_their_own(self, plan: Plan) -> Plan:
+    def _with_plans_of_banks(self, plan: Plan) -> Plan:
         """The plan, with what became of banks that were trained by processes of their own."""
         for bank in plan.banks:
-            own = read_plan(self._folder(bank), bank.members) if not self._is_done(plan, bank) else None
+            own = None if self._is_done(bank) else read_plan(self._folder(bank), bank.members)
             if own is not None:
-                plan = replace(
-                    plan.replaced(bank, own.banks), splits=[*plan.splits, *own.splits], left={**plan.left, **own.left}
-                )
+                left = {**plan.left, **own.left}
+                plan = replace(plan.replaced(bank, own.banks), splits=[*plan.splits, *own.splits], left=left)
         return plan
 
-    def _write(self, plan: Plan) -> None:
-        if self.keep and rank_zero_only.rank == 0:
-            write_plan(self._own or self.run_dir, plan)
+    def _write(self, plan: Plan | None = None) -> None:
+        if self._all_banks is None:
+            super()._write(plan)
+        elif self.keep and rank_zero_only.rank == 0:
+            write_plan(self._own_folder, plan or self.plan)
 
-    def _train(self, plan: Plan, bank: PlannedBank, ckpt_path: str | None, weights_only: bool | None) -> Plan:
-        if rank_zero_only.rank != 0 or not self.keep:
-            return super()._train(plan, bank, ckpt_path, weights_only)
-        with sole_process(self._folder(bank), "trains this bank", wait=_WAIT):
-            return super()._train(plan, bank, ckpt_path, weights_only)
-
-    # The plan
-
-    def _plan(self, *, resumed: bool) -> Plan:
-        names = [m.name for m in self.module.members]
-        saved = read_plan(self.run_dir, names) if self.keep else None
+    def _made_plan(self) -> Plan:
+        saved = read_plan(self.run_dir, self._names) if self.keep else None
         if rank_zero_only.rank != 0 and saved is not None:
             return saved  # the first process launches the others when it has written it
-        assert self._whole is not None
-        self.data.trainer = self._whole
+        assert self.trainer is not None
+        self.data.trainer = self.trainer
         self.data.setup("fit")
-        there = writer_of(self._whole).found(self._whole, self.data, self.module, resumed=saved is not None)
+        there = writer_of(self.trainer).records.existing(
+            self.trainer, self.data, self.module, resumed=saved is not None
+        )
         finished = {name for name, (record, whole) in there.items() if whole and self._long_enough(record)}
-        if saved is None:
-            todo = [name for name in names if name not in finished]
-            plan = Plan(banks=[], kept=[name for name in names if name in finished])
-            if todo:
-                plan = self._with_banks(plan, todo)
+        if saved is not None:
+            plan = self._checked(self._with_plans_of_banks(saved), finished, set(there))
         else:
-            plan = self._checked(self._with_their_own(saved), finished, set(there))
+            plan = Plan(kept=[name for name in self._names if name in finished])
+            plan = self._with_banks(plan, [name for name in self._names if name not in finished])
         if finished:
-            say(f"{len(finished)} of {len(names)} members are finished in {self._pool} and not trained again")
+            say(f"{len(finished)} of {len(self._names)} members are finished in {self._pool} and not trained again")
         if plan.banks:
             say(plan.describe())
         self._write(plan)
@@ -132,13 +129,12 @@ class Sweep(BankRun):
         return all(record.settings.get(key) == value for key, value in self._limits.items())
 
     def _with_banks(self, plan: Plan, names: Sequence[str]) -> Plan:
-        """The plan with further banks for these members."""
-        assert self._whole is not None
-        size, why = self._size(self._whole)
-        banks = [PlannedBank(members=some) for some in banks_of(self.module, names, size)]
-        for bank in banks:
+        if not names:
+            return plan
+        larger = super()._with_banks(plan, names)
+        for bank in larger.banks[len(plan.banks) :]:
             self._forget(bank)
-        return replace(plan, banks=[*plan.banks, *banks], why=why or plan.why)
+        return larger
 
     def _checked(self, plan: Plan, finished: set[str], there: set[str]) -> Plan:
         """A saved plan held against the pool: what it calls finished and the pool has not is to be trained again.
@@ -150,7 +146,7 @@ class Sweep(BankRun):
             again += plan.left
         banks = []
         for bank in plan.banks:
-            if bank.finished is None or not self._same_end(bank.finished):
+            if bank.finished is None or not self._is_done(bank):
                 if self._scored(bank) - there:
                     self._forget(bank)
                 banks.append(bank)
@@ -160,83 +156,75 @@ class Sweep(BankRun):
             again += lost
             if stay := [name for name in bank.members if name not in lost]:
                 banks.append(bank if not lost else PlannedBank(members=stay, finished=bank.finished))
-        plan = replace(
-            plan,
-            banks=banks,
-            kept=[name for name in plan.kept if name not in again],
-            left={name: epochs for name, epochs in plan.left.items() if name not in again},
-        )
-        if isinstance(self.size, int):
-            plan = self._smaller(plan, self.size)
-        return self._with_banks(plan, again) if again else plan
+        kept = [name for name in plan.kept if name not in again]
+        left = {name: epochs for name, epochs in plan.left.items() if name not in again}
+        return self._with_banks(self._with_smaller_banks(replace(plan, banks=banks, kept=kept, left=left)), again)
 
     def _scored(self, bank: PlannedBank) -> set[str]:
         """Members that were put into the pool, by the bank's checkpoint."""
-        last = self._folder(bank) / "last.ckpt"
-        if not last.is_file():
+        if not self._last(bank).is_file():
             return set()
-        content = torch.load(last, map_location="cpu", weights_only=True)
-        names = [m["name"] for m in content["bank"]["members"]]
-        return {n for n, epoch in zip(names, content["callbacks"]["PoolWriter"]["best_epoch"], strict=True) if epoch}
+        content = torch.load(self._last(bank), map_location="cpu", weights_only=True)
+        best_epochs = content["callbacks"]["PoolWriter"]["best_epoch"]
+        return {m["name"] for m, best in zip(content["bank"]["members"], best_epochs, strict=True) if best}
 
     # One bank
 
-    def _is_done(self, plan: Plan, bank: PlannedBank) -> bool:
-        return bank.finished is not None and self._same_end(bank.finished)
+    def _train(self, bank: PlannedBank) -> None:
+        if rank_zero_only.rank != 0 or not self.keep:
+            super()._train(bank)
+            return
+        with sole_process(self._folder(bank), "trains this bank", wait=_WAIT):
+            super()._train(bank)
 
-    def _is_all(self, plan: Plan) -> bool:
-        return super()._is_all(self._everyone or plan)
+    def _is_done(self, bank: PlannedBank) -> bool:
+        return self._is_finished(bank)
 
-    def _checkpoint_of_all(self, ckpt_path: str | None) -> str | None:
-        last = self.run_dir / "checkpoint" / "last.ckpt"
-        return str(last) if last.is_file() else None
+    def _is_alone(self) -> bool:
+        return len((self._all_banks or self.plan).banks) == 1
 
-    def _watch(self, plan: Plan, bank: PlannedBank, trainer: pl.Trainer) -> None:
+    def _watch(self, bank: PlannedBank, trainer: pl.Trainer) -> None:
         writer = writer_of(trainer)
         writer.goes_on = ""
         self._gate = None
         if self._early_exit is not None:
+            others = [name for name in (self._all_banks or self.plan).members if name not in bank.members]
             self._gate = Gate(
-                self._early_exit, writer, rung=bank.rung, others=lambda rung: self._scores_at(plan, bank, rung)
+                self._early_exit, writer, rung=bank.rung, others=lambda rung: self._scores_at(others, rung)
             )
             trainer.callbacks.insert(0, self._gate)
         # After the pool's writer, whose scores it shows.
-        progress = SweepProgress(plan, bank, writer, self.module.tasks)
+        progress = SweepProgress(self.plan, bank, writer, self.module.tasks)
         trainer.callbacks.insert(trainer.callbacks.index(writer) + 1, progress)
 
-    def _scores_at(self, plan: Plan, bank: PlannedBank, rung: int) -> list[float]:
-        """Scores that the members which are not in ``bank`` had after so many dev evaluations."""
+    def _scores_at(self, names: Sequence[str], rung: int) -> list[float]:
+        """Scores that these members had after so many dev evaluations; not of those that have none."""
         scores = []
-        for name in (self._everyone or plan).members:
-            if name in bank.members:
-                continue
-            records = [pool.read_record(self._pool, t.name, name) for t in self.module.tasks]
-            there = [r for r in records if r is not None and len(r.epoch_scores) >= rung]
-            at = {r.task: (s, r.kind) for r in there if (s := r.epoch_scores[rung - 1]) is not None}
-            if len(at) == len(records):
-                scores.append(overall(at))
+        for records in self._records(names).values():
+            known = [r for r in records if r is not None and len(r.epoch_scores) >= rung]
+            at_rung = {r.task: (s, r.kind) for r in known if (s := r.epoch_scores[rung - 1]) is not None}
+            if len(at_rung) == len(records):
+                scores.append(overall(at_rung))
         return scores
 
-    def _stopped(self, plan: Plan, bank: PlannedBank, module: BankModule) -> Plan | None:
+    def _was_stopped(self, bank: PlannedBank, module: BankModule) -> bool:
         gate = self._gate
         if gate is None or gate.stayed is None:
-            return None
+            return False
         stay = [module.members[i].name for i in gate.stayed]
-        left = {m.name: gate.epochs for m in module.members if m.name not in stay}
+        left = {name: gate.epochs for name in bank.members if name not in stay}
         smaller = PlannedBank(members=stay, rung=gate.rung)
-        last = self._folder(bank) / "last.ckpt"
-        self._cut(torch.load(last, map_location="cpu", weights_only=True), module, [smaller])
+        self._split_checkpoint(self._last(bank), module, [smaller])
         say(f"early exit after epoch {gate.epochs}: {len(left)} of {len(bank.members)} members leave the bank")
-        plan = plan.replaced(bank, [smaller])
-        return replace(plan, left={**plan.left, **left})
+        self.plan = replace(self.plan.replaced(bank, [smaller]), left={**self.plan.left, **left})
+        return True
 
     # What was done
 
-    def _report(self, plan: Plan, seconds: float, of: Sequence[str] | None = None) -> None:
-        """A table of all members, or of some, and what was saved."""
-        rows = self._summary(plan, of)
-        most = self._limits["max_epochs"]
-        if plan.left and most:
-            saved = sum(most - epochs for epochs in plan.left.values()) / (most * len(rows))
-            say(f"early exit: {len(plan.left)} of {len(rows)} members left; {saved:.0%} of the member epochs saved")
+    def _report(self, names: Sequence[str], seconds: float) -> None:
+        """A table of these members, and what was saved."""
+        rows, left, most = self._summary(names), self.plan.left, self._limits["max_epochs"]
+        if left and most:
+            saved = sum(most - epochs for epochs in left.values()) / (most * len(rows))
+            say(f"early exit: {len(left)} of {len(rows)} members left; {saved:.0%} of the member epochs saved")
         say(f"swept in {duration(seconds)} (this start)")

@@ -1,0 +1,173 @@
+"""Examples on their way into a bank: a split's tokens, what the frozen encoder reads of them, and the loaders.
+
+The loaders are plain iterables over arrays in memory, made for banks: a training batch holds ``batch_size`` examples of
+every task for all devices together, and every member of the bank sees the same ones.
+
+Axes: N examples of a split, B examples in a batch, T tokens of all of them, H hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from lora_ensemble.bank.lora import derived_seed
+from lora_ensemble.bank.model import Bank
+from lora_ensemble.text.readers import Split, fingerprint
+from lora_ensemble.text.tokens import Tokens
+
+_BLOCK = 64
+"""Examples that the frozen encoder reads at once."""
+
+
+class TokenisedSplit:
+    """A split's tokens in flat arrays, its ids and its labels, which may be soft (``BankData.teach``).
+
+    ``max_length``: longest example in tokens; longer ones are cut, the longer sentence of a pair first.
+    """
+
+    def __init__(self, split: Split, tokenizer: Any, *, max_length: int) -> None:
+        self.ids, self.labels = split.ids, split.labels
+        self.fingerprint = fingerprint(split)
+        self._tokens = Tokens(split.texts, tokenizer, max_length=max_length)
+        self.lengths = self._tokens.lengths
+        self.notices = list(split.notices)
+        if cut := self._tokens.cut:
+            first = ", ".join(str(split.ids[i]) for i in cut[:3])
+            self.notices.append(f"{len(cut)} of {len(self)} examples cut to {max_length} tokens (first ids: {first})")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+        """The examples ``rows`` (B,) as one packed row of T tokens: ``input_ids`` and ``token_type_ids`` (T,),
+        :func:`packing.layout`, ``labels`` (B, ...) where known, and ``rows`` (B,), which stays on the host."""
+        batch = {**self._tokens.row(rows), "rows": np.asarray(rows, np.int64)}
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[rows])
+        return batch
+
+
+class FrozenReads:
+    """What the untouched encoder gives the heads to read of each example, kept in memory (N·H numbers a split).
+
+    It is computed when first asked for, in blocks of examples of similar length that do not depend on who asks: a
+    resumed run gets the same bits.
+    """
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+        self._kept: dict[TokenisedSplit, Tensor] = {}
+        self._blocks: dict[TokenisedSplit, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __call__(self, split: TokenisedSplit, rows: np.ndarray) -> Tensor:
+        """The examples ``rows`` (B,) of a split: (1, B, H)."""
+        device = self.bank.weights.device
+        if split not in self._kept or self._kept[split].device != device:
+            blocks = np.empty(len(split), np.int64)
+            blocks[np.argsort(split.lengths, kind="stable")] = np.arange(len(split)) // _BLOCK
+            self._blocks[split] = (blocks, np.zeros(len(split), bool))
+            self._kept.pop(split, None)
+        blocks, known = self._blocks[split]
+        # Evaluation runs in inference mode, whose tensors no gradient may pass.
+        with torch.inference_mode(False):
+            for block in np.unique(blocks[rows[~known[rows]]]):
+                examples = np.flatnonzero(blocks == block)
+                read = self.bank.read_frozen(move_data_to_device(split.batch(examples), device))[0]
+                if split not in self._kept:
+                    self._kept[split] = read.new_zeros(len(split), read.shape[1])
+                self._kept[split][torch.from_numpy(examples).to(device)] = read
+                known[examples] = True
+            index = torch.from_numpy(rows).to(device, non_blocking=True)
+            return self._kept[split][index][None]
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainBatches:
+    """Training batches of all tasks, in an order that only the seed, the epoch and the step decide.
+
+    Each step has a batch of every task (Oyeniyi, section 4): ``batch_size`` examples over all devices, of which this
+    process gets every ``world``-th. A task that ends is shuffled anew and goes on. Lightning saves ``state_dict`` in
+    its checkpoints, so that a run resumes in mid-epoch.
+    """
+
+    splits: dict[str, TokenisedSplit]
+    batch_size: int
+    steps: int | Literal["longest", "shortest"]
+    seed: int
+    rank: int
+    world: int
+    epoch: Callable[[], int]
+    """Asked at the start of each pass, which begins with the epoch's first batch, wherever the last one was left."""
+    repeats: bool = False
+    """Whether all epochs have the first one's batches."""
+
+    def __post_init__(self) -> None:
+        self._passes = {name: math.ceil(len(split) / self.batch_size) for name, split in self.splits.items()}
+        ends = {"longest": max, "shortest": min}
+        self._steps = self.steps if isinstance(self.steps, int) else ends[self.steps](self._passes.values())
+        self._at = (-1, 0)  # epoch of the last pass, and how many of its batches were handed out
+        self._orders: dict[str, tuple[str, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def _rows(self, name: str, epoch: int, step: int) -> np.ndarray:
+        # With a fixed number of steps an epoch need not be a whole pass: go on where the last one stopped.
+        step, epoch = (epoch * self._steps + step, 0) if isinstance(self.steps, int) else (step, epoch)
+        cycle, place = divmod(step, self._passes[name])
+        key = f"{name}/{epoch}/{cycle}"
+        if self._orders.get(name, ("",))[0] != key:
+            generator = np.random.default_rng(derived_seed(self.seed, key))
+            self._orders[name] = (key, generator.permutation(len(self.splits[name])))
+        return self._orders[name][1][place * self.batch_size : (place + 1) * self.batch_size]
+
+    def rows(self, epoch: int, step: int) -> dict[str, np.ndarray]:
+        """This process's rows of each task at a step."""
+        return {name: self._rows(name, epoch, step)[self.rank :: self.world] for name in self.splits}
+
+    def __iter__(self) -> Iterator[dict[str, dict[str, Any]]]:
+        epoch = self.epoch()
+        start = self._at[1] % self._steps if self._at[0] == epoch else 0
+        for step in range(start, self._steps):
+            batch = {}
+            for name, split in self.splits.items():
+                rows = self._rows(name, 0 if self.repeats else epoch, step)
+                batch[name] = {**split.batch(rows[self.rank :: self.world]), "size": len(rows)}
+            # Counted before the yield: what comes after the last one is never run.
+            self._at = (epoch, step + 1)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of which epoch have been handed out."""
+        return {"epoch": self._at[0], "served": self._at[1]}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next pass after the batches that were handed out, if it is of that epoch."""
+        # An older version did not say which epoch, and counted from 0 again where one had ended.
+        self._at = (state.get("epoch", self.epoch()), state["served"])
+
+
+class EvalBatches:
+    """A split of each task, every example once: this process gets every ``world``-th, sorted by length."""
+
+    def __init__(self, splits: dict[str, TokenisedSplit], *, batch_size: int, rank: int, world: int) -> None:
+        self.splits, self.batch_size = splits, batch_size
+        # Sorted: what still has to be padded is little; the logits are put back by index.
+        self._rows = {name: np.argsort(split.lengths, kind="stable")[rank::world] for name, split in splits.items()}
+
+    def __len__(self) -> int:
+        return sum(max(1, math.ceil(len(rows) / self.batch_size)) for rows in self._rows.values())
+
+    def __iter__(self) -> Iterator[dict[str, dict[str, Any]]]:
+        for name, rows in self._rows.items():
+            # At least one, even if empty: a process without a batch would leave the others waiting.
+            for start in range(0, max(1, len(rows)), self.batch_size):
+                yield {name: self.splits[name].batch(rows[start : start + self.batch_size])}
