@@ -315,6 +315,5 @@ def test_small_reproduction_of_oyeniyi(
     assert "11 of 11 members are finished" in out
     assert "bank 1" not in out
     assert (output / "report.md").read_text() == text
-    pytest.importorskip("altair")
     picture = save_embeddings(output / "pool", "sts", program.root, str(program.base), output / "figure-4.png")
     assert picture.read_bytes()[:4] == b"\x89PNG"
