@@ -32,11 +32,8 @@ class Part:
 _OWN = "benchmarks/gpu/"
 _SIDES = [_OWN + "setting.py", *(f"benchmarks/{name}.py" for name in ("machine", "sides", "workload"))]
 _BANK = [f"lora_ensemble/bank/{n}.py" for n in ("attention", "dropout", "encode", "families", "lora", "model", "optim")]
-_STEP = [
-    *_BANK,
-    "lora_ensemble/text/packing.py",
-    *(f"lora_ensemble/train/{n}.py" for n in ("evaluation", "module", "optimiser")),
-]
+_TRAIN = [f"lora_ensemble/train/{n}.py" for n in ("evaluation", "module", "optimiser")]
+_STEP = [*_BANK, "lora_ensemble/text/packing.py", *_TRAIN]
 _BATCHES = ["lora_ensemble/train/batches.py", "lora_ensemble/train/data.py", "lora_ensemble/text/tokens.py"]
 
 
@@ -81,7 +78,7 @@ def parts(*, tiny: bool) -> list[Part]:
                 *_SIDES,
                 *_STEP,
                 *_BATCHES,
-                *(f"lora_ensemble/train/runs/{n}.py" for n in ("banks", "memory", "plan", "probe", "subset")),
+                *(f"lora_ensemble/train/runs/{n}.py" for n in ("banks", "halves", "memory", "plan", "probe")),
                 "lora_ensemble/train/restart.py",
             ],
         ),

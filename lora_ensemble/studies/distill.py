@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from lora_ensemble.dicor.choose.choice import probabilities
 from lora_ensemble.dicor.located import chosen_records, locate
 from lora_ensemble.ensemble.restored import Ensemble, Text
 from lora_ensemble.errors import UserError
+from lora_ensemble.files import replacing
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Kind, Task
 from lora_ensemble.text.readers import Split, read_texts, shared_texts
@@ -40,12 +40,13 @@ from lora_ensemble.train.notices import say
 
 _BLOCK = 8192
 """Texts that the ensemble is asked about at once: what all its members say of them is kept in memory."""
-_MODEL = ("init_std", "head_dropout", "encoder_dropout", "frozen_dropout", "weight_decay", "schedule", "warmup")
-_DATA = ("batch_size", "max_length", "steps_per_epoch")
-_TRAINER = (
-    *("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "limit_train_batches"),
-    *("gradient_clip_val", "gradient_clip_algorithm"),
-)
+_SETTINGS = {
+    "model": "init_std head_dropout encoder_dropout frozen_dropout weight_decay schedule warmup",
+    "data": "batch_size max_length steps_per_epoch",
+    "trainer": "max_epochs max_steps precision accumulate_grad_batches limit_train_batches gradient_clip_val "
+    "gradient_clip_algorithm",
+}
+"""Those of a member's record that are options of a run, by the options' group."""
 
 
 class Distillation:
@@ -69,19 +70,14 @@ class Distillation:
             raise UserError(f"--soft_weight: {soft_weight}; expected 0 (the labels alone) to 1 (the ensemble alone)")
         self.path, self.unlabelled, self.soft_weight = Path(ensemble), [Path(u) for u in unlabelled], soft_weight
         self._elsewhere, self.any_base = Path(ensemble_pool) if ensemble_pool else None, any_base
-        found = locate(self.path, self._elsewhere)
-        self.record, self.pool = found.ensemble, found.pool
+        located = locate(self.path, self._elsewhere)
+        self.record, self.pool = located.ensemble, located.pool
         try:
             texts = [pool.checksum(path) for path in self.unlabelled]
         except OSError as e:
             raise UserError(f"--unlabelled: {e.filename}: {e.strerror}; expected a file of texts") from e
-        self.how: dict[str, Any] = {
-            pool.DISTILLED: {
-                "ensemble": _identity(self.record),
-                "soft_weight": float(soft_weight),
-                "unlabelled": texts,
-            }
-        }
+        how = {"ensemble": _identity(self.record), "soft_weight": float(soft_weight), "unlabelled": texts}
+        self.how: dict[str, Any] = {pool.DISTILLED: how}
         """What a student's record says of it."""
 
     # Before anything is loaded: the settings of the run
@@ -105,13 +101,9 @@ class Distillation:
         """The students that ``model.members`` describes, grids expanded, with names that say what they are."""
         members = expand_members([MemberConfig()] if entries is None else entries, finetune=finetune)
         digest = hashlib.sha256(json.dumps(self.how, sort_keys=True).encode()).hexdigest()[:8]
-        return [
-            entry_of(
-                # A name that the user gave is the name.
-                dataclasses.replace(m, name=f"{m.name}-distilled-{digest}") if m.name == member_name(m, finetune) else m
-            )
-            for m in members
-        ]
+        made = [m.name == member_name(m, finetune) for m in members]  # a name that the user gave is the name
+        names = [f"{m.name}-distilled-{digest}" if own else m.name for m, own in zip(members, made, strict=True)]
+        return [dataclasses.replace(entry_of(m), name=name) for m, name in zip(members, names, strict=True)]
 
     # Then
 
@@ -125,8 +117,8 @@ class Distillation:
         data.setup("fit")
         train = data.texts("train", task.name)
         unlabelled = self._read(task, train, data.texts("dev", task.name))
-        texts = [[*a, *b] for a, b in zip(train.texts, unlabelled.texts, strict=True)]
-        soft = self._asked(list(zip(*texts, strict=True)), task, trainer, keep)
+        texts = [*zip(*train.texts, strict=True), *zip(*unlabelled.texts, strict=True)]
+        soft = self._asked(texts, task, trainer, keep)
         labels = mixed(soft, train.labels, task.kind, self.soft_weight)
         data.teach(task.name, labels, unlabelled, self.how)
         say(
@@ -151,25 +143,22 @@ class Distillation:
 
     def _read(self, task: Task, train: Split, dev: Split) -> Split:
         """The unlabelled texts of all files, each once, and none that stands in train."""
-        known = set(zip(*train.texts, strict=True))
-        ids: list[str] = []
-        texts: list[tuple[str, ...]] = []
+        known, every = set(zip(*train.texts, strict=True)), dict[tuple[str, ...], str]()
         for path in self.unlabelled:
-            found = read_texts(task, path)
+            read = read_texts(task, path)
             new: dict[tuple[str, ...], str] = {}
-            for name, text in zip(found.ids.tolist(), zip(*found.texts, strict=True), strict=True):
-                if text not in known:
+            for name, text in zip(read.ids.tolist(), zip(*read.texts, strict=True), strict=True):
+                if text not in known and text not in every:
                     new.setdefault(text, name)
-            known |= new.keys()
-            ids += new.values()
-            texts += new
-            notices = list(found.notices)
-            if again := len(found) - len(new):
-                notices.append(f"{again} of {len(found)} texts left out: they stand in train, or came before")
-            if shared := shared_texts(dev, found):
-                notices.append(f"{shared} of {len(found)} texts also stand in dev")
+            every |= new
+            notices = list(read.notices)
+            if again := len(read) - len(new):
+                notices.append(f"{again} of {len(read)} texts left out: they stand in train, or came before")
+            if shared := shared_texts(dev, read):
+                notices.append(f"{shared} of {len(read)} texts also stand in dev")
             say("\n  ".join([f"{task.name} unlabelled: {len(new)} texts of {path.name}", *notices]))
-        return Split(np.array(ids, np.str_), [[t[i] for t in texts] for i in range(len(task.text))], None)
+        columns = [[text[i] for text in every] for i in range(len(task.text))]
+        return Split(np.array(list(every.values()), np.str_), columns, None)
 
     def _asked(self, texts: list[tuple[str, ...]], task: Task, trainer: pl.Trainer, keep: Path | None) -> np.ndarray:
         """What the ensemble says of the texts, (N + U, C) or (N + U,), from ``keep`` if it was asked before."""
@@ -182,10 +171,8 @@ class Distillation:
         with pool.sole_process(keep, "asks an ensemble", wait=math.inf):
             if (soft := _kept(file, len(texts))) is None:
                 soft = self._ask(texts, task, trainer, precision)
-                beside = file.with_suffix(".new")
-                with open(beside, "wb") as f:
+                with replacing(file) as beside, open(beside, "wb") as f:
                     np.save(f, soft, allow_pickle=False)
-                os.replace(beside, file)
         return soft
 
     def _ask(self, texts: list[tuple[str, ...]], task: Task, trainer: pl.Trainer, precision: Any) -> np.ndarray:
@@ -200,12 +187,8 @@ class Distillation:
         asked: list[Text] = [t[0] for t in texts] if len(task.text) == 1 else list(texts)
         shown = None if trainer.progress_bar_callback is not None else True  # None: on a terminal
         with tqdm(total=len(asked), desc="asking the ensemble", unit="text", disable=shown) as bar:
-            soft = np.concatenate(
-                [
-                    averaged(ensemble.logits(asked[i : i + _BLOCK], progress=bar.update), self.record)
-                    for i in range(0, len(asked), _BLOCK)
-                ]
-            )
+            blocks = [asked[i : i + _BLOCK] for i in range(0, len(asked), _BLOCK)]
+            soft = np.concatenate([averaged(ensemble.logits(b, progress=bar.update), self.record) for b in blocks])
         if not np.isfinite(soft).all():
             raise UserError(f"--ensemble: {self.path}: NaN or infinity for {int((~np.isfinite(soft)).sum())} texts")
         return soft
@@ -244,11 +227,11 @@ def _identity(ensemble: record.Ensemble) -> str:
 
 def _settings(best: MemberRecord) -> dict[str, Any]:
     """How a member was trained, by option."""
-    own: dict[str, Any] = {"rank": best.rank, "scaling": best.scaling, "lr": best.lr, "seed": best.seed}
-    own["targets"] = best.targets or NO_TARGETS
-    options: dict[str, Any] = {"model.members": (MemberConfig(**{k: v for k, v in own.items() if v is not None}),)}
-    for group, keys in (("model", _MODEL), ("data", _DATA), ("trainer", _TRAINER)):
-        options |= {f"{group}.{key}": best.settings[key] for key in keys if key in best.settings}
+    own = {key: getattr(best, key) for key in ("rank", "scaling", "lr", "seed")}
+    own = {k: v for k, v in own.items() if v is not None}
+    options: dict[str, Any] = {"model.members": (MemberConfig(**own, targets=best.targets or NO_TARGETS),)}
+    for group, keys in _SETTINGS.items():
+        options |= {f"{group}.{key}": best.settings[key] for key in keys.split() if key in best.settings}
     if "data_seed" in best.settings:
         options["data.seed"] = best.settings["data_seed"]
     return options

@@ -8,7 +8,7 @@ import os
 import signal
 import traceback
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,16 +24,7 @@ from lora_ensemble.pool import check_name
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import default_loggers, say, unfailing
-from lora_ensemble.train.optimiser import check_precision
-from lora_ensemble.train.options import (
-    OneLineParser,
-    SaveConfig,
-    check_checkpoint_file,
-    check_tasks,
-    plain,
-    quieten,
-    run_name,
-)
+from lora_ensemble.train.options import OneLineParser, SaveConfig, check_settings, plain, quieten, run_name
 from lora_ensemble.train.pool_writer import PoolUser, PoolWriter, missing_members
 from lora_ensemble.train.records import PoolOptions
 from lora_ensemble.train.restart import BankTrainer, RunCheckpoint
@@ -41,7 +32,7 @@ from lora_ensemble.train.runs import ray_sweep
 from lora_ensemble.train.runs.banks import BankRun, release
 from lora_ensemble.train.runs.halving import EarlyExit
 from lora_ensemble.train.runs.plan import FILE as PLAN_FILE
-from lora_ensemble.train.runs.plan import check_bank_size, evaluation_banks
+from lora_ensemble.train.runs.plan import evaluation_banks
 from lora_ensemble.train.runs.ray_sweep import RayOptions
 from lora_ensemble.train.runs.sweep import Sweep
 
@@ -106,24 +97,7 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check what would fail only after the model was loaded."""
         super().parse_arguments(parser, args)
-        command = self.config.subcommand
-        config = self.config[command]
-        check_tasks(config)
-        check_precision(config.trainer.precision)
-        check_bank_size(config.bank_size)
-        if config.get("ckpt_path") not in (None, "last", "best", "hpc"):
-            check_checkpoint_file(config.ckpt_path)
-        if command == "sweep" and config.pool.overwrite:
-            raise UserError(
-                "--pool.overwrite: a sweep trains what is not finished and replaces nothing; delete the folders of the "
-                "members that are to be trained again, or choose another --pool.dir"
-            )
-        if config.get("early_exit") is not None:
-            EarlyExit(**vars(config.early_exit)).check()
-        if config.get("ray") is not None:
-            RayOptions(**vars(config.ray)).check()
-        if command != "sweep" and config.get("weights_only") is None:
-            config.weights_only = True  # a checkpoint is never unpickled
+        check_settings(self.config[self.config.subcommand], sweep=self.config.subcommand == "sweep")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer for all members in one bank, with this run's folder, its checkpoint and its curves."""
@@ -145,13 +119,12 @@ class CLI(LightningCLI):
         resumed = config.get("ckpt_path") is not None or (sweep and (folder / "last.ckpt").is_file())
         # Shared by all banks: a member's curves have names of their own. All else, a bank's Trainer has anew.
         self._logger: Any = self._get(self.config_init, "trainer").logger
-        if self._logger is None or self._logger is True:
+        if self._logger in (None, True):
             again = resumed or (sweep and (self.run_dir / PLAN_FILE).is_file())
             use = self._trains and not dry
             self._logger = default_loggers(self.run_dir, experiment=experiment, resumed=again) if use else False
         elif self._logger:
-            loggers = self._logger if isinstance(self._logger, list) else [self._logger]
-            self._logger = [unfailing(logger) for logger in loggers]
+            self._logger = [unfailing(logger) for logger in as_list(self._logger)]
         settings = {**vars(self._get(self.config_init, "trainer"))}
         if given.barebones:  # would refuse a default of ours
             settings["log_every_n_steps"] = None
@@ -167,12 +140,11 @@ class CLI(LightningCLI):
         """A Trainer whose checkpoints go to ``folder``; ``whole``: for all members, so that it prints the table."""
         options: PoolOptions = self._get(self.config_init, "pool")
         settings = copy.deepcopy(self._settings)
-        callbacks = settings["callbacks"] or []
         writer: pl.Callback = PoolUser(options, from_checkpoint=resumed)
         if self._trains:
             replaced = self.run_dir / "replaced" if self._saves else None
             writer = PoolWriter(options, run=self.run_dir.name, resumed=resumed, replaced=replaced, summarise=whole)
-        settings["callbacks"] = [*(callbacks if isinstance(callbacks, list) else [callbacks]), writer]
+        settings["callbacks"] = [*as_list(settings["callbacks"] or []), writer]
         trainer = super().instantiate_trainer(**settings, logger=self._logger)
         # Lightning's own default would write beside the logger's files, where --ckpt_path last never finds them.
         default = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is None]
@@ -239,19 +211,8 @@ class CLI(LightningCLI):
             keep=not config.trainer.fast_dev_run,
         )
 
-    def validate(self, model: BankModule, datamodule: BankData, **options: Any) -> None:
-        """Score the members on dev."""
-        self._evaluate("validate", model, datamodule, options)
-
-    def test(self, model: BankModule, datamodule: BankData, **options: Any) -> None:
-        """Score the members on test."""
-        self._evaluate("test", model, datamodule, options)
-
-    def predict(self, model: BankModule, datamodule: BankData, **options: Any) -> None:
-        """Add a split's logits to the pool."""
-        self._evaluate("predict", model, datamodule, options)
-
-    def _evaluate(self, verb: str, model: BankModule, datamodule: BankData, options: dict[str, Any]) -> None:
+    def _evaluate(self, verb: str, model: BankModule, datamodule: BankData, **options: Any) -> None:
+        """Score the members on dev or test, or add a split's logits to the pool."""
         config, last = self.config[self.subcommand], self.run_dir / "checkpoint" / "last.ckpt"
         if options.get("ckpt_path") in ("last", "best"):  # Lightning would go on without one
             if options["ckpt_path"] == "best" or not last.is_file():
@@ -272,6 +233,15 @@ class CLI(LightningCLI):
             if members := [m for m in model.members if m.name in names and m.name not in gone]:
                 trainer = self._trainer(last.parent, False, whole=False)
                 getattr(trainer, verb)(model=model.with_members(members), datamodule=datamodule, **options)
+
+    validate = partialmethod(_evaluate, "validate")
+    test = partialmethod(_evaluate, "test")
+    predict = partialmethod(_evaluate, "predict")
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, and anything else as a list of one."""
+    return value if isinstance(value, list) else [value]
 
 
 class CommandTrainer(BankTrainer):

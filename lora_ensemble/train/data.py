@@ -56,11 +56,11 @@ class BankData(pl.LightningDataModule):
         super().__init__()
         self.base_model, self.revision, self.root = base_model, revision, None if root is None else Path(root)
         self.tasks = resolve_tasks(tasks)
-        least = {"batch_size": (batch_size, ""), "eval_batch_size": (eval_batch_size, "")}
-        least |= {"steps_per_epoch": (steps_per_epoch, ", longest or shortest")}
-        for name, (value, or_else) in least.items():
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"data.{name}: {value}; expected at least 1{or_else}")
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise UserError(f"data.{name}: {value}; expected at least 1")
+        if isinstance(steps_per_epoch, int) and steps_per_epoch < 1:
+            raise UserError(f"data.steps_per_epoch: {steps_per_epoch}; expected at least 1, longest or shortest")
         if max_length is not None and max_length < 4:
             raise UserError(f"data.max_length: {max_length}; expected at least 4 tokens")
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length

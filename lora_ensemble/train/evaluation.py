@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,17 +79,15 @@ def evaluate(
     # Every row lies on one device and is zero on the others, so the sum is exact.
     array = strategy.reduce(full, reduce_op="sum").cpu().numpy()
     there = strategy.reduce(seen, reduce_op="sum").bool().cpu().numpy()
+
+    def measured(measure: Callable[[np.ndarray, np.ndarray], float], labels: np.ndarray) -> list[float]:
+        usable = [there.any() and np.isfinite(member).all() for member in array]
+        return [measure(m[there], labels[there]) if use else math.nan for m, use in zip(array, usable, strict=True)]
+
     scores, values = None, {}
-    if (labels := examples.labels) is not None:
-        usable = [bool(there.any() and np.isfinite(member).all()) for member in array]
-        given, truth = array[:, there], labels[there]
-        scores = [score(said, truth, task.kind) if use else math.nan for said, use in zip(given, usable, strict=True)]
-        values = {
-            name: [
-                metric(name, task, said, truth) if use else math.nan for said, use in zip(given, usable, strict=True)
-            ]
-            for name in metrics
-        }
+    if examples.labels is not None:
+        scores = measured(partial(score, kind=task.kind), examples.labels)
+        values = {name: measured(partial(metric, name, task), examples.labels) for name in metrics}
     array[:, ~there] = math.nan
     return Evaluation(array, scores, values, bool(there.all()))
 

@@ -20,17 +20,10 @@ from lora_ensemble.bank.lora import Member, MemberConfig, derived_seed, entry_of
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
+from lora_ensemble.train import optimiser
 from lora_ensemble.train.batches import FrozenReads
 from lora_ensemble.train.evaluation import Evaluation, check_metrics, evaluate, member_losses
 from lora_ensemble.train.notices import say
-from lora_ensemble.train.optimiser import (
-    check_precision,
-    clip_gradients,
-    finite_members,
-    make_optimizer,
-    make_scheduler,
-    planned_steps,
-)
 from lora_ensemble.train.restart import check_checkpoint
 
 
@@ -144,7 +137,7 @@ class BankModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse what would couple members, and say what is done otherwise than one might expect."""
-        check_precision(self.trainer.precision)
+        optimiser.check_precision(self.trainer.precision)
         if not self.bank.packs:
             say(f"{self.bank.config.model_type}: its relative positions need padded batches; examples share no row")
         unchanged = len(self.members) - len(self.bank.deep)
@@ -180,19 +173,13 @@ class BankModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log each member's mean loss since the last time."""
-        step = self.global_step
+        step, every = self.global_step, self.trainer.log_every_n_steps  # barebones: 0
         # With accumulation several batches end at one step.
-        every = self.trainer.log_every_n_steps  # barebones: 0
         due = step > self._logged_step and every and step % every == 0
-        if due or self.trainer.is_last_batch:
-            self._logged_step = step
-            self._log_losses()
-
-    def _log_losses(self) -> None:
-        if self._loss_sum is None:
+        if self._loss_sum is None or not (due or self.trainer.is_last_batch):
             return
         mean = self.trainer.strategy.reduce(self._loss_sum, reduce_op="mean") / self._loss_steps
-        self._loss_sum, self._loss_steps = None, 0
+        self._loss_sum, self._loss_steps, self._logged_step = None, 0, step
         curves = {
             f"train_loss/{task.name}/{member.name}": value
             for task, row in zip(self.tasks, mean.tolist(), strict=True)
@@ -206,22 +193,22 @@ class BankModule(pl.LightningModule):
 
     def alive(self) -> list[bool]:
         """For each member, whether its training has stayed finite."""
-        return finite_members(self.bank, self.optimizers())
+        return optimiser.finite_members(self.bank, self.optimizers())
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """The Trainer's clipping, for each member by itself."""
         if gradient_clip_val:
-            clip_gradients(self.bank, float(gradient_clip_val), gradient_clip_algorithm)
+            optimiser.clip_gradients(self.bank, float(gradient_clip_val), gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         """AdamW, a rate per member; the schedule multiplies them all."""
         decay, schedule, warmup = (self.training_settings[key] for key in ("weight_decay", "schedule", "warmup"))
-        optimizer = make_optimizer(self.bank, decay)
+        optimizer = optimiser.make_optimizer(self.bank, decay)
         if schedule == "constant" and warmup == 0:
             return optimizer
-        scheduler = make_scheduler(optimizer, schedule, warmup, planned_steps(self.trainer))
+        scheduler = optimiser.make_scheduler(optimizer, schedule, warmup, optimiser.planned_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # Evaluation
@@ -262,7 +249,7 @@ class BankModule(pl.LightningModule):
         self.on_test_epoch_end()
         if self.trainer.sanity_checking:
             return
-        curves = {}
+        curves: dict[str, float] = {}
         for name, e in self.evaluations.items():
             scores = e.scores or []
             for curve, values in (("dev_score", scores), *((f"dev_{n}", v) for n, v in e.metrics.items())):
@@ -281,30 +268,33 @@ class BankModule(pl.LightningModule):
     # Checkpoints
 
     def _signature(self) -> dict[str, Any]:
+        """What a checkpoint says of its bank, to be compared."""
         return {
             "base_model": hub_id(self.base_model),
             "finetune": self.finetune,
             "tasks": [t.name for t in self.tasks],
             "members": [dataclasses.asdict(m) for m in self.members],
+            "revision": self.revision,
+            "base_fingerprint": self.base_fingerprint(self.trainer.datamodule),
         }
+
+    def _trained(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if p.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what is trained; the encoder is the base model's."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        trained = self._trained()
         checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
-        base = {"revision": self.revision, "base_fingerprint": self.base_fingerprint(self.trainer.datamodule)}
-        checkpoint["bank"] = self._signature() | base
+        checkpoint["bank"] = self._signature()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """``UserError`` where the checkpoint is another bank's, or one over another base model."""
-        base = None if self.any_base else self.base_fingerprint(self.trainer.datamodule)
-        check_checkpoint(checkpoint.get("bank", {}), self._signature(), base, self.base_model)
+        check_checkpoint(checkpoint.get("bank", {}), self._signature(), any_base=self.any_base)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what was trained; the frozen rest may be missing, nothing else may."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        bad = [k for k in result.missing_keys if k in trained] + list(result.unexpected_keys)
+        bad = [*self._trained().intersection(result.missing_keys), *result.unexpected_keys]
         if bad and strict:
             raise UserError(f"--ckpt_path: weights are missing or unknown: {', '.join(bad[:3])}")
         return result

@@ -20,6 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
+from lora_ensemble.train.optimiser import check_precision
+from lora_ensemble.train.runs.halving import EarlyExit
+from lora_ensemble.train.runs.plan import check_bank_size
+from lora_ensemble.train.runs.ray_sweep import RayOptions
 
 NOT_THE_RUN = {
     *("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps", "devices", "num_nodes", "accelerator"),
@@ -110,18 +114,33 @@ def run_name(experiment: str, settings: dict[str, Any]) -> str:
     return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-def check_tasks(config: Namespace) -> None:
-    """What is wrong with a task, told with the files of settings: a task does not know where it was written."""
+def check_settings(config: Namespace, *, sweep: bool) -> None:
+    """``UserError`` for what would fail only after the model was loaded. Sets what keeps pickles from being loaded."""
     files = ", ".join(str(path) for path in config.get("config") or []) or "--data.tasks"
     for entry in config.data.tasks:
-        if isinstance(entry, Namespace):
+        if isinstance(entry, Namespace):  # told with the files of settings: a task does not know where it was written
             try:
                 Task(**vars(entry))
             except UserError as e:
                 raise UserError(f"{files}: {e}") from e
+    check_precision(config.trainer.precision)
+    check_bank_size(config.bank_size)
+    if config.get("ckpt_path") not in (None, "last", "best", "hpc"):
+        _check_checkpoint_file(config.ckpt_path)
+    if config.get("early_exit") is not None:
+        EarlyExit(**vars(config.early_exit)).check()
+    if config.get("ray") is not None:
+        RayOptions(**vars(config.ray)).check()
+    if sweep and config.pool.overwrite:
+        raise UserError(
+            "--pool.overwrite: a sweep trains what is not finished and replaces nothing; delete the folders of the "
+            "members that are to be trained again, or choose another --pool.dir"
+        )
+    if not sweep and config.get("weights_only") is None:
+        config.weights_only = True
 
 
-def check_checkpoint_file(path: str) -> None:
+def _check_checkpoint_file(path: str) -> None:
     """``UserError`` for a file that is no checkpoint of a bank, or that cannot be loaded safely."""
     if not Path(path).is_file():
         raise UserError(f"--ckpt_path: {path}: no such file; give a checkpoint, or last for this run's own")

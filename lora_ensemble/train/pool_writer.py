@@ -14,7 +14,6 @@ from lora_ensemble import pool
 from lora_ensemble.bank.base_model import hub_id
 from lora_ensemble.bank.member_files import restore_members
 from lora_ensemble.errors import Interrupted
-from lora_ensemble.train.data import BankData
 from lora_ensemble.train.evaluation import History
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import log_member_table, print_summary, say, table
@@ -49,8 +48,8 @@ class PoolWriter(pl.Callback):
         replaced: Path | None = None,
         summarise: bool = True,
     ) -> None:
-        self._records = PoolRecords(options, run, resumed=resumed, replaced=replaced)
-        self.dir, self.resumed, self._summarise = self._records.dir, resumed, summarise
+        self.records = PoolRecords(options, run, resumed=resumed, replaced=replaced)
+        self.dir, self.resumed, self._summarise = self.records.dir, resumed, summarise
         self.goes_on = " with --ckpt_path last"
         """What has to be added to the command after an interruption."""
         self.paused = False
@@ -77,23 +76,17 @@ class PoolWriter(pl.Callback):
         self._history = History([m.name for m in pl_module.members], pl_module.tasks)
         if trainer.fast_dev_run:
             return
-        there = self.existing(trainer, trainer.datamodule, pl_module, resumed=self.resumed)
-        self._records.check_unfinished(record for record, _ in there.values())
+        there = self.records.existing(trainer, trainer.datamodule, pl_module, resumed=self.resumed)
+        self.records.check_unfinished(record for record, _ in there.values())
         if trainer.is_global_zero and not pool.can_lock(self.dir):
             say(f"note: {self.dir}: its file system has no locks; let one program at a time write there")
-
-    def existing(
-        self, trainer: pl.Trainer, data: BankData, module: BankModule, *, resumed: bool
-    ) -> dict[str, tuple[pool.MemberRecord, bool]]:
-        """As :meth:`PoolRecords.existing`."""
-        return self._records.existing(trainer, data, module, resumed=resumed)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where the run goes on from a checkpoint, hold the pool against it."""
         if isinstance(trainer, BankTrainer):
             trainer.evaluates_the_rest = self._is_to_be_evaluated
         if self.resumed and not trainer.fast_dev_run:
-            anew = self._records.agree_with(self._history, writes=trainer.is_global_zero)
+            anew = self.records.agree_with(self._history, writes=trainer.is_global_zero)
             if anew:
                 say(
                     f"{self.dir}: has not the best epoch of {len(anew)} members ({', '.join(anew[:3])}"
@@ -131,7 +124,7 @@ class PoolWriter(pl.Callback):
             # An evaluation that is only made because training ends here is undone where it goes on.
             now = isinstance(trainer, BankTrainer) and trainer.evaluates_now
             at_a_cut = now or (trainer.should_stop and not evaluation_is_due(trainer))
-            self._records.write(trainer.datamodule, pl_module, self._history, improved, at_a_cut=at_a_cut)
+            self.records.write(trainer.datamodule, pl_module, self._history, improved, at_a_cut=at_a_cut)
         if self.all_diverged:
             trainer.should_stop = True
 
@@ -147,7 +140,7 @@ class PoolWriter(pl.Callback):
         self.finished = up_to_date and planned_end(trainer)
         if not trainer.is_global_zero:
             return
-        for gone in self._records.write_results(self._history, finished=self.finished):
+        for gone in self.records.write_results(self._history, finished=self.finished):
             say(f"{gone.task}: {gone.name} is not in the pool: deleted, or written by another run meanwhile")
         missing = what_is_missing(
             trainer, evaluated=evaluated, up_to_date=up_to_date, finished=self.finished, goes_on=self.goes_on
@@ -155,7 +148,7 @@ class PoolWriter(pl.Callback):
         if missing and not self.all_diverged:
             say(missing)
         if self._summarise:
-            header, rows = with_metrics(*self.summary(pl_module), self.dir, pl_module)
+            header, rows = with_metrics(*self._history.summary(), self.dir, pl_module)
             log_member_table(trainer.loggers, header, rows)
             if evaluated and not self.all_diverged:
                 print_summary(header, rows, folder=self.dir, tasks=[t.name for t in pl_module.tasks])
@@ -236,7 +229,7 @@ class PoolUser(pl.Callback):
                 say(f"{task.name}: {split} logits of {len(logits)} members added to {self.dir / task.name}")
 
     def _print_scores(self, module: BankModule, split: str) -> None:
-        header, rows = ["member"], [[m.name] for m in module.members]
+        header, rows = ["member"], [list[Any]([m.name]) for m in module.members]
         for task in module.tasks:
             e = module.evaluations[task.name]
             for name, values in ((task.score_name, e.scores), *e.metrics.items()):

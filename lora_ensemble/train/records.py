@@ -6,6 +6,7 @@ Axes: M members, N examples of a split, C outputs of a head, E epochs.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections import Counter
@@ -30,6 +31,10 @@ from lora_ensemble.train.module import BankModule
 
 # None of these changes what a member is: a run may be resumed for longer.
 _MAY_DIFFER_ON_RESUME = ("max_epochs", "max_steps")
+_OF_THE_TRAINER = (
+    *("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val"),
+    *("gradient_clip_algorithm", "limit_train_batches"),
+)
 _WAY_OUT = "choose another --pool.dir, give the member another name, or set --pool.overwrite true"
 
 
@@ -73,11 +78,11 @@ class PoolRecords:
         self._records = described(trainer, data, module, run=self.run)
         there: dict[str, tuple[pool.MemberRecord, bool]] = {}
         finished: Counter[str] = Counter()
+        any_base = self.options.any_base
         for task, records in self._records.items() if not self.options.overwrite else ():
             expected = {record.name: record for record in records}
             for record in pool.read_records(self.dir, task, list(expected)):
                 where, longer = pool.member_folder(self.dir, task, record.name), resumed and record.run == self.run
-                any_base = self.options.any_base
                 if differs := difference(record, expected[record.name], resumed=longer, any_base=any_base):
                     raise UserError(f"{where}: holds a member of this name with other settings ({differs}); {_WAY_OUT}")
                 self._seen[where] = record.files
@@ -175,25 +180,22 @@ class PoolRecords:
                 history.forget_best(index)
                 anew.append(name)
             # Else a kill came between the pool and the checkpoint: the same evaluation comes again.
-        if writes and back:
+        if writes:
             pool.write_members(self.dir, back)
-        if writes and self.replaced is not None:
-            for task in tasks:
-                for name in history.members:
-                    shutil.rmtree(pool.member_folder(self.replaced, task, name), ignore_errors=True)
+        if writes and (replaced := self.replaced) is not None:
+            for task, name in itertools.product(tasks, history.members):
+                shutil.rmtree(pool.member_folder(replaced, task, name), ignore_errors=True)
         return anew
 
     def _kept(self, tasks: Sequence[str], name: str, best: int) -> list[pool.NewMember]:
         """A member as it was before the evaluation at a cut replaced it, if that is of the epoch ``best``."""
-        if self.replaced is None:
+        kept = self.replaced
+        records = [r for t in tasks for r in pool.read_records(kept, t, [name])] if kept else []
+        if kept is None or len(records) < len(tasks) or any((r.best_epoch, r.run) != (best, self.run) for r in records):
             return []
-        records = [r for t in tasks for r in pool.read_records(self.replaced, t, [name])]
-        if len(records) < len(tasks) or any(r.best_epoch != best or r.run != self.run for r in records):
-            return []
-        folders = [pool.member_folder(self.replaced, r.task, name) for r in records]
         return [
-            pool.NewMember(record=r, files={f: folder / f for f in r.files})
-            for r, folder in zip(records, folders, strict=True)
+            pool.NewMember(record=r, files={f: pool.member_folder(kept, r.task, name) / f for f in r.files})
+            for r in records
         ]
 
 
@@ -225,11 +227,9 @@ def described(
         "train_fingerprints": {t.name: train[t.name].fingerprint for t in module.tasks},
         **{key: getattr(data, key) for key in ("batch_size", "max_length", "steps_per_epoch")},
         "data_seed": data.seed,
-        **{key: getattr(trainer, key) for key in ("max_epochs", "max_steps")},
+        **{key: getattr(trainer, key) for key in _OF_THE_TRAINER},
         "precision": str(trainer.precision),
-        **{key: getattr(trainer, key) for key in ("accumulate_grad_batches", "gradient_clip_val")},
         "gradient_clip_algorithm": None if clipping is None else str(clipping.value),
-        "limit_train_batches": trainer.limit_train_batches,
         **({"overfit_batches": overfit} if overfit else {}),
         **data.taught,
     }
@@ -267,10 +267,8 @@ def difference(there: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: 
 
     ``resumed``: only how long it trains may differ. ``any_base``: the base model may, too.
     """
-    own = ("base_model", "finetune", "rank", "scaling", "targets", "lr", "seed", "labels", "train_fingerprint")
-    for key in own:
-        a, b = getattr(there, key), getattr(wanted, key)
-        if a != b:
+    for key in ("base_model", "finetune", "rank", "scaling", "targets", "lr", "seed", "labels", "train_fingerprint"):
+        if (a := getattr(there, key)) != (b := getattr(wanted, key)):
             return f"{key} was {a!r}, is now {b!r}"
     if there.examples.get("dev") != wanted.examples.get("dev"):
         return "the dev examples were others"

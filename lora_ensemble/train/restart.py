@@ -214,24 +214,19 @@ def _end(trainer: pl.Trainer) -> str:
     return f"{trainer.max_steps} steps" if trainer.max_steps != -1 else f"{trainer.max_epochs} epochs"
 
 
-def check_checkpoint(
-    saved: Mapping[str, Any], signature: Mapping[str, Any], base: Mapping[str, Any] | None, base_model: str
-) -> None:
-    """``UserError`` where a checkpoint is another bank's, or one over another base model.
-
-    ``saved``: what it says of its bank. ``base``: the fingerprint of the base model that is here; None: any will do.
-    """
-    for key, value in signature.items():
-        if saved.get(key) != value:
+def check_checkpoint(saved: Mapping[str, Any], expected: Mapping[str, Any], *, any_base: bool) -> None:
+    """``UserError`` where a checkpoint, by what it says of its bank, is another one's, or over another base model."""
+    for key in ("base_model", "finetune", "tasks", "members"):
+        if saved.get(key) != expected[key]:
             raise UserError(
                 f"--ckpt_path: the checkpoint is another bank's ({key} differs); give the settings it was made with"
             )
     then = saved.get("base_fingerprint", {})
     if not then:
         say_unknown_base("--ckpt_path")
-    if base is not None and (difference := base_difference(then, base)):
+    if not any_base and (difference := base_difference(then, expected["base_fingerprint"])):
         raise UserError(
-            f"--ckpt_path: the checkpoint was trained over another {base_model}: {difference}; "
+            f"--ckpt_path: the checkpoint was trained over another {expected['base_model']}: {difference}; "
             f"{way_back(saved['revision'])}"
         )
 

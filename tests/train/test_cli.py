@@ -66,6 +66,21 @@ def program(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> Pro
     return Program(tmp_path, tiny("bert"), demo_root)
 
 
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path], demo_root: Path) -> Path:
+    """The folder of a program that has run ``fit``."""
+    program = Program(tmp_path_factory.mktemp("fitted"), tiny("bert"), demo_root)
+    assert program("fit") == 0
+    return program.folder
+
+
+@pytest.fixture
+def trained(program: Program, fitted: Path) -> Program:
+    """A program that has run ``fit``, in a folder of its own."""
+    shutil.copytree(fitted, program.folder, dirs_exist_ok=True)
+    return program
+
+
 def test_the_whole_path(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert program("fit") == 0
     out = capsys.readouterr().out
@@ -419,15 +434,14 @@ def test_every_timed_checkpoint_is_one_to_go_on_from(program: Program, monkeypat
         assert different_files(undisturbed, program.pool) == []
 
 
-def test_checkpoint_of_another_bank(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    assert program("fit") == 0
-    last = program.run_dir() / "checkpoint" / "last.ckpt"
-    assert program("validate", f"--ckpt_path={last}") == 0
-    assert program("validate", f"--ckpt_path={last}", members="[{rank: 2}]") == 2
+def test_checkpoint_of_another_bank(trained: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    last = trained.run_dir() / "checkpoint" / "last.ckpt"
+    assert trained("validate", f"--ckpt_path={last}") == 0
+    assert trained("validate", f"--ckpt_path={last}", members="[{rank: 2}]") == 2
     assert "another bank's (members differs)" in capsys.readouterr().err
-    before = sorted((program.pool / "sst").rglob("test.logits.npy"))
-    assert program("predict", f"--ckpt_path={last}") == 0
-    assert sorted((program.pool / "sst").rglob("test.logits.npy")) == before == []
+    before = sorted((trained.pool / "sst").rglob("test.logits.npy"))
+    assert trained("predict", f"--ckpt_path={last}") == 0
+    assert sorted((trained.pool / "sst").rglob("test.logits.npy")) == before == []
     assert "not the pool's best weights" in capsys.readouterr().out
 
 
@@ -493,12 +507,11 @@ def test_an_ensemble_asked_about_a_split_says_what_apply_says(program: Program, 
         assert answers == pytest.approx(expected, rel=0, abs=2e-5 if preset.kind == "regression" else 0)
 
 
-def test_an_unlabelled_split_is_for_prediction(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    assert program("fit") == 0
-    assert program("test") == 2
+def test_an_unlabelled_split_is_for_prediction(trained: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trained("test") == 2
     assert "`lora-ensemble predict`" in capsys.readouterr().err
     labelled = f"{{name: sst, kind: multiclass, text: [sentence], label: sentiment, id: id, label_names: ['0', '1', '2', '3', '4'], dev: {PRESETS['sst'].dev}, test: {PRESETS['sst'].dev}}}"  # noqa: E501
-    assert program("test", tasks=f"[{labelled}]") == 0
+    assert trained("test", tasks=f"[{labelled}]") == 0
     assert "sst test (accuracy)" in capsys.readouterr().out
 
 
@@ -535,6 +548,8 @@ BAD: list[tuple[list[str], dict[str, str], str]] = [
     (["--pool.dir=/dev/null/pool"], {}, "/dev/null/pool"),
     (["--trainer.default_root_dir=/dev/null"], {}, "/dev/null"),
     (["--model.warmup=1000"], {}, "model.warmup: 1000 steps, but the run has"),
+    (["--model.metrics=[F1Scor]"], {}, "'F1Scor' is no class of torchmetrics that gives one number for task 'sst' "),
+    (["--model.metrics=[SpearmanCorrCoef]"], {}, "(multiclass); expected one like MatthewsCorrCoef"),
 ]
 
 
@@ -552,6 +567,42 @@ def test_mistakes_get_one_line_and_code_2(
     (line,) = [line for line in err.splitlines() if line.startswith("lora-ensemble: error:")]
     assert message in line
     assert "Traceback" not in err
+
+
+def test_further_metrics_are_curves_and_columns(
+    program: Program, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By scikit-learn, of the pool's logits; the run keeps its name, and its members are the same bit for bit."""
+    from sklearn.metrics import f1_score
+
+    metrics = "--model.metrics=[F1Score, MatthewsCorrCoef]"
+    assert program("fit", metrics) == 0
+    said = capsys.readouterr().out
+    assert different_files(fitted / "pool", program.pool) == []
+    assert program.run_dir().name == next((fitted / "runs").iterdir()).name
+    opened = pool.TaskPool(program.pool, "sst")
+    truth = opened.examples().labels
+    with open(next(program.run_dir().glob("csv/version_0/metrics.csv")), newline="") as f:
+        curves = list(csv.DictReader(f))
+    for record in opened.members:
+        every = pool.read_array(program.pool, record, pool.EPOCHS).argmax(2)
+        expected = [f1_score(truth, each, average="macro", labels=range(5), zero_division=0) for each in every]
+        values = [row[f"dev_F1Score/sst/{record.name}"] for row in curves]
+        assert [float(v) for v in values if v] == pytest.approx(expected, abs=1e-6)
+        last = f1_score(truth, opened.logits(record.name).argmax(1), average="macro", labels=range(5), zero_division=0)
+        (row,) = [line.split() for line in said.splitlines() if line.split()[0] == record.name]
+        assert row[:4] == [record.name, str(record.best_epoch), f"{record.score:.4f}", f"{last:.4f}"]
+    assert "sst dev (F1Score)  sst dev (MatthewsCorrCoef)" in said
+    assert program("validate", metrics) == 0
+    assert "sst dev (accuracy)  sst dev (F1Score)" in capsys.readouterr().out
+
+
+def test_a_task_has_metrics_of_its_own(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    sts = PRESETS["sts"]
+    own = f"text: [sentence1, sentence2], label: {sts.label}, train: {sts.train}, dev: {sts.dev}"
+    tasks = f"[sst, {{name: sts, kind: regression, {own}, metrics: [SpearmanCorrCoef]}}]"
+    assert program("fit", "--trainer.max_epochs=1", tasks=tasks) == 0
+    assert "sts dev (Pearson r)  sts dev (SpearmanCorrCoef)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["fitt", "select"])
@@ -607,27 +658,25 @@ def test_a_name_with_other_settings_is_not_restored(program: Program, capsys: py
     assert "its labels was ['0', '1', '2', '3', '4']" in capsys.readouterr().err
 
 
-def test_tampered_weights(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    assert program("fit") == 0
-    file = program.pool / "sst" / "head-lr1e-2-s11711" / pool.ADAPTER
+def test_tampered_weights(trained: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    file = trained.pool / "sst" / "head-lr1e-2-s11711" / pool.ADAPTER
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
-    assert program("validate") == 2
+    assert trained("validate") == 2
     assert "tampered with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["auto", "1"])
 def test_members_that_never_got_into_the_pool_are_left_out(
-    program: Program, capsys: pytest.CaptureFixture[str], size: str
+    trained: Program, capsys: pytest.CaptureFixture[str], size: str
 ) -> None:
     """A member whose r stayed undefined was never written; the others still validate and predict."""
-    assert program("fit", "--trainer.max_epochs=1") == 0
-    gone, *rest = sorted(p.name for p in (program.pool / "sst").iterdir() if p.name[0] in "rh")
-    shutil.rmtree(program.pool / "sst" / gone)
+    gone, *rest = sorted(p.name for p in (trained.pool / "sst").iterdir() if p.name[0] in "rh")
+    shutil.rmtree(trained.pool / "sst" / gone)
     capsys.readouterr()
-    assert program("predict", f"--bank_size={size}") == 0
+    assert trained("predict", f"--bank_size={size}") == 0
     assert f"not in the pool, and left out: {gone}" in capsys.readouterr().out
-    assert all((program.pool / "sst" / name / "test.logits.npy").is_file() for name in rest)
+    assert all((trained.pool / "sst" / name / "test.logits.npy").is_file() for name in rest)
     for name in rest:
-        shutil.rmtree(program.pool / "sst" / name)
-    assert program("predict", f"--bank_size={size}") == 2
+        shutil.rmtree(trained.pool / "sst" / name)
+    assert trained("predict", f"--bank_size={size}") == 2
     assert "no such member; train it first" in capsys.readouterr().err

@@ -30,6 +30,21 @@ def program(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> Pro
     return Program(tmp_path, tiny("bert"), demo_root)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path], demo_root: Path) -> Any:
+    """From options to the pool that ``fit`` fills with them when nothing disturbs it; trained once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def get(*how: str) -> Path:
+        if how not in made:
+            whole = Program(tmp_path_factory.mktemp("whole"), tiny("bert"), demo_root)
+            assert fit(whole, *how) == 0
+            made[how] = whole.pool
+        return made[how]
+
+    return get
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """``trainer.max_time`` counts steps instead of seconds: one more at the end of each batch."""
@@ -74,21 +89,21 @@ def records(program: Program) -> list[pool.MemberRecord]:
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
-        (["max_epochs=3"], [8, 16, 24]),
-        (["max_steps=3"], [3]),
+        pytest.param(["max_epochs=3"], [8, 16, 24], marks=pytest.mark.slow),
+        pytest.param(["max_steps=3"], [3], marks=pytest.mark.slow),
         (["max_steps=11"], [8, 11]),
-        (["max_steps=16"], [8, 16]),
-        (["min_epochs=2", "max_epochs=3"], [8, 16, 24]),
+        pytest.param(["max_steps=16"], [8, 16], marks=pytest.mark.slow),
+        pytest.param(["min_epochs=2", "max_epochs=3"], [8, 16, 24], marks=pytest.mark.slow),
         (["min_steps=9", "max_epochs=1"], [8]),
         (["limit_train_batches=5"], [5, 10]),
-        (["limit_train_batches=0.5", "max_epochs=3"], [4, 8, 12]),
-        (["limit_val_batches=1.0"], [8, 16]),
+        pytest.param(["limit_train_batches=0.5", "max_epochs=3"], [4, 8, 12], marks=pytest.mark.slow),
+        pytest.param(["limit_val_batches=1.0"], [8, 16], marks=pytest.mark.slow),
         (["val_check_interval=3"], [3, 6, 11, 14, 16]),
-        (["val_check_interval=0.5", "max_epochs=1"], [4, 8]),
+        pytest.param(["val_check_interval=0.5", "max_epochs=1"], [4, 8], marks=pytest.mark.slow),
         (["val_check_interval=5", "check_val_every_n_epoch=null"], [5, 10, 15, 16]),
         (["check_val_every_n_epoch=2", "max_epochs=3"], [16, 24]),
-        (["check_val_every_n_epoch=5"], [16]),
-        (["accumulate_grad_batches=2"], [4, 8]),
+        pytest.param(["check_val_every_n_epoch=5"], [16], marks=pytest.mark.slow),
+        pytest.param(["accumulate_grad_batches=2"], [4, 8], marks=pytest.mark.slow),
         (["accumulate_grad_batches=3"], [3, 6]),
         (["reload_dataloaders_every_n_epochs=1"], [8, 16]),
         (["num_sanity_val_steps=2"], [8, 16]),
@@ -111,7 +126,7 @@ def test_what_was_trained_is_evaluated_and_offered(
     assert len(steps) == 1 or np.abs(logits[-1] - logits[-2]).max() > 1e-3
 
 
-@pytest.mark.parametrize("steps", [3, 11])
+@pytest.mark.parametrize("steps", [3, pytest.param(11, marks=pytest.mark.slow)])
 def test_the_end_of_the_steps_is_the_end_of_an_epoch_of_so_many(
     program: Program, tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path, steps: int
 ) -> None:
@@ -168,28 +183,25 @@ def test_overfitting_sees_the_same_batches_in_every_epoch(
 
 @pytest.mark.parametrize("flag", ["limit_val_batches=0", "limit_val_batches=1"])
 def test_what_could_not_be_evaluated_is_said_and_can_be_made_up_for(
-    program: Program, capsys: pytest.CaptureFixture[str], flag: str
+    program: Program, undisturbed: Any, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
-    assert fit(program) == 0
-    undisturbed, program.pool = program.pool, program.folder / "later"
-    capsys.readouterr()
     assert fit(program, f"--trainer.{flag}", "--data.eval_batch_size=4") == 0
     assert "nothing of this run is in the pool" in capsys.readouterr().out
     assert not (program.pool / "sst").exists() or records(program) == []
     assert fit(program, "--ckpt_path=last") == 0
-    (first, second), expected = records(program), records(type(program)(program.folder, program.base, program.root))
-    assert first.finished
-    assert second.finished
-    for record in (first, second):
+    whole = pool.TaskPool(undisturbed(), "sst")
+    assert len(records(program)) == 2
+    for record in records(program):
+        assert record.finished
         ours = pool.read_array(program.pool, record, pool.EPOCHS)
-        theirs = pool.read_array(undisturbed, next(r for r in expected if r.name == record.name), pool.EPOCHS)
+        theirs = pool.read_array(undisturbed(), whole.record(record.name), pool.EPOCHS)
         assert np.array_equal(ours[-1], theirs[-1])
 
 
-@pytest.mark.parametrize("flag", ["max_steps=0", "max_epochs=0", "limit_train_batches=0"])
-def test_nothing_trained_is_said(program: Program, capsys: pytest.CaptureFixture[str], flag: str) -> None:
-    assert fit(program, f"--trainer.{flag}") == 0
-    assert "no step was trained" in capsys.readouterr().out
+def test_nothing_trained_is_said(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("max_steps=0", "max_epochs=0", "limit_train_batches=0"):
+        assert fit(program, f"--trainer.{flag}") == 0
+        assert "no step was trained" in capsys.readouterr().out
 
 
 def test_a_dry_run_leaves_nothing(program: Program) -> None:
@@ -213,55 +225,51 @@ CUTS = [
     (["--trainer.accumulate_grad_batches=2"], 3),
     (["--model.schedule=constant", "--model.warmup=4"], 5),
 ]
+"""Options, and the step of the cut."""
 
 
 def _name(value: Any) -> str:
-    if isinstance(value, signal.Signals):
-        return value.name
     return " ".join(value).replace("--", "") or "plain" if isinstance(value, list) else str(value)
 
 
-@pytest.mark.parametrize(("how", "cut"), CUTS, ids=_name)
-def test_cut_by_steps_and_gone_on_with(program: Program, how: list[str], cut: int) -> None:
+def cuts(*quick: int) -> Any:
+    """All cuts; those that are not named by their number are slow tests."""
+    every = [pytest.param(*c, marks=() if i in quick else pytest.mark.slow) for i, c in enumerate(CUTS)]
+    return pytest.mark.parametrize(("how", "cut"), every, ids=_name)
+
+
+@cuts(1, 3, 6, 8)
+def test_cut_by_steps_and_gone_on_with(program: Program, undisturbed: Any, how: list[str], cut: int) -> None:
     """The same members as without the cut, bit for bit, whatever its own evaluation put into the pool."""
-    whole = (*how, "--trainer.max_epochs=4", "--trainer.max_steps=20")
-    assert fit(program, *whole) == 0
-    undisturbed, program.pool = program.pool, program.folder / "cut"
-    shutil.rmtree(program.folder / "runs")
-    assert fit(program, *how, "--trainer.max_epochs=4", f"--trainer.max_steps={cut}") == 0
+    assert fit(program, *how, f"--trainer.max_steps={cut}") == 0
     assert all(r.finished for r in records(program))
-    assert fit(program, *whole, "--ckpt_path=last") == 0
-    assert different_files(undisturbed, program.pool) == []
+    assert fit(program, *how, "--ckpt_path=last") == 0
+    assert different_files(undisturbed(*how), program.pool) == []
 
 
-@pytest.mark.parametrize(("how", "cut"), CUTS, ids=_name)
+@cuts(2, 5, 7, 9)
 def test_cut_by_the_clock_and_gone_on_with(
-    program: Program, clock: list[int], capsys: pytest.CaptureFixture[str], how: list[str], cut: int
+    program: Program,
+    undisturbed: Any,
+    clock: list[int],
+    capsys: pytest.CaptureFixture[str],
+    how: list[str],
+    cut: int,
 ) -> None:
-    assert fit(program, *how, "--trainer.max_epochs=4") == 0
-    undisturbed, program.pool = program.pool, program.folder / "cut"
-    shutil.rmtree(program.folder / "runs")
-    clock[0] = 0
-    capsys.readouterr()
-    assert fit(program, *how, "--trainer.max_epochs=4", f"--trainer.max_time=00:00:00:{cut:02}") == 0
+    assert fit(program, *how, f"--trainer.max_time=00:00:00:{cut:02}") == 0
     said = capsys.readouterr().out
     assert "trainer.max_time" in said
     assert "not finished" in said
     assert [r.finished for r in records(program)] == [False, False]
-    assert fit(program, *how, "--trainer.max_epochs=4", "--ckpt_path=last") == 0
-    assert different_files(undisturbed, program.pool) == []
+    assert fit(program, *how, "--ckpt_path=last") == 0
+    assert different_files(undisturbed(*how), program.pool) == []
 
 
-@pytest.mark.parametrize(
-    ("how", "cut", "number"), [([], 3, signal.SIGINT), *((*cut, signal.SIGTERM) for cut in CUTS)], ids=_name
-)
+@cuts(0, 4, 9, 10)
 def test_told_to_end_and_gone_on_with(
-    program: Program, capsys: pytest.CaptureFixture[str], how: list[str], cut: int, number: signal.Signals
+    program: Program, undisturbed: Any, capsys: pytest.CaptureFixture[str], how: list[str], cut: int
 ) -> None:
-    assert fit(program, *how) == 0
-    undisturbed, program.pool = program.pool, program.folder / "cut"
-    shutil.rmtree(program.folder / "runs")
-    capsys.readouterr()
+    number = signal.SIGINT if cut == 3 else signal.SIGTERM
     with at_step(cut, lambda: os.kill(os.getpid(), number)) as begun:
         assert fit(program, *how) == 128 + number
     assert begun[-1] <= cut + 1  # with accumulation, the step is ended first
@@ -269,7 +277,7 @@ def test_told_to_end_and_gone_on_with(
     assert "interrupted" in said
     assert "--ckpt_path last goes on" in said
     assert fit(program, *how, "--ckpt_path=last") == 0
-    assert different_files(undisturbed, program.pool) == []
+    assert different_files(undisturbed(*how), program.pool) == []
 
 
 def test_told_twice_it_ends_at_once_and_says_what_is_lost(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,7 +317,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, by_step: dict[int, float]) -> None:
     monkeypatch.setattr(BankModule, "on_validation_epoch_end", replaced)
 
 
-@pytest.mark.parametrize("best", [8, 24])
+@pytest.mark.parametrize("best", [8, pytest.param(24, marks=pytest.mark.slow)])
 def test_the_best_of_a_cut_is_undone_when_the_run_goes_on(
     program: Program, monkeypatch: pytest.MonkeyPatch, best: int
 ) -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from pool_factory import LABELS, random_labels, random_logits
 
 from lora_ensemble.bank.lora import MemberConfig
-from lora_ensemble.tasks import PRESETS
-from lora_ensemble.train.evaluation import member_losses
+from lora_ensemble.errors import UserError
+from lora_ensemble.scores import decisions
+from lora_ensemble.tasks import PRESETS, Kind, Task
+from lora_ensemble.train.evaluation import Evaluation, History, check_metrics, member_losses, metric
 from lora_ensemble.train.module import BankModule
+from lora_ensemble.train.optimiser import planned_steps
 
 
 def test_losses_are_torchs_for_each_member() -> None:
@@ -64,7 +71,7 @@ def test_schedules(
         schedule=schedule,  # type: ignore[arg-type]
         warmup=warmup,
     )
-    monkeypatch.setattr("lora_ensemble.train.module.planned_steps", lambda trainer: 8)
+    monkeypatch.setattr("lora_ensemble.train.optimiser.planned_steps", lambda trainer: 8)
     monkeypatch.setattr(module, "_trainer", object(), raising=False)
     made = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
@@ -74,3 +81,105 @@ def test_schedules(
         optimizer.step()
         scheduler.step()
     assert factors == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "binary", "regression"])
+def test_metrics_are_scikit_learns(kind: Kind) -> None:
+    """On random logits; averages over classes are macro, where there is one."""
+    from scipy import special, stats
+    from sklearn import metrics
+
+    labels = random_labels(kind, 40)
+    (logits,) = random_logits(kind, labels, 1, noise=2)
+    decided = decisions(logits, kind)
+    if kind == "regression":
+        expected = {
+            "SpearmanCorrCoef": stats.spearmanr(decided, labels).statistic,
+            "KendallRankCorrCoef": stats.kendalltau(decided, labels).statistic,
+            "MeanAbsoluteError": metrics.mean_absolute_error(labels, decided),
+            "R2Score": metrics.r2_score(labels, decided),
+        }
+    else:
+        chances = special.softmax(logits, axis=1) if kind == "multiclass" else special.expit(logits[:, 0])
+        average = {"average": "macro"} if kind == "multiclass" else {}
+        expected = {
+            "F1Score": metrics.f1_score(labels, decided, **average),
+            "Precision": metrics.precision_score(labels, decided, zero_division=0, **average),
+            "MatthewsCorrCoef": metrics.matthews_corrcoef(labels, decided),
+            "CohenKappa": metrics.cohen_kappa_score(labels, decided),
+            "AUROC": metrics.roc_auc_score(labels, chances, multi_class="ovr"),
+        }
+    task = Task(name="t", kind=kind, text=["a"], label_names=LABELS[kind])
+    assert check_metrics([*expected, *expected], task) == list(expected)
+    given = {name: metric(name, task, logits, labels) for name in expected}
+    assert given == pytest.approx(expected, abs=1e-6)
+    assert len({round(v, 3) for v in expected.values()}) > 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("multiclass", "F1", "expected one like F1Score"),
+        ("multiclass", "ConfusionMatrix", "no class of torchmetrics that gives one number"),  # it gives a table
+        ("binary", "FBetaScore", "F1Score"),  # it needs beta
+        ("regression", "AUROC", "for task 't' \\(regression\\); expected one like"),
+    ],
+)
+def test_a_metric_that_does_not_fit_is_told(kind: Kind, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_metrics([name], Task(name="t", kind=kind, text=["a"], label_names=LABELS[kind]))
+
+
+def said(scores: list[float], logits: float = 0.0) -> Evaluation:
+    """What members with these scores, and the same logits, said of four examples of a task."""
+    return Evaluation(np.full((len(scores), 4, 1), logits, np.float32), scores, {}, True)
+
+
+def test_history_keeps_the_first_of_the_best() -> None:
+    """Three members on two tasks, overall by hand: the mean of an accuracy a and of (r + 1) / 2."""
+    tasks = [PRESETS["quora"], PRESETS["sts"]]
+    history = History(["one", "two", "three"], tasks)
+    alive = [True] * 3
+    # Overall: (0.5 + 0.5) / 2 = 0.5, (0.5 + 0.75) / 2 = 0.625, and none.
+    first = {"quora": said([0.5, 0.5, 0.5], 1e9), "sts": said([0.0, 0.5, float("nan")])}
+    assert history.add(first, alive) == ([0, 1], [])
+    # 0.5 again, 0.5, and 0.5 for the first time.
+    assert history.add({"quora": said([0.0, 0.0, 0.5]), "sts": said([1.0, 1.0, 0.0])}, alive) == ([2], [])
+    # Better all, but one has diverged in training, and one says infinity; it is told once.
+    last = {"quora": said([1.0, 1.0, 1.0]), "sts": said([1.0, 1.0, 1.0])}
+    last["sts"].logits[1, 2] = np.inf
+    assert history.add(last, [False, True, True]) == ([2], [0, 1])
+    assert history.add(last, [False, True, True]) == ([], [])
+    assert history.best_epoch == [1, 1, 3]
+    assert history.overall_at(1)[:2] == [0.5, 0.625]
+    assert history.logits_at(1)["quora"].max() == 65504  # float16 has no more
+    again = History(["one", "two", "three"], tasks)
+    again.load_state_dict(history.state_dict())
+    assert (len(again), again.best_epoch, again.overall_at(4)) == (4, [1, 1, 3], history.overall_at(4))
+    for h in (history, again):
+        results = h.results("sts", 2)
+        assert (results["score"], results["best_epoch"], results["epoch_scores"]) == (1.0, 3, [None, 0.0, 1.0, 1.0])
+    assert history.summary()[1][0] == ["one", "diverged", 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("limit", "accumulate", "epochs", "steps", "expected"),
+    [
+        (1.0, 1, 3, -1, 24),
+        (1.0, 3, 2, -1, 6),  # 8 batches make 3 steps
+        (5, 1, 2, -1, 10),
+        (0.5, 2, 2, -1, 4),
+        (1.0, 1, 3, 10, 10),
+        (1.0, 1, -1, 10, 10),
+        (1.0, 1, -1, -1, None),
+    ],
+)
+def test_planned_steps(limit: Any, accumulate: int, epochs: int, steps: int, expected: int | None) -> None:
+    trainer: Any = SimpleNamespace(
+        datamodule=SimpleNamespace(train_dataloader=lambda: range(8)),
+        limit_train_batches=limit,
+        accumulate_grad_batches=accumulate,
+        max_epochs=epochs,
+        max_steps=steps,
+    )
+    assert planned_steps(trainer) == expected

@@ -20,6 +20,7 @@ from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import log_member_table, print_summary, say
 from lora_ensemble.train.pool_writer import PoolWriter
+from lora_ensemble.train.records import with_metrics
 from lora_ensemble.train.restart import RunCheckpoint, write_checkpoint
 from lora_ensemble.train.runs.memory import is_out_of_memory
 from lora_ensemble.train.runs.plan import FILE, BankSize, Finished, Plan, PlannedBank, banks_of, read_plan, write_plan
@@ -275,6 +276,7 @@ class BankRun:
             rows.append([name, states.get(name, "-" if records[0] is None else records[0].best_epoch), *scores])
         header = ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in self.module.tasks)]
         if self.keep and rank_zero_only.rank == 0:
-            log_member_table(self._loggers, header, rows)
-            print_summary(header, rows, folder=self._pool, tasks=[t.name for t in self.module.tasks])
+            header, table = with_metrics(header, rows, self._pool, self.module)
+            log_member_table(self._loggers, header, table)
+            print_summary(header, table, folder=self._pool, tasks=[t.name for t in self.module.tasks])
         return rows

@@ -108,7 +108,9 @@ class Sweep(BankRun):
         assert self.trainer is not None
         self.data.trainer = self.trainer
         self.data.setup("fit")
-        there = writer_of(self.trainer).existing(self.trainer, self.data, self.module, resumed=saved is not None)
+        there = writer_of(self.trainer).records.existing(
+            self.trainer, self.data, self.module, resumed=saved is not None
+        )
         finished = {name for name, (record, whole) in there.items() if whole and self._long_enough(record)}
         if saved is not None:
             plan = self._checked(self._with_plans_of_banks(saved), finished, set(there))
