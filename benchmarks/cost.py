@@ -142,7 +142,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        sys.exit("error: --plot needs matplotlib; pip install 'lora-ensemble[plots]', or leave --plot out")
+        sys.exit("error: --plot needs matplotlib; pip install matplotlib, or leave --plot out")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -19,7 +19,7 @@ from lora_ensemble.main import OWN
 PACKAGE = Path(lora_ensemble.__file__).parent
 HEAVY = ("torch", "transformers", "lightning", "wandb")
 TRAINING = ("lightning", "wandb", "jsonargparse", "peft", "torchmetrics", "pytorch_lightning")
-ALL = ("torch", "transformers", *TRAINING, "pyarrow", "scipy", "sklearn", "matplotlib", "datasets", "ray", "yaml")
+ALL = ("torch", "transformers", *TRAINING, "pyarrow", "scipy", "sklearn", "altair", "datasets", "ray", "yaml")
 
 
 def loaded(statement: str, names: tuple[str, ...], *, path: Path | None = None) -> list[str]:
@@ -38,13 +38,13 @@ def dicor(*args: object) -> str:
     "args", [["--help"], ["--version"], ["select", "--help"], ["import", "--help"], ["report", "--help"]]
 )
 def test_dicors_help_needs_nothing_at_all(args):
-    assert loaded(dicor(*args), (*HEAVY, "numpy", "scipy", "matplotlib", "safetensors")) == []
+    assert loaded(dicor(*args), (*HEAVY, "numpy", "scipy", "altair", "jinja2", "safetensors")) == []
 
 
 @pytest.mark.parametrize("command", OWN)
 def test_help_needs_no_torch(command):
     help_ = f"from lora_ensemble.main import main\ntry: main([{command!r}, '--help'])\nexcept SystemExit: pass"
-    names = [*HEAVY, "fastapi", "uvicorn", "matplotlib", "sklearn"]
+    names = [*HEAVY, "fastapi", "uvicorn", "altair", "sklearn"]
     if command not in ("reproduce", "data"):  # their options are made of the tasks, whose scores need numpy
         names.append("numpy")
     assert loaded(help_, tuple(names)) == []
@@ -52,7 +52,7 @@ def test_help_needs_no_torch(command):
 
 def test_dicor_needs_no_torch(tmp_path):
     make_pool(tmp_path / "pool", "sst", "multiclass")
-    names = (*HEAVY, "scipy", "matplotlib", "numpy")
+    names = (*HEAVY, "scipy", "altair", "vl_convert", "jinja2", "numpy")
     select = dicor("select", "--pool", tmp_path / "pool", "--task", "sst", "--output", tmp_path / "dicor.json")
     assert loaded(select, names) == ["numpy"]
     assert loaded(dicor("compare", "--pool", tmp_path / "pool"), names) == ["numpy"]
@@ -64,17 +64,11 @@ def test_dicor_needs_no_torch(tmp_path):
     assert loaded(dicor("import", tmp_path / "boosted.csv", *where), (*names, "pyarrow")) == ["numpy"]
 
 
-def test_the_plots_need_no_torch(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_the_report_and_its_plots_need_no_torch(tmp_path):
     make_pool(tmp_path / "pool", "sst", "multiclass")
-    compare = dicor("compare", "--pool", tmp_path / "pool", "--plots", tmp_path / "plots")
-    assert loaded(compare, (*HEAVY, "matplotlib", "matplotlib.pyplot")) == ["matplotlib"]
-
-
-def test_the_report_needs_neither_torch_nor_matplotlib(tmp_path):
-    make_pool(tmp_path / "pool", "sst", "multiclass")
-    report = dicor("report", "--pool", tmp_path / "pool", "--task", "sst", "--output", tmp_path / "report.html")
-    assert loaded(report, (*HEAVY, "matplotlib", "numpy")) == ["numpy"]
+    where = ("--pool", tmp_path / "pool", "--plots", tmp_path / "plots")
+    report = dicor("report", *where, "--task", "sst", "--output", tmp_path / "report.html")
+    assert loaded(report, (*HEAVY, "altair", "numpy", "pandas")) == ["altair", "numpy"]
 
 
 def test_an_ensemble_answers_without_what_training_needs(tiny, tmp_path):
@@ -154,7 +148,7 @@ def is_a_door(name: str) -> bool:
 def is_forbidden_library(module: str, name: str) -> bool:
     room = room_of(module)
     if room in ("", "pool"):
-        return is_below(name, *HEAVY, "scipy", "matplotlib")
+        return is_below(name, *HEAVY, "scipy", "altair")
     if room == "text":
         return is_below(name, *HEAVY, "scipy") and not (module in TORCH_IN_TEXT and is_below(name, "torch"))
     if room == "dicor":

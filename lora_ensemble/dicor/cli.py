@@ -142,8 +142,7 @@ def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
     from lora_ensemble.dicor.compare import compare
     from lora_ensemble.dicor.options import refuse_unheard
-    from lora_ensemble.dicor.report import words
-    from lora_ensemble.dicor.table import about, number, table, verdict
+    from lora_ensemble.dicor.table import about, number, offsets, table, verdict
     from lora_ensemble.pool import TaskPool
 
     with record.whole(given.output) as f:
@@ -161,7 +160,7 @@ def _select(given: argparse.Namespace) -> None:
     for m in ensemble.members:
         print(f"{m.name:<{width}} {m.score:>10.4f} {m.weight:>7.4f} {number(m.mean_similarity):>32}")
     if ensemble.offsets is not None:
-        print(words.offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
+        print(offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
     found = comparison.estimates
     print(f"\n{table(found, _score_name(task_pool))}\n\n{verdict(method, found.of[method])}\n{about(found)}")
     print(f"saved {given.output}")
@@ -175,11 +174,7 @@ def _compare(given: argparse.Namespace) -> None:
     from lora_ensemble.pool import TaskPool, task_names
 
     if given.plots:
-        from lora_ensemble.dicor.report import plots
-        from lora_ensemble.dicor.report.charts import drawings
-        from lora_ensemble.dicor.report.facts import gather
-
-        plots.check_folder(given.plots)
+        report_command.check("--plots", folder=given.plots)
     tasks = [given.task] if given.task is not None else task_names(given.pool)
     if not tasks:
         raise UserError(f"{given.pool}: no task in this folder; give the folder that training wrote")
@@ -197,8 +192,7 @@ def _compare(given: argparse.Namespace) -> None:
         method = default if default in found.of else list(found.of)[-1]
         print(verdict(method, found.of[method]))
         if given.plots:
-            for path in plots.save(drawings(gather(comparison, method)).values(), task, given.plots):
-                print(f"saved {path}")
+            report_command.save_plots(comparison, method, given.plots)
         print()
     if scores := overall(comparisons):
         print(f"overall: the mean of sst, quora and (sts + 1) / 2\n{'':<17} {'in-sample':>9} {'honest':>9}")

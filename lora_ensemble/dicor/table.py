@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.dicor.estimate.honest import Estimate, Estimates
 from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
+from lora_ensemble.tasks import Kind
 
 IN_SAMPLE = "In-sample: the score on the very dev set that was chosen on, which flatters what was chosen."
 
@@ -81,3 +83,18 @@ def verdict(name: str, one: Estimate) -> str:
             span = f"{number(difference.low, sign=True)} to {number(difference.high, sign=True)}"
             parts.append(f"{number(difference.value, sign=True)} ({span}) to {other}: {word}")
     return f"{name}: honest {number(one.honest.value)}; " + "; ".join(parts) + "."
+
+
+def decides(strategy: Strategy, kind: Kind) -> str:
+    """How an ensemble decides, in words."""
+    if strategy == "majority":
+        return "the majority of its members' decisions"
+    of = "values" if kind == "regression" else "logits" if strategy == "mean" else "probabilities"
+    return f"{'a weighted' if strategy == 'weighted' else 'the'} mean of its members' {of}"
+
+
+def offsets(scale: float, values: Sequence[float], labels: Sequence[str]) -> str:
+    """Scale and offsets of an ensemble's mean, in words; ``labels`` are the classes' names, or none."""
+    names = labels or [str(c) for c in range(len(values))]
+    moved = ", ".join(f"{name} {value:+.3f}" for name, value in zip(names, values, strict=True))
+    return f"The logarithm of the mean's probabilities is multiplied by {scale:.3f}, then offset by class: {moved}."

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_ensemble import __version__
 from lora_ensemble.dicor import record
-from lora_ensemble.dicor.report.words import decides, offsets
+from lora_ensemble.dicor.table import decides, offsets
 from lora_ensemble.ensemble.folder import MEMBERS, SIGNED, Base
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Kind, Task

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import itertools
+import json
 import math
 import re
 import shlex
@@ -20,8 +21,8 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from lora_ensemble.dicor.cli import main
 from lora_ensemble.dicor.compare import compare
 from lora_ensemble.dicor.options import METHODS, Options
-from lora_ensemble.dicor.report import by_size, facts, page, theory
-from lora_ensemble.dicor.report.calibration import BINS, calibration
+from lora_ensemble.dicor.report import facts, page, theory
+from lora_ensemble.dicor.report.theory import BINS, calibration
 from lora_ensemble.pool import TaskPool
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "base"}
@@ -36,7 +37,7 @@ class Page(HTMLParser):
         self.feed(source)
         self.close()
         assert self.open == []
-        self.text = " ".join(e[2] for e in self.elements)
+        self.text = " ".join(e[2] for e in self.elements if e[0] != "script")
 
     def handle_starttag(self, tag, attributes):
         self.elements.append([tag, dict(attributes), ""])
@@ -51,7 +52,7 @@ class Page(HTMLParser):
         assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        for _, i in self.open:
+        for _, i in self.open if self.open[-1:] and self.open[-1][0] != "script" else self.open[-1:]:
             self.elements[i][2] += data
 
     def all(self, *tags):
@@ -71,6 +72,12 @@ class Page(HTMLParser):
             elif tag in ("th", "td"):
                 found[-1].append(text)
         return found
+
+
+def datasets(page):
+    """All data of the plots of a page."""
+    plots = json.loads(next(text for tag, a, text in page.elements if a.get("id") == "specifications"))
+    return [data for plot in plots.values() for data in plot["datasets"].values()]
 
 
 def report(folder, task, *args, name="report.html", pool=None):
@@ -106,27 +113,34 @@ def test_the_page_is_well_formed_and_fetches_nothing(kind, pages):
         assert not {"src", "srcset", "style", "onclick", "onload", "action"} & set(attributes), tag
         if "href" in attributes:
             assert attributes["href"].removeprefix("#") in ids
-    assert not found.all("script", "link", "img", "iframe", "object", "image", "use", "form", "base")
+    assert not found.all("link", "img", "iframe", "object", "image", "use", "form", "base")
     ((_, _, style),) = found.all("style")
     assert "url(" not in style
     assert "@import" not in style
+    data, program = found.all("script")
+    assert data[1] == {"id": "specifications", "type": "application/json"}
     (policy,) = [a["content"] for _, a, _ in found.all("meta") if "http-equiv" in a]
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    assert policy.split("; ")[:2] == ["default-src 'none'", f"style-src 'sha256-{digest}'"]
-    assert re.findall(r"https?://[^\"]*", source.replace('xmlns="http://www.w3.org/2000/svg"', "")) == []
+    of_style, of_script = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, program[2])
+    )
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{of_style}'; script-src 'sha256-{of_script}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     levels = [int(tag[1]) for tag, _, _ in found.all("h1", "h2", "h3", "h4")]
     assert levels[0] == 1
     assert max(np.diff(levels)) == 1
-    drawn = re.findall(r"<svg.*?</svg>", source, re.DOTALL)
-    assert len(drawn) == (5 if kind == "regression" else 6)
+    drawn = re.findall(r"<svg.*?</svg>", source.partition("<script")[0], re.DOTALL)
+    assert len(drawn) == len(json.loads(data[2])) == (5 if kind == "regression" else 6)
     for text in drawn:
-        root = ET.fromstring(text)
-        assert root.get("role") == "img"
-        title, desc = list(root)[:2]
-        assert (title.tag[-5:], desc.tag[-4:]) == ("title", "desc")
-        assert title.text
-        assert desc.text
-        assert root.get("aria-labelledby") == f"{title.get('id')} {desc.get('id')}"
+        assert ET.fromstring(text).get("aria-hidden") == "true"
+    stills = [a for _, a, _ in found.elements if a.get("role") == "img"]
+    assert len(stills) == len(drawn)
+    assert all(len(a["aria-label"]) > 40 for a in stills)
+
+
+def test_the_same_pool_gives_the_same_bytes(pools, pages):
+    assert report(pools, "binary", name="again.html") == pages["binary"]
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "regression"])
@@ -175,12 +189,14 @@ def test_what_users_wrote_is_text(tmp_path):
         )  # fmt: skip
     source = report(tmp_path, "mine", pool=nasty)
     found = Page(source)
-    assert not found.all("script", "img", "b", "i")
+    assert not found.all("img", "b", "i")
     assert len(found.all("style")) == 1
+    assert len(found.all("script")) == 2
+    assert "<i>&amp;" in {row.get("targets") for data in datasets(found) for row in data}
     assert "<b>no</b>, </style><script>alert(1)</script>" in found.text
     assert str(nasty) in found.text
     assert any(text == "<i>&amp;" for _, _, text in found.all("td"))
-    assert "<script" not in source
+    assert "<script>" not in source
 
 
 def test_the_commands_it_shows_make_the_ensemble_it_shows(pools, tmp_path, monkeypatch, capsys):
@@ -322,7 +338,7 @@ def test_a_member_that_is_always_right_has_no_correlation():
 @pytest.mark.parametrize("kind", ["multiclass", "regression"])
 def test_a_curve_holds_the_comparisons_own_estimate(kind, pools):
     comparison = compare(TaskPool(pools / "pool", kind), METHODS, Options(size=4))
-    found = by_size.curves(comparison, ["dicor", "weighted", "greedy", "exhaustive", "omni"])
+    found = facts.curves(comparison, ["dicor", "weighted", "greedy", "exhaustive", "omni"])
     assert [c.used for c in found] == [4, 9, 4, 4, 9]
     for curve in found:
         own = curve.estimates[curve.sizes.index(curve.used)]
@@ -335,7 +351,7 @@ def test_a_curve_holds_the_comparisons_own_estimate(kind, pools):
         assert smaller.honest != own.honest
     dicor = found[0]
     assert [len(e.names) for e in dicor.estimates] == dicor.sizes == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert by_size.curves(comparison, ["best"]) == []
+    assert facts.curves(comparison, ["best"]) == []
 
 
 def test_a_pool_of_one_member_says_what_is_missing(tmp_path):
@@ -383,7 +399,8 @@ def test_of_many_members_the_best_are_shown(tmp_path, monkeypatch):
     labels = pool.examples().labels
     scores = {r.name: accuracy_score(labels, pool.logits(r.name)[:, 0] > 0) for r in pool.members}
     best = sorted(scores, key=lambda name: (-scores[name], name))[:5]
-    assert [row[0] for row in found.rows("Score and diversity of members")[1:]] == best
+    assert [row[0] for row in found.rows("All members")[1:]] == best
+    assert next(a["data-member"] for _, a, text in found.all("tr") if text.startswith(best[3])) == "3"
 
 
 def test_the_test_splits_scores_are_a_column_where_they_are_asked_for(tmp_path, capsys):

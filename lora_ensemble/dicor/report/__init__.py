@@ -1,6 +1,6 @@
-"""``dicor report``: what is known of an ensemble and its pool, as numbers, drawings and one HTML page.
+"""``dicor report``: what is known of an ensemble and its pool, as numbers, plots and one HTML page (extra [report]).
 
-``facts`` computes everything once; ``charts`` and ``heat_map`` make drawings of it, ``svg`` writes them, ``page`` puts
-the page together. numpy and scipy only. Axes: M members, N examples of dev, C outputs of a head, k members of an
-ensemble.
+``facts`` and ``theory`` compute everything once; ``charts`` and ``heat_map`` describe each plot once, by Altair, and
+``plot`` turns it into SVG, PNG and a specification for scripts; ``page`` puts it all into ``page.html.j2``.
+Axes: M members, N examples of dev, C outputs of a head, S members that are shown, k members of an ensemble.
 """

@@ -1,30 +1,60 @@
 """Everything that a report shows, computed once: of one task, one comparison, and the method that it is about.
 
-Axes: M members, N examples of dev, C outputs of a head, S members that are shown, k members of an ensemble.
+Axes: M members, N examples of dev, C outputs of a head, S members that are shown.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD, DEFAULT_SIMILARITY, MethodName, Similarity
+from lora_ensemble.dicor.choose.greedy import Greedy
+from lora_ensemble.dicor.choose.methods import Dicor, Exhaustive, Method, Omni, Weighted
+from lora_ensemble.dicor.choose.settings import (
+    DEFAULT_METHOD,
+    DEFAULT_SIMILARITY,
+    DEFAULT_TOP_K,
+    MOST_AUTO,
+    MethodName,
+    Similarity,
+)
 from lora_ensemble.dicor.choose.similarity import features, pairwise
 from lora_ensemble.dicor.compare import Comparison
-from lora_ensemble.dicor.estimate.honest import Estimate
-from lora_ensemble.dicor.members import Dev, ranked
-from lora_ensemble.dicor.report.by_size import Curve, curves
-from lora_ensemble.dicor.report.calibration import Calibration, calibration
-from lora_ensemble.dicor.report.theory import Theory, theory
+from lora_ensemble.dicor.estimate.honest import Estimate, estimate
+from lora_ensemble.dicor.members import ranked
+from lora_ensemble.dicor.report.theory import Calibration, Theory, calibration, theory
+from lora_ensemble.dicor.table import number
 from lora_ensemble.pool import MemberRecord
+from lora_ensemble.tasks import score_name
 
 MOST_SHOWN = 200
 """Members in the plots: with more, a row of the heat map is finer than a pixel, and a page is slow to open."""
-NAMES = {"best": "single best", "omni": "Omni"}
-"""What two of the methods are called in plots and headings; the others have their own names."""
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30)
+"""As many as a curve needs; sizes between the later ones hardly differ."""
+FEW_SIZES = (1, 2, 5, 10, 15, 25)
+"""For a method of many bags, each of which is a search of its own."""
+_NAMES = {"best": "single best", "omni": "Omni"}
+
+
+def display_name(method: str) -> str:
+    """What a method is called in plots and tables."""
+    return _NAMES.get(method, method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One method at growing sizes."""
+
+    method: str
+    of_n: str
+    """What n is for this method, in words."""
+    used: int | None
+    """The n of the comparison, where it is one number and within the curve."""
+    sizes: list[int]
+    estimates: list[Estimate]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +64,6 @@ class Facts:
     comparison: Comparison
     method: str
     """What the report is about."""
-    one: Estimate
-    """Of that method."""
     shown: list[MemberRecord]
     """(S,) the best members by score, at most ``MOST_SHOWN``, best first."""
     scores: np.ndarray
@@ -43,8 +71,6 @@ class Facts:
     similarity: Similarity
     similarities: np.ndarray
     """(S, S)"""
-    chosen: set[str]
-    """Names of the ensemble's members."""
     curves: list[Curve]
     calibrations: dict[str, Calibration]
     """By method; empty for a regression."""
@@ -59,7 +85,16 @@ class Facts:
 
     @property
     def score_name(self) -> str:
-        return "Pearson r" if self.comparison.kind == "regression" else "accuracy"
+        return score_name(self.comparison.kind)
+
+    @property
+    def regression(self) -> bool:
+        return self.comparison.kind == "regression"
+
+    @property
+    def estimate(self) -> Estimate:
+        """Of the method that the report is about."""
+        return self.comparison.estimates.of[self.method]
 
     @property
     def mean_similarity(self) -> np.ndarray:
@@ -77,53 +112,121 @@ def method_shown(comparison: Comparison, named: Sequence[MethodName] | None) -> 
 
 def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None = None) -> Facts:
     """The facts of a comparison that kept its probabilities. Raises ``UserError`` as ``features`` does."""
-    task_pool, found, dev = comparison.task_pool, comparison.estimates, comparison.dev
-    names, scores = list(found.scores), np.array(list(found.scores.values()))
+    task_pool, estimates, dev = comparison.task_pool, comparison.estimates, comparison.dev
+    names, scores = list(estimates.scores), np.array(list(estimates.scores.values()))
     order = ranked(scores, np.zeros(len(names)), names)[:MOST_SHOWN]
     shown = [task_pool.record(names[i]) for i in order]
     asked = [comparison.methods[m].get_params().get("similarity") for m in (method, "dicor") if m in comparison.methods]
     similarity = next((s for s in asked if s), DEFAULT_SIMILARITY[task_pool.kind])
-    compared_by = features(
-        np.stack([_logits(dev, r.name) for r in shown]),
-        kind=task_pool.kind,
-        similarity=similarity,
-        labels=dev.labels,
-    )
-    told = [m for m in dict.fromkeys(("best", "omni", "dicor", method)) if m in found.of]
-    labels = found.view.labels
+    logits = np.stack([_logits(comparison, r.name) for r in shown])
+    compared_by = features(logits, kind=task_pool.kind, similarity=similarity, labels=dev.labels)
     return Facts(
         comparison=comparison,
         method=method,
-        one=found.of[method],
         shown=shown,
         scores=scores[order],
         similarity=similarity,
         similarities=pairwise(compared_by, similarity=similarity),
-        chosen=set(found.of[method].names),
         curves=curves(comparison, [m for m in ("dicor", method) if m in comparison.methods]),
         calibrations={
-            m: calibration(p, labels, task_pool.kind)
+            m: calibration(p, estimates.view.labels, task_pool.kind)
             for m in dict.fromkeys(("best", "omni", method))
-            if (p := found.of[m].probabilities) is not None
+            if (p := estimates.of[m].probabilities) is not None
         },
-        theories={m: _theory(comparison, found.of[m].names) for m in told if m != "best"},
+        theories={
+            m: _theory(comparison, estimates.of[m].names)
+            for m in dict.fromkeys(("omni", "dicor", method))
+            if m in estimates.of and m != "best"
+        },
         test=test,
     )
 
 
-def _logits(dev: Dev, name: str) -> np.ndarray:
-    """(N, C) of a member, whose file was checked when it was compared."""
-    return np.asarray(dev.of_member(bisect_left(dev.names, name)))  # they are sorted
+def _logits(comparison: Comparison, name: str) -> np.ndarray:
+    """(N, C) on dev of a member, whose file was checked when it was compared."""
+    return np.asarray(comparison.dev.of_member(bisect_left(comparison.dev.names, name)))  # the names are sorted
 
 
 def _theory(comparison: Comparison, names: Sequence[str]) -> Theory:
-    task_pool, dev = comparison.task_pool, comparison.dev
+    task_pool = comparison.task_pool
     return theory(
-        (_logits(dev, name) for name in names),
-        dev.labels,
+        (_logits(comparison, name) for name in names),
+        comparison.dev.labels,
         task_pool.kind,
         outputs=len(task_pool.labels),
         ranks=[task_pool.record(name).rank for name in names],
         scores=np.array([comparison.estimates.scores[name] for name in names]),
         names=list(names),
     )
+
+
+def curves(comparison: Comparison, names: Sequence[str]) -> list[Curve]:
+    """A curve for each of these methods that has a size, by the same folds; none for a pool of one member.
+
+    At ``used`` the estimate is that of the comparison. Raises as ``estimate``.
+    """
+    members = len(comparison.estimates.of["omni"].names)
+    planned, asked = list[tuple[str, str, int | None, list[int]]](), dict[str, Method]()
+    for name in dict.fromkeys(names):
+        method = comparison.methods[name]
+        sizing = _sizing(method, members)
+        if sizing is None or sizing[1] < 2:
+            continue
+        of_n, most, used, with_size = sizing
+        some = FEW_SIZES if isinstance(method, Greedy) and method.bags > 1 else SIZES
+        sizes = sorted({n for n in (*some, used, most) if n is not None and n <= most})
+        asked |= {f"{name} {n}": with_size(n) for n in sizes}
+        planned.append((name, of_n, used, sizes))
+    if not asked:
+        return []
+    omni = comparison.methods["omni"]
+    assert isinstance(omni, Omni)
+    of = estimate(comparison.dev, asked, omni=omni).of
+    return [
+        Curve(method=name, of_n=of_n, used=used, sizes=sizes, estimates=[of[f"{name} {n}"] for n in sizes])
+        for name, of_n, used, sizes in planned
+    ]
+
+
+def _sizing(method: Method, members: int) -> tuple[str, int, int | None, Callable[[int], Method]] | None:
+    """What n is for the method, the largest that is looked at, its own, and the method with another n.
+
+    For a pool of so many ``members``. None for the single best, which has no size.
+    """
+    if isinstance(method, Dicor):
+        own = None if method.size == "auto" else min(method.size, method.top_k, members)
+        most = min(method.top_k, members, max(own or 0, MOST_AUTO))
+        return "n members", most, own, lambda n: replace(method, size=n, top_k=max(method.top_k, n))
+    if isinstance(method, Weighted):
+        own = min(method.top_k, members)
+        return "of the n best", own, own, lambda n: replace(method, top_k=n)
+    if isinstance(method, Greedy):
+        return "n steps", method.steps, method.steps, lambda n: replace(method, steps=n)
+    if isinstance(method, Exhaustive):
+        own = min(method.top_k, method.size or method.top_k, members)
+        return "n members at most", own, own, lambda n: replace(method, size=n)
+    if isinstance(method, Omni):
+        most, own = min(DEFAULT_TOP_K, members), members if members <= DEFAULT_TOP_K else None
+        return "the n best", most, own, lambda n: Dicor(size=n, top_k=n, trade_off=0.0, strategy=method.strategy)
+    return None
+
+
+def members_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
+    """Header and rows (S,) of what is told of each member that is shown: settings, score, and who is like it."""
+    chosen, means = set(facts.estimate.names), facts.mean_similarity
+    header = ["member", "rank r", "scaling c", "targets", "lr", "seed", facts.score_name, f"in {facts.method}"]
+    header += [f"mean {facts.similarity} similarity", "most like", "its similarity"]
+    others = facts.similarities - 2 * np.eye(len(facts.shown))  # a member is not like itself
+    rows = []
+    for i, r in enumerate(facts.shown):
+        row = [*settings(r), number(facts.scores[i]), "yes" if r.name in chosen else "no"]
+        most = int(np.argmax(others[i]))
+        like = [number(means[i]), facts.shown[most].name, number(others[i, most])] if len(others) > 1 else ["-"] * 3
+        rows.append(row + like)
+    return header, rows
+
+
+def settings(r: MemberRecord) -> list[str]:
+    """A member's name, rank, scaling, targets, learning rate and seed as texts."""
+    values = (r.rank, r.scaling, r.targets, r.lr, r.seed)
+    return [r.name, *("-" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values)]

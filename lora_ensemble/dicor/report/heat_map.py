@@ -1,32 +1,33 @@
 """The clustered heat map of similarities with side bars for rank and scaling (Tolkunov, figure 1).
 
-Axes: S members that are shown.
+Axes: S members that are shown, G groups of members that stand together.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import altair as alt
 import numpy as np
 
-from lora_ensemble.dicor.report.drawing import Box, Cells, Drawing, Line, Text, shortened, text_width
-from lora_ensemble.dicor.report.facts import Facts
-from lora_ensemble.dicor.report.palette import LEVELS
+from lora_ensemble.dicor.report.facts import Facts, members_table
+from lora_ensemble.dicor.report.plot import ACCENT, INK, SERIES, SOFT, Plot, chart, tooltip
 from lora_ensemble.dicor.table import number
-from lora_ensemble.pool import MemberRecord
 
+LEVELS = 12
+"""Steps of the scale: h0, the least, to h11."""
 MOST_LABELS = 48  # more members than this cannot be labelled by name and still be read
 MOST_IN_TABLE = 40  # more columns than this are no table to read
-TREE, BAR, TOP = 74.0, 38.0, 74.0
+MOST_STILL = 30  # with more groups than this a PNG is smaller than an SVG
+MOST_GROUPS = 60
+"""With more members, those that the clustering joins first share a row: a page of forty thousand squares is slow."""
 
 
-def cluster_order(similarities: np.ndarray) -> tuple[list[int], Any]:
+def cluster_order(similarities: np.ndarray) -> tuple[list[int], np.ndarray]:
     """Order of the members that puts similar ones side by side, and the tree behind it, from similarities (S, S).
 
-    The tree (scipy's linkage: average of 1 - similarity) is None for a single member.
+    The tree is scipy's linkage: average of 1 - similarity.
     """
-    if len(similarities) < 2:
-        return [0], None
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
@@ -37,118 +38,127 @@ def cluster_order(similarities: np.ndarray) -> tuple[list[int], Any]:
     return leaves_list(tree).tolist(), tree
 
 
-def heat_map(facts: Facts) -> Drawing:
+def gathered(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Mean similarities (G, G) of groups, from those of members (S, S); ``groups`` (G,): the first member of each.
+
+    Within a group it is that of two different members, and 1 for a group of one.
+    """
+    counts = np.diff(groups, append=len(values)).astype(float)
+    sums = np.add.reduceat(np.add.reduceat(values, groups, axis=0), groups, axis=1)
+    pairs = np.outer(counts, counts)
+    several = np.diag(counts > 1)
+    sums[several] -= counts[counts > 1]
+    pairs[several] -= counts[counts > 1]
+    return np.asarray(sums / pairs)
+
+
+def heat_map(facts: Facts) -> Plot:
     """The similarities of the members that are shown, in the order of the clustering."""
+    from scipy.cluster.hierarchy import cut_tree
+
     order, tree = cluster_order(facts.similarities)
-    members = [facts.shown[i] for i in order]
+    s = len(order)
+    side = s * max(round(float(np.clip(28 * s, 220, 500)) / s), 2)  # whole pixels a row: a picture compresses well
     values = facts.similarities[np.ix_(order, order)]
-    s, side = len(members), _side(len(members))
-    row = side / s
-    labelled = s <= MOST_LABELS
-    names = [shortened(r.name, 34) for r in members] if labelled else []
-    size = min(11.0, 0.86 * row) if labelled else 0.0
-    left = TREE + 3 * BAR + 14
-    room = 10 + max(text_width(n, size) for n in names) if names else 8.0
-    low, high = _range(values)
-    d = Drawing(
-        "similarity",
-        f"Similarity of {s} members on dev ({facts.similarity})",
-        f"A square for each pair of {s} members, the darker (in a dark dress the lighter) the more alike, from "
-        f"{number(low)} to {number(high)}. Members are ordered by clustering; bars beside them show rank, scaling and "
-        f"who is in {facts.method}.",
-        left + side + room,
-        TOP + side + 26,
-    )
-    _branches(d, tree, s)
-    _bars(d, facts, members, row)
-    d.add(Cells(left, TOP, side, side, _levels(values, low, high)))
-    _scale(d, facts, left + side, low, high)
-    for i, name in enumerate(names):
-        d.add(Text((left + side + 6, TOP + (i + 0.5) * row + size * 0.36), name, "ink", size=size))
-    near = values - 2 * np.eye(s)
-    most = np.argmax(near, axis=1)
-    mean = facts.mean_similarity[order]
-    for i, r in enumerate(members):  # a row's numbers where the pointer is
-        told = f"{r.name}: rank {_known(r.rank)}, scaling {_known(r.scaling)}, mean similarity {number(mean[i])}, "
-        told += f"most like {members[most[i]].name} ({number(near[i, most[i]])})"
-        d.add(Box(TREE, TOP + i * row, left + side - TREE, row, "", told))
-    if not labelled:
-        d.add(Text((left + side / 2, TOP + side + 19), f"{s} members, in the order of the clustering", anchor="middle"))
-    d.header = ["member", "rank r", "scaling c", f"in {facts.method}", "mean similarity", "most like", "its similarity"]
-    whole = s <= MOST_IN_TABLE
-    d.header += [str(i + 1) for i in range(s)] if whole else []
-    for i, r in enumerate(members):
-        inside = "yes" if r.name in facts.chosen else "no"
-        own = [f"{i + 1}. {r.name}" if whole else r.name, _known(r.rank), _known(r.scaling), inside, number(mean[i])]
-        own += [members[most[i]].name, number(near[i, most[i]])]
-        d.rows.append(own + ([f"{v:.3f}" for v in values[i]] if whole else []))
-    return d
-
-
-def _side(s: int) -> float:
-    """Of the square of S members: a few need less room."""
-    return float(np.clip(28 * s, 220, 500))
-
-
-def _known(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}"
-
-
-def _range(values: np.ndarray) -> tuple[float, float]:
-    """The least and the largest similarity (S, S) of two members; of a member to itself it is 1, and says nothing."""
-    others = values[~np.eye(len(values), dtype=bool)]
+    starts = np.flatnonzero(np.diff(cut_tree(tree, min(s, MOST_GROUPS))[order, 0], prepend=-1))
+    others = values[~np.eye(s, dtype=bool)]
     low, high = float(others.min()), float(others.max())
-    return (low, high) if high - low > 1e-6 else (min(low, 0.0), max(high, 1.0))
+    low, high = (low, high) if high - low > 1e-6 else (min(low, 0.0), max(high, 1.0))
+    header, table = members_table(facts)
+    members = [
+        dict(zip(header, table[i], strict=True))
+        | {"y": y, "y2": y + 1, "rank": facts.shown[i].rank, "scaling": facts.shown[i].scaling, "holds": i}
+        for y, i in enumerate(order)
+    ]
+    data = chart(members)
+    rows = data.encode(y=_place(alt.Y, "y", s), y2="y2:Q")
+    told = rows.mark_rect(opacity=0).encode(tooltip=tooltip(header))
+    inside = rows.transform_filter(f"datum['in {facts.method}'] == 'yes'").mark_rect(color=ACCENT)
+    inside = inside.encode(x=alt.value(14), x2=alt.value(26))
+    band: dict[str, Any] = {"filled": False, "stroke": INK, "strokeWidth": 2}
+    ticked = "indexof(ticked, datum.holds) >= 0"
+    down = data.encode(x=_place(alt.X, "y", s), x2="y2:Q").transform_filter(ticked).mark_rect(**band)
+    across = rows.transform_filter(ticked).mark_rect(**band)
+    columns = [
+        _branches(tree),
+        _bars(rows, "rank", "rank r", SERIES[0]) + told,
+        _bars(rows, "scaling", "scaling c", SERIES[1]) + told,
+        (inside + told).properties(width=40, title=alt.Title("chosen", color=ACCENT, fontSize=11, offset=6)),
+        alt.layer(_cells(facts, gathered(values, starts), [low, high]), across, down, width=side),
+    ]
+    if s <= MOST_LABELS:
+        size = min(11.0, 0.86 * side / s)
+        text = data.transform_calculate(y="datum.y + 0.5").mark_text(align="left", limit=220, fontSize=size)
+        columns.append(text.encode(y=_place(alt.Y, "y", s), text="member:N").properties(width=1))
+    plot = alt.hconcat(*(column.properties(height=side) for column in columns), spacing=5)
+    whole = s <= MOST_IN_TABLE
+    return Plot(
+        name="similarity",
+        title=f"Similarity of {s} members on dev ({facts.similarity})",
+        description=f"A square for each pair of {s} members, the darker (in a dark dress the lighter) the more alike, "
+        f"from {number(low)} to {number(high)}. Members are ordered by clustering; bars beside them show rank, scaling "
+        f"and who is in {facts.method}.",
+        chart=plot.add_params(*_groups(members, starts)),
+        header=["member", *map(str, range(1, s + 1))] if whole else [],
+        rows=[[f"{i + 1}. {m['member']}", *(f"{v:.3f}" for v in values[i])] for i, m in enumerate(members) if whole],
+        picture=len(starts) > MOST_STILL,
+    )
 
 
-def _levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Similarities (S, S) from ``low`` to ``high`` as steps of the scale; what is above has the last."""
-    return np.clip(((values - low) / (high - low) * LEVELS).astype(int), 0, LEVELS - 1)
+def _groups(members: list[dict[str, Any]], starts: np.ndarray) -> tuple[alt.Parameter, alt.Parameter]:
+    """Names (G,) and places (G + 1,) of the groups that begin at ``starts`` (G,), for the marks to look up."""
+    names, ends = [], [*starts.tolist(), len(members)]
+    for start, count in zip(starts, np.diff(ends), strict=True):
+        first = members[start]
+        name = f"{first['member']} (rank {first['rank r']}, scaling {first['scaling c']})"
+        names.append(name if count == 1 else f"{name} and {count - 1} like it")
+    return alt.param(name="names", value=names), alt.param(name="ends", value=ends)
 
 
-def _branches(d: Drawing, tree: Any, s: int) -> None:
+def _place(axis: Any, field: str, s: int) -> Any:
+    """The places of S members along an axis, the first on the left or above."""
+    domain = [0, s] if axis is alt.X else [s, 0]
+    return axis(f"{field}:Q", scale=alt.Scale(domain=domain, nice=False, zero=False), axis=None)
+
+
+def _branches(tree: np.ndarray) -> alt.Chart:
+    """The tree of the clustering, from a little below the first merger: what is far from all leaves no empty width."""
     from scipy.cluster.hierarchy import dendrogram
 
     drawn, heights = dendrogram(tree, no_plot=True), tree[:, 2]
-    # From a little below the first merger: members that are far from each other would leave most of the width empty.
     near = max(float(heights.min()) - 0.1 * float(np.ptp(heights)), 0.0)
-    far = max(float(heights.max()) - near, 1e-9)
-    for across, down in zip(drawn["dcoord"], drawn["icoord"], strict=True):
-        # scipy's leaves are at 5, 15, 25, ...
-        points = [
-            (TREE - 4 - max(x - near, 0) / far * (TREE - 8), TOP + y / 10 * _side(s) / s)
-            for x, y in zip(across, down, strict=True)
-        ]
-        d.add(Line(points, "soft", 0.8))
-
-
-def _bars(d: Drawing, facts: Facts, members: list[MemberRecord], row: float) -> None:
-    """Rank and scaling as the length of a bar, and a square for who is in the ensemble."""
-    gap = min(1.0, row * 0.15)
-    columns: list[tuple[str, str, list[float | None]]] = [
-        ("rank r", "s0", [r.rank for r in members]),
-        ("scaling c", "s1", [r.scaling for r in members]),
+    points = [
+        {"branch": branch, "order": i, "x": max(x, near), "y": y / 10}  # scipy's leaves are at 5, 15, 25, ...
+        for branch, (xs, ys) in enumerate(zip(drawn["dcoord"], drawn["icoord"], strict=True))
+        for i, (x, y) in enumerate(zip(xs, ys, strict=True))
     ]
-    for j, (name, colour, values) in enumerate(columns):
-        x = TREE + 6 + j * (BAR + 2)
-        largest = max((abs(v) for v in values if v is not None), default=0) or 1
-        for i, v in enumerate(values):
-            long, look = (4.0, "unknown") if v is None else (max(abs(v) / largest * (BAR - 4), 1.0), colour)
-            d.add(Box(x, TOP + i * row + gap / 2, long, row - gap, look))
-        d.add(Text((x, TOP - 22), name, "ink", size=11))
-        d.add(Text((x, TOP - 9), f"0 to {largest:g}", size=10))
-    x = TREE + 6 + 2 * (BAR + 2)
-    for i, r in enumerate(members):
-        if r.name in facts.chosen:
-            d.add(Box(x + 10, TOP + i * row + gap / 2, 12, row - gap, "accent"))
-    d.add(Text((x + 2, TOP - 9), "chosen", "accent", size=11, bold=True))
+    far = max(float(heights.max()), near + 1e-9)
+    x = alt.X("x:Q", scale=alt.Scale(domain=[far, near], nice=False, zero=False), axis=None)
+    line = chart(points).mark_line(stroke=SOFT, strokeWidth=0.8)
+    y = _place(alt.Y, "y", len(tree) + 1)
+    return line.encode(x=x, y=y, detail="branch:N", order="order:Q").properties(width=66)
 
 
-def _scale(d: Drawing, facts: Facts, right: float, low: float, high: float) -> None:
-    """The colours and what they stand for, above the squares."""
-    wide, x = 16.0, right - 16.0 * LEVELS
-    d.add(Text((x, 20), f"{facts.similarity} similarity", "ink"))
-    for i in range(LEVELS):
-        d.add(Box(x + i * wide, 28, wide, 12, f"h{i}"))
-    d.add(Text((x, 54), f"{low:.2f}", size=11))
-    d.add(Text((x + wide * LEVELS, 54), f"{high:.2f}", anchor="end", size=11))
+def _bars(rows: alt.Chart, field: str, title: str, colour: str) -> alt.LayerChart:
+    """A setting of each member as the length of a bar from 0; a short grey one where it is not known."""
+    largest = max((row[field] for row in rows.data.values if row[field] is not None), default=0) or 1
+    axis = alt.Axis(title=title, orient="top", values=[0, largest])
+    x = alt.X(f"{field}:Q", scale=alt.Scale(domain=[0, largest], nice=False), axis=axis)
+    known = rows.transform_filter(f"isValid(datum.{field})").mark_rect(color=colour).encode(x=x, x2=alt.datum(0))
+    unknown = rows.transform_filter(f"!isValid(datum.{field})").mark_rect(color="var(--unknown)")
+    return (known + unknown.encode(x=alt.value(0), x2=alt.value(4))).properties(width=36)
+
+
+def _cells(facts: Facts, values: np.ndarray, domain: list[float]) -> alt.Chart:
+    """A rectangle for each pair of groups, of similarities (G, G)."""
+    pairs = [{"a": a, "b": b, "v": round(float(v), 4)} for (a, b), v in np.ndenumerate(values)]
+    scale = alt.Scale(type="quantize", domain=domain, range=[f"var(--h{i})" for i in range(LEVELS)])
+    legend = alt.Legend(title=f"{facts.similarity} similarity", format=".2f", direction="horizontal")
+    s = len(facts.shown)
+    placed = chart(pairs).transform_calculate(
+        x="ends[datum.b]", x2="ends[datum.b + 1]", y="ends[datum.a]", y2="ends[datum.a + 1]",
+        member="names[datum.a]", other="names[datum.b]", similarity="format(datum.v, '.4f')",
+    ).mark_rect()  # fmt: skip
+    at: dict[str, Any] = {"x": _place(alt.X, "x", s), "x2": "x2:Q", "y": _place(alt.Y, "y", s), "y2": "y2:Q"}
+    told = [alt.Tooltip("member:N"), alt.Tooltip("other:N", title="and"), alt.Tooltip("similarity:N")]
+    return placed.encode(**at, tooltip=told, fill=alt.Fill("v:Q", scale=scale, legend=legend))

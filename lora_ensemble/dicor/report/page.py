@@ -1,127 +1,221 @@
-"""The report as one HTML page that opens from disk: nothing is fetched, and nothing runs."""
+"""The report as one HTML page that opens from disk: nothing is fetched."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import shlex
 from collections import Counter
-from html import escape
+from collections.abc import Mapping
 from importlib.resources import files
+from typing import Literal
+
+import jinja2
+import vl_convert
 
 from lora_ensemble import __version__
 from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
-from lora_ensemble.dicor.options import Options
-from lora_ensemble.dicor.report import sections, words
-from lora_ensemble.dicor.report.charts import drawings, missing
-from lora_ensemble.dicor.report.facts import Facts
-from lora_ensemble.dicor.report.html import definitions, paragraph, section
-from lora_ensemble.dicor.report.palette import css
-from lora_ensemble.dicor.table import number
+from lora_ensemble.dicor.options import LISTENS, Options
+from lora_ensemble.dicor.report.charts import missing
+from lora_ensemble.dicor.report.facts import MOST_SHOWN, Facts, display_name, members_table, settings
+from lora_ensemble.dicor.report.heat_map import MOST_GROUPS
+from lora_ensemble.dicor.report.plot import VEGA_LITE, Plot
+from lora_ensemble.dicor.table import about, decides, gain, number, offsets, verdict
+
+Table = tuple[list[str], list[list[str | tuple[str, str]]], str]
+"""Header, rows of texts, of which one may have a smaller one below it, and caption."""
 
 
-def page(facts: Facts, options: Options) -> str:
-    """The whole text of the file; ``options`` are those that the comparison was made with."""
-    plots, absent = drawings(facts), missing(facts)
-    parts = [
-        ("methods", "All methods", sections.methods(facts, plots)),
-        ("ensemble", "The ensemble", sections.ensemble(facts)),
-        ("members", "The members", sections.members(facts, plots, absent)),
-        ("by-size", "How many members", sections.shown("size", plots, absent, words.BY_SIZE)),
-        ("calibrated", "Calibration", sections.calibration(facts, plots, absent)),
-        ("theory", "Theory and observation", sections.theory(facts)),
-        ("use", "How to use it", sections.use(facts, options)),
+def page(facts: Facts, plots: Mapping[str, Plot], options: Options) -> str:
+    """The whole text of the file, with these plots; ``options`` are those that the comparison was made with."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"png": _png, "sha256": _sha256}
+    comparison, estimates = facts.comparison, facts.comparison.estimates
+    place = {r.name: i for i, r in enumerate(facts.shown)}
+    return environment.from_string(_text("page.html.j2")).render(
+        facts=facts,
+        task=comparison.task_pool,
+        estimates=estimates,
+        choice=facts.estimate.choice,
+        own=display_name(facts.method),
+        places=[place.get(name) for name in facts.estimate.names[:MOST_SHOWN]],
+        votes=[display_name(m) for m in facts.calibrations if estimates.of[m].choice.strategy == "majority"],
+        plots=plots,
+        absent=missing(facts),
+        specifications={name: plot.specification for name, plot in plots.items()},
+        tables={
+            "methods": _methods(facts),
+            "ensemble": _ensemble(facts),
+            "members": (*members_table(facts), "All members"),
+            "calibration": _calibration(facts),
+            "theory": _theory(facts),
+        },
+        heading=_heading(facts),
+        answer=_answer(facts),
+        figures=_figures(facts),
+        setting=_setting(facts),
+        commands=_commands(facts, options),
+        about=about,
+        offsets=offsets,
+        verdict=verdict,
+        most_groups=MOST_GROUPS,
+        style=_text("page.css"),
+        script=_script(),
+        version=__version__,
+    )
+
+
+def _text(file: str) -> str:
+    return (files(__package__) / file).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _script() -> str:
+    """Vega and what of the page is ours, as one program."""
+    return vl_convert.javascript_bundle(_text("page.js"), vl_version=VEGA_LITE)
+
+
+def _sha256(text: str) -> str:
+    """As a content security policy wants it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _png(plot: Plot, dress: Literal["light", "dark"]) -> str:
+    return f"data:image/png;base64,{base64.b64encode(plot.png(dress)).decode()}"
+
+
+def _methods(facts: Facts) -> Table:
+    """The table of ``dicor compare``."""
+    header = ["method", "members", "in-sample", f"honest, {LEVEL:.0%} interval", "optimism", "to the single best"]
+    rows: list[list[str | tuple[str, str]]] = [
+        [
+            display_name(name),
+            str(len(e.names)),
+            number(e.in_sample),
+            (number(e.honest.value), _ends(e.honest)) if e.honest else "-",
+            number(e.optimism, sign=True),
+            *("-" if d is None else (gain(d), _ends(d, sign=True)) for d in (e.against_best, e.against_omni)),
+            *([number(facts.test[name])] if facts.test else []),
+        ]
+        for name, e in facts.comparison.estimates.of.items()
     ]
-    style = css() + (files(__package__) / "page.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    links = "".join(f'<li><a href="#{id_}">{escape(heading)}</a></li>' for id_, heading, _ in parts)
-    body = "".join(section(id_, heading, text) for id_, heading, text in parts)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # Nothing may be fetched or run; the one style is this one.
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(f'{facts.task}: {facts.method}, a dicor report')}</title>\n"
-        f"<style>{style}</style>\n</head>\n<body>\n"
-        '<a class="skip" href="#main">Skip to the report</a>\n<div class="page">\n'
-        f'{_head(facts)}<nav aria-label="On this page"><ul>{links}</ul></nav>\n'
-        f'<main id="main" tabindex="-1">\n{body}</main>\n'
-        f"<footer>{paragraph(f'Written by dicor {__version__}. This file needs no network: it fetches nothing.')}"
-        "</footer>\n</div>\n</body>\n</html>\n"
-    )
+    return [*header, "to Omni", *(["test"] if facts.test else [])], rows, f"{facts.score_name} on dev"
 
 
-def _head(facts: Facts) -> str:
-    """The answer first, then what it is the answer to."""
-    task_pool, found, one = facts.comparison.task_pool, facts.comparison.estimates, facts.one
-    m, size = len(found.of["omni"].names), len(one.names)
-    chosen = one.names[0] if size == 1 else f"all {m} members" if size == m else f"{size} of {m} members"
-    boxes = "".join(
-        f'<div><dt>{escape(a)}</dt><dd class="value">{escape(b)}</dd><dd class="note">{escape(c)}</dd></div>'
-        for a, b, c in _figures(facts)
-    )
-    kinds = {"multiclass": f"{len(task_pool.labels)} classes", "binary": "two classes", "regression": "values"}
-    labels = f": {', '.join(task_pool.labels)}" if task_pool.labels else ""
-    reasons = ", ".join(f"{k} {why}" for why, k in sorted(Counter(task_pool.left_out.values()).items()))
-    params = facts.comparison.methods[facts.method].get_params()
-    settings = "".join(
-        f", {k.replace('_', ' ')} {v}" for k, v in params.items() if v not in (None, False) and k != "strategy"
-    )
-    times = "once" if found.repeats == 1 else f"{found.repeats} times"
-    how = f"{found.folds} folds; every example was held out {times}, members and epochs chosen without it"
-    pairs = [
-        ("Task", f"{facts.task}: {task_pool.kind}, {kinds[task_pool.kind]}{labels}"),
-        ("Pool", str(task_pool.pool)),
-        ("Members", f"{m}; not finished: {reasons or 'none'}"),
-        ("Examples", f"{len(facts.comparison.dev.labels)} of dev"),
-        ("Estimate", how if found.repeats else "none: there are too few dev examples"),
-        ("Method", f"{facts.method}{settings}; decides by {words.decides(one.choice.strategy, task_pool.kind)}"),
+def _ensemble(facts: Facts) -> Table:
+    """The chosen members' settings, in the order of choice."""
+    place = {r.name: i for i, r in enumerate(facts.shown)}
+    choice, names, rows = facts.estimate.choice, facts.estimate.names, list[list[str | tuple[str, str]]]()
+    for i, name in enumerate(names[:MOST_SHOWN]):
+        above = [place[other] for other in names[:i] if other in place] if name in place else []
+        rows.append([
+            *settings(facts.comparison.task_pool.record(name)),
+            number(facts.comparison.estimates.scores[name]),
+            number(1 / len(names) if choice.weights is None else float(choice.weights[i])),
+            "-" if choice.temperatures is None else f"{choice.temperatures[i]:.3f}",
+            number(float(facts.similarities[place[name], above].mean())) if above else "-",
+        ])  # fmt: skip
+    header = ["member", "rank r", "scaling c", "targets", "lr", "seed", facts.score_name, "weight", "temperature"]
+    header.append(f"mean {facts.similarity} similarity to those above")
+    return header, rows, f"Members of {facts.method}, in the order of choice"
+
+
+def _calibration(facts: Facts) -> Table:
+    rows: list[list[str | tuple[str, str]]] = [
+        [display_name(m), f"{c.ece:.4f}", f"{c.brier:.4f}", f"{c.log_loss:.4f}"] for m, c in facts.calibrations.items()
     ]
-    notices = "".join(f"<li>{escape(text)}</li>" for text in facts.comparison.notices)
+    held = "held out" if facts.comparison.estimates.repeats else "in-sample"
+    return ["method", "ECE", "Brier score", "log-loss"], rows, f"Calibration on dev, {held}"
+
+
+def _theory(facts: Facts) -> Table:
+    """The report's two formulas beside what is observed."""
+    what, first = ("variance of the error", "σ²") if facts.regression else ("majority's error", "p")
+    header = ["ensemble", "members N", first, "ρ", f"{what}, by the report", "if independent", "observed"]
+    rows: list[list[str | tuple[str, str]]] = [
+        [display_name(m), str(t.size), *map(number, (t.level, t.rho, t.expected, t.independent, t.observed))]
+        for m, t in facts.theories.items()
+    ]
+    return header, rows, "Measured on all of dev, in-sample"
+
+
+def _heading(facts: Facts) -> str:
+    size, members = len(facts.estimate.names), len(facts.comparison.estimates.of["omni"].names)
+    chosen = f"all {members} members" if size == members else f"{size} of {members} members"
+    return f"{facts.task}: {facts.method}, {facts.estimate.names[0] if size == 1 else chosen}"
+
+
+def _answer(facts: Facts) -> str:
+    """How good the ensemble honestly is, and whether the gain is beyond noise."""
+    e = facts.estimate
+    if e.honest is None:
+        return (
+            f"In-sample its {facts.score_name} is {number(e.in_sample)}. There is no honest estimate, so how much of "
+            "that is chance cannot be said."
+        )
+    said = []
+    for other, d in (("the single best member", e.against_best), ("Omni, all members together", e.against_omni)):
+        if d is not None:
+            better = "better than" if d.low > 0 else "worse than" if d.high < 0 else "not to be told from"
+            said.append(f"{better} {other} ({_noise(d)})")
     return (
-        f"<header>\n{paragraph('dicor report', look='kicker')}"
-        f"<h1>{escape(f'{facts.task}: {facts.method}, {chosen}')}</h1>\n{paragraph(_answer(facts), look='lede')}"
-        f'<dl class="answers">{boxes}</dl>\n{definitions(pairs, look="facts")}'
-        + (f'<ul class="note" aria-label="Notices">{notices}</ul>\n' if notices else "")
-        + "</header>\n"
+        f"On examples that it was not chosen on, expect {facts.score_name} {e.honest.value:.3f}, between "
+        f"{e.honest.low:.3f} and {e.honest.high:.3f} with a chance of {LEVEL:.0%}. It is {' and '.join(said)}."
     )
 
 
 def _figures(facts: Facts) -> list[tuple[str, str, str]]:
     """What the answer rests on: name, number, and what is to be known of it."""
-    one = facts.one
-    found = [(f"honest {facts.score_name}", number(one.honest.value), _interval(one.honest))] if one.honest else []
-    found += [(f"in-sample {facts.score_name}", number(one.in_sample), "on the dev set chosen on, which flatters")]
-    for other, d in (("the single best", one.against_best), ("Omni", one.against_omni)):
+    e, figures = facts.estimate, list[tuple[str, str, str]]()
+    if e.honest:
+        figures.append((f"honest {facts.score_name}", number(e.honest.value), f"{LEVEL:.0%}: {_ends(e.honest)}"))
+    figures.append((f"in-sample {facts.score_name}", number(e.in_sample), "on the dev set chosen on, which flatters"))
+    for other, d in (("the single best", e.against_best), ("Omni", e.against_omni)):
         if d is not None:
-            found.append(
-                (f"difference to {other}", number(d.value, sign=True), f"{_interval(d, sign=True)}, {_noise(d)}")
-            )
-    return found
+            note = f"{LEVEL:.0%}: {_ends(d, sign=True)}, {_noise(d)}"
+            figures.append((f"difference to {other}", number(d.value, sign=True), note))
+    return figures
 
 
-def _answer(facts: Facts) -> str:
-    """How good the ensemble honestly is, and whether the gain is beyond noise."""
-    one = facts.one
-    if one.honest is None:
-        return (
-            f"In-sample its {facts.score_name} is {number(one.in_sample)}. There is no honest estimate, so how much of "
-            "that is chance cannot be said."
-        )
-    said = []
-    for other, d in (("the single best member", one.against_best), ("Omni, all members together", one.against_omni)):
-        if d is not None:
-            better = "better than" if d.low > 0 else "worse than" if d.high < 0 else "not to be told from"
-            said.append(f"{better} {other} ({_noise(d)})")
+def _setting(facts: Facts) -> list[tuple[str, str]]:
+    """What the answer is an answer to."""
+    task_pool, estimates = facts.comparison.task_pool, facts.comparison.estimates
+    kinds = {"multiclass": f"{len(task_pool.labels)} classes", "binary": "two classes", "regression": "values"}
+    labels = f": {', '.join(task_pool.labels)}" if task_pool.labels else ""
+    reasons = ", ".join(f"{k} {why}" for why, k in sorted(Counter(task_pool.left_out.values()).items()))
+    params = facts.comparison.methods[facts.method].get_params().items()
+    said = "".join(f", {k.replace('_', ' ')} {v}" for k, v in params if v not in (None, False) and k != "strategy")
+    times = "once" if estimates.repeats == 1 else f"{estimates.repeats} times"
+    how = f"{estimates.folds} folds; every example was held out {times}, members and epochs chosen without it"
+    return [
+        ("Task", f"{facts.task}: {task_pool.kind}, {kinds[task_pool.kind]}{labels}"),
+        ("Pool", str(task_pool.pool)),
+        ("Members", f"{len(estimates.of['omni'].names)}; not finished: {reasons or 'none'}"),
+        ("Examples", f"{len(facts.comparison.dev.labels)} of dev"),
+        ("Estimate", how if estimates.repeats else "none: there are too few dev examples"),
+        ("Method", f"{facts.method}{said}; decides by {decides(facts.estimate.choice.strategy, task_pool.kind)}"),
+    ]
+
+
+def _commands(facts: Facts, options: Options) -> str:
+    """The commands that make this choice, and apply it."""
+    pool, task = shlex.quote(str(facts.comparison.task_pool.pool)), shlex.quote(facts.task)
+    record = shlex.quote(f"{facts.task}.json")
+    heard = {name: getattr(options, name) for m, names in LISTENS.items() if m == facts.method for name in names}
+    said = "".join(
+        f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in heard.items()
+        if value not in (None, False)
+    )
     return (
-        f"On examples that it was not chosen on, expect {facts.score_name} {one.honest.value:.3f}, between "
-        f"{one.honest.low:.3f} and {one.honest.high:.3f} with a chance of {LEVEL:.0%}. It is {' and '.join(said)}."
+        f"dicor select --pool {pool} --task {task} --method {facts.method}{said} --output {record}\n"
+        f"dicor apply --ensemble {record} --split test --output predictions.csv"
     )
 
 
-def _interval(interval: Interval, *, sign: bool = False) -> str:
-    return f"{LEVEL:.0%}: {sections.between(interval, sign=sign)}"
+def _ends(interval: Interval, *, sign: bool = False) -> str:
+    return f"{number(interval.low, sign=sign)} to {number(interval.high, sign=sign)}"
 
 
 def _noise(difference: Interval) -> str:

@@ -1,6 +1,6 @@
-"""What Tolkunov's two formulas expect of an ensemble, beside what it does.
+"""What an ensemble says of itself beside what is observed: calibration, and Tolkunov's two formulas.
 
-Axes: M members, N examples, k members of an ensemble.
+Axes: M members, R repeats, N examples, k members of an ensemble.
 """
 
 from __future__ import annotations
@@ -12,8 +12,61 @@ import numpy as np
 
 from lora_ensemble.dicor.choose.combine import majority
 from lora_ensemble.dicor.choose.similarity import features
+from lora_ensemble.dicor.choose.view import log_losses
 from lora_ensemble.scores import decisions
 from lora_ensemble.tasks import Kind
+
+BINS = 10
+"""Bins of equal width from 0 to 1; a probability on the border of two is in the lower one."""
+BLOCK = 4_000_000
+"""Votes that are counted at a time: those of ten thousand members are many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How well the probabilities of a classifier are calibrated."""
+
+    said: np.ndarray
+    """(BINS,) mean probability in each bin; NaN where a bin is empty."""
+    came_true: np.ndarray
+    """(BINS,) share of the bin's examples for which it came true; NaN where it is empty."""
+    counts: np.ndarray
+    """(BINS,) predictions in each bin: an example held out R times counts R times."""
+    ece: float
+    """Expected calibration error: the mean of abs(said - came_true) over bins, each by its share of the predictions."""
+    brier: float
+    """Brier (1950). binary: the mean of (p - y)^2 for class 1, 0 to 1. multiclass: the mean over examples of the sum of
+    the squares over all classes, 0 to 2."""
+    log_loss: float
+    """Mean of -log p(label), in nats; a probability counts as 1e-15 at least."""
+
+
+def calibration(probabilities: np.ndarray, labels: np.ndarray, kind: Kind) -> Calibration:
+    """From probabilities (R, N, classes) and labels (N,) of a classifier.
+
+    What is looked at is, for binary, the probability of class 1 and whether it is class 1, and, for multiclass, the
+    probability of the class that was decided for and whether it is right (Guo et al. 2017, section 2: the confidence).
+    """
+    repeats, n, classes = probabilities.shape
+    p = probabilities.reshape(repeats * n, classes)
+    y = np.tile(labels.astype(np.int64), repeats)
+    said, true = (p[:, 1], y == 1) if kind == "binary" else (p.max(axis=1), p.argmax(axis=1) == y)
+    bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], said)
+    counts = np.bincount(bins, minlength=BINS)
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(bins, said, minlength=BINS) / counts
+        share = np.bincount(bins, true, minlength=BINS) / counts
+    filled = counts > 0
+    right = p[np.arange(len(y)), y]
+    squares = np.square(1 - right) if kind == "binary" else np.square(p - np.eye(classes)[y]).sum(axis=1)
+    return Calibration(
+        said=mean,
+        came_true=share,
+        counts=counts,
+        ece=float(np.abs(mean - share)[filled] @ counts[filled] / len(y)),
+        brier=float(squares.mean()),
+        log_loss=float(log_losses(right).mean()),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +92,55 @@ class Theory:
     with the paper's tie rule."""
 
 
-def mean_correlation(total: np.ndarray, count: int) -> float:
+def theory(
+    logits: Iterable[np.ndarray],
+    labels: np.ndarray,
+    kind: Kind,
+    *,
+    outputs: int,
+    ranks: list[int | None],
+    scores: np.ndarray,
+    names: list[str],
+) -> Theory:
+    """Of k members whose logits (N, C) come one by one, in the order of ``ranks``, ``scores`` and ``names`` (k,).
+
+    C is ``outputs``. Members are looked at one at a time; of classifiers the decisions (k, N) are kept, a byte each.
+    """
+    k, n = len(names), len(labels)
+    votes = np.empty((0 if kind == "regression" else k, n), np.min_scalar_type(outputs))
+    levels, errors, units, correlated = [], np.zeros(n), np.zeros(n), 0
+    for i, member_logits in enumerate(logits):
+        decided = decisions(member_logits, kind)
+        if kind == "regression":
+            levels.append(float(np.var(decided - labels)))
+            errors += (decided - labels) / k
+        else:
+            levels.append(float(np.mean(decided != labels)))
+            votes[i] = decided
+        unit = features(member_logits[None], kind=kind, similarity="error", labels=labels)[0]
+        if not np.isnan(unit).any():  # a member that is never, or always, wrong has no correlation
+            units, correlated = units + unit, correlated + 1
+    level, rho = float(np.mean(levels)), _mean_correlation(units, correlated)
+    if kind == "regression":
+        expected, independent, observed = ensemble_variance(level, rho, k), level / k, float(np.var(errors))
+    else:
+        expected, independent = majority_error(level, rho, k), independent_majority_error(level, k)
+        block = max(BLOCK // k, 1)
+        voted = [
+            majority(
+                votes[:, start : start + block].astype(np.int64),
+                num_classes=max(outputs, 2),
+                ranks=ranks,
+                scores=scores,
+                names=names,
+            )
+            for start in range(0, n, block)
+        ]
+        observed = float(np.mean(np.concatenate(voted) != labels))
+    return Theory(size=k, level=level, rho=rho, expected=expected, independent=independent, observed=observed)
+
+
+def _mean_correlation(total: np.ndarray, count: int) -> float:
     """Mean of the products of all pairs of ``count`` unit vectors of sum ``total`` (N,); NaN for fewer than two.
 
     It is (|sum|^2 - M) / (M (M - 1)): there is no need of M x M numbers.
@@ -74,52 +175,3 @@ def independent_majority_error(p: float, size: int) -> float:
     from scipy.special import bdtrc
 
     return float(bdtrc(size // 2, size, p))
-
-
-def theory(
-    logits: Iterable[np.ndarray],
-    labels: np.ndarray,
-    kind: Kind,
-    *,
-    outputs: int,
-    ranks: list[int | None],
-    scores: np.ndarray,
-    names: list[str],
-) -> Theory:
-    """Of k members whose logits (N, C) come one by one, in the order of ``ranks``, ``scores`` and ``names`` (k,).
-
-    C is ``outputs``. Members are looked at one at a time; of classifiers the decisions (k, N) are kept, a byte each.
-    """
-    k, n = len(names), len(labels)
-    votes = np.empty((0 if kind == "regression" else k, n), np.min_scalar_type(outputs))
-    levels, errors, units, correlated = [], np.zeros(n), np.zeros(n), 0
-    for i, one in enumerate(logits):
-        decided = decisions(one, kind)
-        if kind == "regression":
-            levels.append(float(np.var(decided - labels)))
-            errors += (decided - labels) / k
-        else:
-            levels.append(float(np.mean(decided != labels)))
-            votes[i] = decided
-        unit = features(one[None], kind=kind, similarity="error", labels=labels)[0]
-        if not np.isnan(unit).any():  # a member that is never, or always, wrong has no correlation
-            units, correlated = units + unit, correlated + 1
-    level, rho = float(np.mean(levels)), mean_correlation(units, correlated)
-    if kind == "regression":
-        expected, independent = ensemble_variance(level, rho, k), level / k
-        observed = float(np.var(errors))
-    else:
-        expected, independent = majority_error(level, rho, k), independent_majority_error(level, k)
-        block = max(4_000_000 // k, 1)  # examples at a time: the votes of ten thousand members are many
-        voted = [
-            majority(
-                votes[:, start : start + block].astype(np.int64),
-                num_classes=max(outputs, 2),
-                ranks=ranks,
-                scores=scores,
-                names=names,
-            )
-            for start in range(0, n, block)
-        ]
-        observed = float(np.mean(np.concatenate(voted) != labels))
-    return Theory(size=k, level=level, rho=rho, expected=expected, independent=independent, observed=observed)

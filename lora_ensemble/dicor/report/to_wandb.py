@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lora_ensemble.dicor.report.charts import drawings
 from lora_ensemble.dicor.report.facts import Facts
-from lora_ensemble.dicor.report.svg import svg
+from lora_ensemble.dicor.report.plot import Plot
 from lora_ensemble.errors import UserError
 from lora_ensemble.online import START_WITHIN_S, project, reachable
 
@@ -27,7 +27,7 @@ def group(facts: Facts) -> str:
     return runs[0].rpartition("-")[0] or runs[0] if runs else facts.task
 
 
-def log(facts: Facts, page: str, folder: Path) -> str:
+def log(facts: Facts, plots: Iterable[Plot], page: str, folder: Path) -> str:
     """Log the table of methods, each plot, and the page; returns what to tell the user.
 
     Online where there is a key and the server answers, otherwise into ``folder``, as curves are. ``UserError`` where
@@ -75,8 +75,8 @@ def log(facts: Facts, page: str, folder: Path) -> str:
         for method, one in facts.comparison.estimates.of.items()
     ]
     logged: dict[str, Any] = {"methods": wandb.Table(columns=header, data=rows)}
-    for plot in drawings(facts).values():
-        logged[f"plots/{plot.name}"] = wandb.Html(svg(plot, title=f"{facts.task}: {plot.title}"), inject=False)
+    for plot in plots:
+        logged[f"plots/{plot.name}"] = wandb.Html(plot.file(f"{facts.task}: {plot.title}"), inject=False)
     run.log(logged | {"report": wandb.Html(page, inject=False)})
     run.finish()
     if run.settings.mode == "online":

@@ -20,8 +20,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.report.palette import css
-from lora_ensemble.dicor.report.words import decides
+from lora_ensemble.dicor.table import decides
 from lora_ensemble.ensemble.restored import Ensemble
 from lora_ensemble.ensemble.serve import messages
 from lora_ensemble.ensemble.serve.answers import answers
@@ -179,7 +178,7 @@ async def _failed(_: Request, e: Exception) -> Response:
 def _page() -> dict[str, tuple[str, str]]:
     """Paths of the page's files to content and media type. It wears the dress of ``dicor report``."""
     own, report = files(__package__), files("lora_ensemble.dicor.report")
-    style = css() + "".join(folder.joinpath("page.css").read_text(encoding="utf-8") for folder in (report, own))
+    style = "".join(folder.joinpath("page.css").read_text(encoding="utf-8") for folder in (report, own))
     return {
         "/": (own.joinpath("page.html").read_text(encoding="utf-8"), "text/html"),
         "/page.css": (style, "text/css"),
