@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY
+from pool_factory import add_member, random_labels, random_logits
+from scipy.stats import spearmanr
 from test_cli import Program
 
 from lora_ensemble.bank.lora import Member, expand_members
@@ -18,7 +23,7 @@ from lora_ensemble.main import main
 from lora_ensemble.pool import MemberRecord, TaskPool
 from lora_ensemble.scores import overall_score
 from lora_ensemble.studies.reproduce import command, papers, results, work
-from lora_ensemble.studies.reproduce.figures import low_and_high
+from lora_ensemble.studies.reproduce.figures import low_and_high, save_embeddings
 from lora_ensemble.studies.reproduce.results import markdown_table
 from lora_ensemble.studies.reproduce.work import Speed, Work, config_files, config_folder, work_of
 from lora_ensemble.tasks import PRESETS
@@ -208,6 +213,59 @@ def test_oyeniyis_claims_by_hand() -> None:
     assert best == "* *Model 9 is best*: here it is 4-kqv-r48 (0.700); model 9 has 0.600."
 
 
+@pytest.fixture
+def tolkunovs_pools(tmp_path: Path) -> Path:
+    """His nine pools, made of numbers; m00 of each grid has no rank, and SST's frozen baseline has diverged."""
+    for task in papers.TASKS:
+        for folder, count in (("frozen", task != "sst"), ("finetuned", 1), ("grid", 10)):
+            kind = PRESETS[task].kind
+            dev, test = random_labels(kind, 60), random_labels(kind, 20, seed=1)
+            logits = {"dev": random_logits(kind, dev, 10, seed=2), "test": random_logits(kind, test, 10, seed=3)}
+            ids = {"dev": [f"d{i}" for i in range(60)], "test": [f"t{i}" for i in range(20)]}
+            for m in range(int(count)):
+                add_member(
+                    *(tmp_path / folder, task, kind, f"m{m:02d}", {split: a[m] for split, a in logits.items()}, ids),
+                    {"dev": dev, "test": None},
+                    **{"rank": 1 + m, "scaling": float(1 + m % 3)},
+                    **{"settings": {"precision": "32-true"}, "score": float(m), "targets": "qv"},
+                )
+    return tmp_path
+
+
+def test_tolkunovs_tables(tolkunovs_pools: Path) -> None:
+    asked: list[Any] = []
+    files = results.write_results(
+        "tolkunov", "small", tolkunovs_pools, base_model="tiny", predict=lambda *of: asked.append(of)
+    )
+    text = (tolkunovs_pools / "report.md").read_text()
+    assert asked == []  # all members had said something of the test split
+    assert [f.name for f in files] == ["report.md", *(f"{t}-dicor-test.csv" for t in papers.TASKS)]
+    rows = {cells[1]: cells[2:-1] for line in text.splitlines() if len(cells := re.split(r" *\| *", line)) > 3}
+    assert rows["report, DiCor-LoRA"] == ["0.550", "0.904", "0.882", "0.798"]
+    assert rows["ours, DiCor-LoRA"] == ["not known"] * 4
+    assert rows["sst: dev examples"] == ["1101", "60"]
+    systems = next(line for line in text.splitlines() if line.startswith("| Frozen BERT") and "0.395" in line)
+    assert [c.strip() for c in systems.split("|")[2:10]] == [
+        "0.395",
+        "-",
+        "0.697",
+        "0.000",
+        "0.526",
+        "0.000",
+        "0.618",
+        "-",
+    ]
+    for task in papers.TASKS:
+        ensemble = json.loads((tolkunovs_pools / f"{task}-dicor.json").read_text())
+        assert (ensemble["size"], ensemble["settings"]["top_k"]) == (4, papers.SMALL_TOP_K[task])
+    # What STS members say is compared by Pearson's r, each with the nine others.
+    members = TaskPool(tolkunovs_pools / "grid", "sts")
+    said = np.stack([members.logits(r.name)[:, 0] for r in members.members])
+    alike = (np.corrcoef(said).sum(1) - 1) / 9
+    expected = spearmanr(alike, range(10))
+    assert rows["sts, 10 members"][2] == f"{expected.statistic:+.2f} (p {expected.pvalue:.2g})"
+
+
 def test_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "tolkunov", "--data.root", str(tmp_path)]) == 2
     err = capsys.readouterr().err
@@ -251,8 +309,11 @@ def test_small_reproduction_of_oyeniyi(
     assert len((output / "sst-9-all-1-r4-test.csv").read_text().splitlines()) == 21  # a header and 20 examples
     tested = [r.name for r in TaskPool(output / "pool", "sst").members if "test" in r.examples]
     assert tested == ["9-all-1-r4"]  # no model that the table of test scores has not
+    monkeypatch.setattr(command, "_program", lambda module, *given: main(list(given)))  # each start takes seconds
     assert main(arguments) == 0
     out = capfd.readouterr().out
     assert "11 of 11 members are finished" in out
     assert "bank 1" not in out
     assert (output / "report.md").read_text() == text
+    picture = save_embeddings(output / "pool", "sts", program.root, str(program.base), output / "figure-4.png")
+    assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -13,6 +13,7 @@ from pool_factory import add_member
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import PRESETS
 from lora_ensemble.train.runs.halving import EarlyExit, Gate, survivors
+from lora_ensemble.train.runs.plan import Plan, PlannedBank
 from lora_ensemble.train.runs.sweep import Sweep
 
 NAN = float("nan")
@@ -136,9 +137,11 @@ def test_members_are_compared_at_the_same_rung(tmp_path: Path) -> None:
         ids, truth = {"dev": ["a", "b"]}, {"dev": np.array([0.5, 1.5])}
         logits = {"dev": np.ones((2, 1))}
         add_member(tmp_path, "sts", "regression", name, logits, ids, truth, epoch_scores=each, finished=False)
-    # By the module's tasks and the pool alone; the bank's own member is not among the others.
+    bank, other = PlannedBank(members=["here"]), PlannedBank(members=["on", "early", "nan", "not-there-yet"])
     sweep: Any = Sweep.__new__(Sweep)
     sweep._pool, sweep.module = tmp_path, SimpleNamespace(tasks=[PRESETS["sts"]])
-    others = ["on", "early", "nan", "not-there-yet"]
-    assert sweep._scores_at(others, 2) == [0.6]
-    assert sweep._scores_at(others, 1) == [0.3, 0.4, 0.1]
+    sweep.plan, sweep._all_banks = Plan(banks=[bank, other]), None
+    assert sweep._scores_at(sweep._others(bank), 2) == [0.6]
+    assert sweep._scores_at(sweep._others(bank), 1) == [0.3, 0.4, 0.1]
+    sweep.plan, sweep._all_banks = Plan(banks=[bank]), sweep.plan  # a bank that is a job has a plan of its own
+    assert sweep._scores_at(sweep._others(bank), 1) == [0.3, 0.4, 0.1]

@@ -100,7 +100,7 @@ def _check(given: argparse.Namespace) -> None:
                     f"of what lora-ensemble data download --root {given.root} fetches"
                 )
     if given.paper == "tolkunov" and not given.plan:
-        needed = {"altair": "altair", "vl_convert": "vl-convert-python", "sklearn": "scikit-learn"}
+        needed = {"altair": "altair", "vl_convert": "vl-convert-python", "jinja2": "jinja2", "sklearn": "scikit-learn"}
         missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
         if missing:
             raise UserError(f"the figures need {' and '.join(missing)}; run: pip install 'lora-ensemble[reproduce]'")

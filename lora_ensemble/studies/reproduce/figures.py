@@ -63,7 +63,7 @@ def save_embeddings(pool: Path, task: str, root: Path, base_model: str, path: Pa
         .encode(
             x=alt.X("x:Q", axis=None),
             y=alt.Y("y:Q", axis=None),
-            color=alt.Color("label:Q" if regression else "label:N").scale(scheme="viridis"),
+            color=alt.Color("label:Q" if regression else "label:O").scale(scheme="viridis"),
             column=alt.Column("member:N", sort=None, title=None),
         )
         .resolve_scale(x="independent", y="independent")

@@ -157,8 +157,8 @@ class BankRun:
 
     def _with_smaller_banks(self, plan: Plan) -> Plan:
         """A plan that was begun, with banks cut to a smaller size, and their checkpoints too."""
-        for bank in plan.banks if isinstance(self.size, int) else []:
-            if len(bank.members) > self.size and not self._is_finished(bank):
+        for bank in plan.banks:
+            if isinstance(self.size, int) and len(bank.members) > self.size and not self._is_finished(bank):
                 smaller = banks_of(self.module, bank.members, self.size)
                 if self._last(bank).is_file():
                     self._split_checkpoint(self._last(bank), self.module, smaller)

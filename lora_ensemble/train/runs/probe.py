@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -174,7 +175,7 @@ class Trial:
             there = some.bank.weights.nbytes if device.type == "cpu" else 0
             try:
                 return {
-                    phase: there + peak_bytes(lambda phase=phase: self._run(some, phase, device), device)
+                    phase: there + peak_bytes(partial(self._run, some, phase, device), device)
                     for phase in self._batches
                 }
             finally:

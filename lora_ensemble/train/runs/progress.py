@@ -58,7 +58,8 @@ class SweepProgress(pl.Callback):
             return
         plan, own = self._plan, self._bank
         most, done, gone = max(trainer.max_epochs or 0, 0), _epochs(trainer), time.monotonic() - self._since
-        states, best = [], _NONE
+        states: list[list[Any]] = []
+        best = _NONE
         for bank in plan.banks:
             scored, epoch = _NONE, "waits"
             if bank is own:

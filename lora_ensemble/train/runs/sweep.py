@@ -188,7 +188,7 @@ class Sweep(BankRun):
         writer.goes_on = ""
         self._gate = None
         if self._early_exit is not None:
-            others = [name for name in (self._all_banks or self.plan).members if name not in bank.members]
+            others = self._others(bank)
             self._gate = Gate(
                 self._early_exit, writer, rung=bank.rung, others=lambda rung: self._scores_at(others, rung)
             )
@@ -196,6 +196,10 @@ class Sweep(BankRun):
         # After the pool's writer, whose scores it shows.
         progress = SweepProgress(self.plan, bank, writer, self.module.tasks)
         trainer.callbacks.insert(trainer.callbacks.index(writer) + 1, progress)
+
+    def _others(self, bank: PlannedBank) -> list[str]:
+        """All members of the run that are not in this bank."""
+        return [name for name in (self._all_banks or self.plan).members if name not in bank.members]
 
     def _scores_at(self, names: Sequence[str], rung: int) -> list[float]:
         """Scores that these members had after so many dev evaluations; not of those that have none."""
