@@ -31,10 +31,13 @@ class Part:
 
 _OWN = "benchmarks/gpu/"
 _SIDES = [_OWN + "setting.py", *(f"benchmarks/{name}.py" for name in ("machine", "sides", "workload"))]
-_BANK = [f"lora_ensemble/bank/{n}.py" for n in ("attention", "dropout", "encode", "families", "lora", "model", "optim")]
+_BANK = [
+    f"lora_ensemble/bank/{n}.py"
+    for n in ("attention", "dropout", "encode", "families", "heads", "lora", "model", "optim")
+]
 _TRAIN = [f"lora_ensemble/train/{n}.py" for n in ("evaluation", "module", "optimiser")]
 _STEP = [*_BANK, "lora_ensemble/text/packing.py", *_TRAIN]
-_BATCHES = ["lora_ensemble/train/batches.py", "lora_ensemble/train/data.py", "lora_ensemble/text/tokens.py"]
+_BATCHES = ["lora_ensemble/train/batches.py", "lora_ensemble/train/data.py"]
 
 
 def parts(*, tiny: bool) -> list[Part]:

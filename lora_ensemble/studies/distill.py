@@ -27,7 +27,7 @@ from lora_ensemble import pool
 from lora_ensemble.bank.base_model import on_hub
 from lora_ensemble.bank.lora import NO_TARGETS, Member, expand_members, member_name
 from lora_ensemble.dicor import record
-from lora_ensemble.dicor.choose.choice import probabilities
+from lora_ensemble.dicor.choose.combine import probabilities
 from lora_ensemble.dicor.located import chosen_records, locate
 from lora_ensemble.ensemble.restored import Ensemble, Text
 from lora_ensemble.errors import UserError
@@ -85,7 +85,7 @@ class Distillation:
     def defaults(self) -> dict[str, Any]:
         """Settings of the run, by option: those of the ensemble's best LoRA member, whose base model, task and pool."""
         records = chosen_records(self.record, self.pool)
-        trained = [(m.score, r) for m, r in zip(self.record.members, records, strict=True) if r.base_model]
+        trained = [(m.score or 0.0, r) for m, r in zip(self.record.members, records, strict=True) if r.base_model]
         adapted = [(score, r) for score, r in trained if r.finetune == "lora"]
         options: dict[str, Any] = {"data.tasks": (self.record.task,), "pool.dir": str(self.pool)}
         if trained:
@@ -220,7 +220,7 @@ def mixed(soft: np.ndarray, labels: np.ndarray | None, kind: Kind, weight: float
 
 def _identity(ensemble: record.Ensemble) -> str:
     """16 hex digits over what decides an ensemble's predictions; estimates and where its pool is do not."""
-    members = [[m.name, m.weight, m.temperature, m.dev_logits] for m in ensemble.members]
+    members = [[row[key] for key in ("name", "weight", "temperature", "dev_logits")] for row in ensemble.rows()]
     what = [ensemble.task, ensemble.kind, ensemble.labels, ensemble.strategy, ensemble.scale, ensemble.offsets, members]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 

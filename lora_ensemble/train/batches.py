@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lora_ensemble.bank.lora import derived_seed
 from lora_ensemble.bank.model import Bank
+from lora_ensemble.text.packing import Tokens
 from lora_ensemble.text.readers import Split, fingerprint
-from lora_ensemble.text.tokens import Tokens
 
 _BLOCK = 64
 """Examples that the frozen encoder reads at once."""

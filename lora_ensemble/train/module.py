@@ -5,7 +5,6 @@ Axes: M members, B examples in a batch, N examples of a split, C outputs of a he
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal

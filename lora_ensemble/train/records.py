@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 import numpy as np
 
 from lora_ensemble import __version__, pool
-from lora_ensemble.bank.base_model import base_difference, hub_id, way_back
+from lora_ensemble.bank.base_model import base_difference, hub_id
 from lora_ensemble.bank.member_files import weight_files
 from lora_ensemble.errors import UserError
 from lora_ensemble.train.batches import TokenisedSplit
@@ -276,8 +276,8 @@ def difference(there: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: 
         a, b = there.settings.get(key), wanted.settings.get(key)
         if a != b and not (resumed and key in _MAY_DIFFER_ON_RESUME):
             return f"{key} was {a!r}, is now {b!r}"
-    base = "" if any_base else base_difference(there.base_fingerprint, wanted.base_fingerprint)
-    return f"base_fingerprint: {base}; {way_back(there.revision)}" if base else ""
+    base = "" if any_base else base_difference(there.base_fingerprint, wanted.base_fingerprint, there.revision)
+    return f"base_fingerprint: {base}" if base else ""
 
 
 def with_metrics(

@@ -19,7 +19,7 @@ from lightning.pytorch.loops.utilities import _parse_loop_limits
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from lora_ensemble.bank.base_model import base_difference, way_back
+from lora_ensemble.bank.base_model import base_difference
 from lora_ensemble.bank.member_files import say_unknown_base
 from lora_ensemble.errors import Interrupted, UserError
 from lora_ensemble.files import replacing
@@ -224,11 +224,10 @@ def check_checkpoint(saved: Mapping[str, Any], expected: Mapping[str, Any], *, a
     then = saved.get("base_fingerprint", {})
     if not then:
         say_unknown_base("--ckpt_path")
-    if not any_base and (difference := base_difference(then, expected["base_fingerprint"])):
-        raise UserError(
-            f"--ckpt_path: the checkpoint was trained over another {expected['base_model']}: {difference}; "
-            f"{way_back(saved['revision'])}"
-        )
+    if any_base:
+        return
+    if difference := base_difference(then, expected["base_fingerprint"], saved["revision"]):
+        raise UserError(f"--ckpt_path: the checkpoint was trained over another {expected['base_model']}: {difference}")
 
 
 def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:

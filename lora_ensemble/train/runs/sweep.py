@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import pool
-from lora_ensemble.files import sole_process
 from lora_ensemble.errors import UserError
+from lora_ensemble.files import sole_process
 from lora_ensemble.scores import overall
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import say
