@@ -81,7 +81,7 @@ def parts(*, tiny: bool) -> list[Part]:
                 *_SIDES,
                 *_STEP,
                 *_BATCHES,
-                *(f"lora_ensemble/train/runs/{n}.py" for n in ("banks", "halves", "memory", "plan", "probe")),
+                *(f"lora_ensemble/train/runs/{n}.py" for n in ("banks", "memory", "plan", "probe", "subset")),
                 "lora_ensemble/train/restart.py",
             ],
         ),
