@@ -1,12 +1,17 @@
-"""all-MiniLM-L6-v2 as a folder that can be carried to a machine without a network: ``gpu.sh --carry DIR``."""
+"""What a machine without a network may lack, as a folder that can be carried there: ``gpu.sh --carry DIR``."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 
 def carry(folder: Path) -> str:
-    """Write weights in bf16 (half the size; what loads them makes float32 of them), settings and tokeniser."""
+    """all-MiniLM-L6-v2: weights in bf16 (half the size; what loads them makes float32 of them), settings, tokeniser.
+
+    Below ``packages`` filelock, which is plain Python: torch brings one there, but perhaps one that is too old.
+    """
+    import filelock
     import torch
     from transformers import AutoModel
     from transformers.utils import logging
@@ -17,5 +22,7 @@ def carry(folder: Path) -> str:
     name = "all-MiniLM-L6-v2"
     AutoModel.from_pretrained(location(name), dtype=torch.bfloat16).save_pretrained(folder)
     load_tokenizer(name).save_pretrained(folder)
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    package = Path(filelock.__file__).parent
+    shutil.copytree(package, folder / "packages" / package.name, dirs_exist_ok=True)
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     return f"{folder}: {name} in bf16, {size / 1e6:.0f} MB"
