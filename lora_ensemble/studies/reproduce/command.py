@@ -58,13 +58,13 @@ def run(args: Sequence[str]) -> int:
     _check(given)
     import torch  # not for --help, like what is imported below
 
+    from lora_ensemble.bank.encode import computes_bf16
     from lora_ensemble.bank.lora import Member
-    from lora_ensemble.bank.precision import fast_precision
     from lora_ensemble.studies.reproduce.results import write_results
     from lora_ensemble.train.runs.progress import duration
 
     device = "cuda" if torch.cuda.is_available() and given.accelerator != "cpu" else "cpu"
-    given.precision = given.precision or fast_precision(device)
+    given.precision = given.precision or ("bf16-mixed" if computes_bf16(device) else "32-true")
     _say_plan(paper, given, device)
     if given.plan:
         return 0
