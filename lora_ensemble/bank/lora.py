@@ -152,10 +152,8 @@ def linear_layers(encoder: nn.Module) -> dict[str, nn.Linear]:
 class Adapter:
     """Where one member's adapters sit and what they hold, at the member's own rank."""
 
-    A: dict[str, Tensor] = field(default_factory=dict)
-    """Path of the linear layer in the encoder to (r, in)."""
-    B: dict[str, Tensor] = field(default_factory=dict)
-    """Path to (out, r)."""
+    A: dict[str, Tensor] = field(default_factory=dict)  # path of the linear layer in the encoder to (r, in)
+    B: dict[str, Tensor] = field(default_factory=dict)  # path to (out, r)
 
 
 def head_names(model: Any) -> list[str]:

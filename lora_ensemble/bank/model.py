@@ -48,8 +48,7 @@ class Bank(nn.Module):
     ) -> None:
         super().__init__()
         self.members, self.tasks = list(members), list(tasks)
-        self.rates = [single(m.lr) for m in members]
-        """Learning rate of each member."""
+        self.rates = [single(m.lr) for m in members]  # learning rate of each member
         self.ranks = [single(m.rank) if m.adapted else 0 for m in members]
         self.prefix: str = classifier.base_model_prefix
         self.config = classifier.config
@@ -58,8 +57,7 @@ class Bank(nn.Module):
         family = family_of(self.config.model_type)
         self.paths = [target_paths(self.encoder, self.config.model_type, single(m.targets)) for m in members]
         """Adapted linear layers of each member, in the encoder's order."""
-        self.layers = linear_layers(self.encoder)
-        """Every linear layer by its path, adapted or not."""
+        self.layers = linear_layers(self.encoder)  # every linear layer by its path, adapted or not
         # ModuleList: a task's name may hold a dot, which ModuleDict refuses.
         self.heads = nn.ModuleList(head_of(classifier, task.num_outputs) for task in tasks)
         if not train_encoder:
@@ -74,8 +72,7 @@ class Bank(nn.Module):
         self.deep = [i for i, runs in enumerate(changed) if runs]
         """Members for which the encoder runs with their adapters and dropout; for the others it is what it was, up to
         the pooler, and runs once without dropout."""
-        self.packs = family.packs
-        """Whether examples share a row, or batches are padded."""
+        self.packs = family.packs  # whether examples share a row, or batches are padded
         self._encode: PackedEncoder | PaddedEncoder = (
             PackedEncoder(self.encoder)
             if family.packs

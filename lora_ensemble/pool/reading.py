@@ -163,8 +163,7 @@ class TaskPool:
             tasks = ", ".join(task_names(self.pool)) or "none"
             raise UserError(f"{self.pool}: no task {task!r} in this pool; tasks found: {tasks}")
         records = read_records(self.pool, task)
-        self.members = [r for r in records if r.finished]
-        """Finished members, by name."""
+        self.members = [r for r in records if r.finished]  # finished members, by name
         self.left_out = {r.name: "diverged" if r.diverged else "not finished" for r in records if not r.finished}
         """Name to reason of members that were not finished."""
         if not self.members:

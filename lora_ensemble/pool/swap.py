@@ -36,8 +36,7 @@ class NewMember:
     files: Mapping[str, Any] = field(default_factory=dict)
     """File name to content: an array (.npy), a dict of arrays (.safetensors), a dict (.json), or the path of a file,
     which is taken over as it is."""
-    keep: MemberRecord | None = None
-    """The record now on disk, whose other files are taken over as they are."""
+    keep: MemberRecord | None = None  # the record now on disk, whose other files are taken over as they are
     replaced_to: Path | None = None
     """Where the folder that it replaces is moved to, unless there is something already; None: it is deleted."""
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from lora_ensemble.errors import UserError
 
 NO_DELIMITER = "\x1f"  # a header of one column: the whole line is the cell, its commas included
-LOOK_AHEAD = 10_000
-"""Lines in which a quote that was opened may be closed; after that it is text."""
+LOOK_AHEAD = 10_000  # lines in which a quote that was opened may be closed; after that it is text
 _DELIMITERS = {"\t": "a tab", ",": "a comma", ";": "a semicolon"}
 _NEWLINE = "\r\n"
 _QUOTED_CELL = re.compile(r'"(?:[^"]|"")*"')
@@ -34,18 +33,12 @@ def encoding_error(line: str) -> str | None:
 class Row(NamedTuple):
     """One row of a file of any format. Without ``texts`` and ``error``: a blank line of plain text."""
 
-    line: int
-    """On which it starts, counted from 1; of Parquet, the row, counted from 0."""
-    cells: Any
-    """As it was read: fields, an object, a line; None where it could not be read."""
-    texts: list[str] | None = None
-    """Those that ``streams.Rows`` was asked for."""
-    error: str | None = None
-    """What is wrong with it."""
-    used: int = 1
-    """How many lines it takes."""
-    stray: bool = False
-    """Whether an unbalanced quote was taken as text."""
+    line: int  # on which it starts, counted from 1; of Parquet, the row, counted from 0
+    cells: Any  # as it was read: fields, an object, a line; None where it could not be read
+    texts: list[str] | None = None  # those that ``streams.Rows`` was asked for
+    error: str | None = None  # what is wrong with it
+    used: int = 1  # how many lines it takes
+    stray: bool = False  # whether an unbalanced quote was taken as text
 
 
 class Delimited:
@@ -53,8 +46,7 @@ class Delimited:
 
     def __init__(self, name: str, names: Sequence[str] = ()) -> None:
         self.name, self.names = name, list(names)
-        self.header: list[str] = []
-        """The columns, once enough lines are there; a nameless one is ''."""
+        self.header: list[str] = []  # the columns, once enough lines are there; a nameless one is ''
         self.delimiter = ","
         self._index: int | None = None  # what the nameless index that the header leaves out says in the next row
 

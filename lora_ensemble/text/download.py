@@ -25,10 +25,8 @@ class Source:
 
     dataset: str
     config: str | None
-    text: tuple[str, ...]
-    """Its text columns, in the order of the preset's."""
-    label: str
-    """Its label column; -1 where it is not public."""
+    text: tuple[str, ...]  # its text columns, in the order of the preset's
+    label: str  # its label column; -1 where it is not public
 
 
 SOURCES = {

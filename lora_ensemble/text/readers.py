@@ -30,8 +30,7 @@ _LONGEST_ID = 1000  # ids are an array of fixed width: one endless id would cost
 class Split:
     """The examples of a split, in the order of the file."""
 
-    ids: np.ndarray
-    """(N,) unicode, unique."""
+    ids: np.ndarray  # (N,) unicode, unique
     texts: list[list[str]]
     """One list of N strings per text column of the task, surrounding whitespace stripped, otherwise as they stand."""
     labels: np.ndarray | None

@@ -33,8 +33,7 @@ class Rows:
         self, stream: BinaryIO, name: str, kind: Format, columns: Sequence[str], header: Sequence[str] = ()
     ) -> None:
         self.stream, self.name, self.kind, self.columns = stream, name, kind, list(columns)
-        self.header: list[str] = []
-        """The columns, where a file has some, once the first block is there."""
+        self.header: list[str] = []  # the columns, where a file has some, once the first block is there
         self._delimited = Delimited(name, header)
         self._places: list[int] = []
         self._table: Any = None

@@ -25,8 +25,7 @@ MOST_VOTES = 4_000_000
 class Choice:
     """Which members, and how they decide together."""
 
-    members: list[int]
-    """Indices into the members that were chosen from, in the order of choice; none twice."""
+    members: list[int]  # indices into the members that were chosen from, in the order of choice; none twice
     strategy: Strategy
     weights: np.ndarray | None = None
     """(k,) convex, in the order of ``members``; for the strategy ``weighted`` only."""

@@ -16,8 +16,7 @@ from lora_ensemble.dicor.choose.settings import GREEDY_STEPS, GREEDY_TOP_K, Crit
 from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
 
-MOST_SORTED = 25
-"""How many of the best a sorted start takes at most (Caruana et al.: 5 to 25)."""
+MOST_SORTED = 25  # how many of the best a sorted start takes at most (Caruana et al.: 5 to 25)
 
 
 @dataclass(kw_only=True)

@@ -31,8 +31,7 @@ from lora_ensemble.tasks import Kind
 class Method:
     """What all methods share. Its parameters are its fields; what ``fit`` finds has a name that ends with ``_``."""
 
-    top_k: int
-    """How many members, the best, this method looks at."""
+    top_k: int  # how many members, the best, this method looks at
 
     def choose(self, members: Members) -> Choice:
         """Choose from members, the best first; those beyond ``top_k`` are not looked at."""

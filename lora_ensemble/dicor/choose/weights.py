@@ -25,8 +25,7 @@ PULL = 10.0
 the offsets of members that lean to no class learn the class shares of a small dev set: of 100 examples of ten classes
 0.011 of accuracy was lost, with 10 0.003, and members that do lean were mended as well but for 0.002 at most
 (benchmarks/penalties.py)."""
-PRECISION = 1e-9
-"""The search ends when no weight moves by more."""
+PRECISION = 1e-9  # the search ends when no weight moves by more
 
 
 def fitted(members: Members, choice: Choice, *, temperature: bool = False, offset: bool = False) -> Choice:

@@ -17,10 +17,8 @@ from lora_ensemble.dicor.estimate.splits import held_out
 from lora_ensemble.dicor.members import Dev
 from lora_ensemble.scores import decisions
 
-MANY = 10_000
-"""Examples from which on they are counted."""
-BLOCK = 32
-"""Members whose right and wrong answers are counted by one matrix product."""
+MANY = 10_000  # examples from which on they are counted
+BLOCK = 32  # members whose right and wrong answers are counted by one matrix product
 
 
 @dataclass(frozen=True, kw_only=True)

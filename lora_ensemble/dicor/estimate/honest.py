@@ -37,8 +37,7 @@ Held = dict[str, np.ndarray]
 """By method, on what each split holds out: decisions (R, N) or probabilities (R, N, classes), in ``Dev.order``."""
 MOST_DECISIONS = 20_000
 """Repeats are for small dev sets: so many that N times R stays below this, at most REPEATS and at least one."""
-FEWEST = 10
-"""Examples below which there is no estimate."""
+FEWEST = 10  # examples below which there is no estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +45,8 @@ class Estimate:
     """What is known of one method."""
 
     choice: Choice
-    names: list[str]
-    """The chosen members on the whole dev set, in the order of choice."""
-    in_sample: float
-    """Score on the dev set that they were chosen on; NaN where r is undefined."""
+    names: list[str]  # the chosen members on the whole dev set, in the order of choice
+    in_sample: float  # score on the dev set that they were chosen on; NaN where r is undefined
     held_out: np.ndarray | None
     """(R, N): the decisions that the estimate is of, examples in the order of ``splits.canonical``."""
     probabilities: np.ndarray | None
@@ -61,8 +58,7 @@ class Estimate:
     """The score on what was held out, before the correction: of what is chosen on the choosing part."""
     against_best: Interval | None = None
     """The honest score less that of the single best member, chosen anew in each split as well."""
-    against_omni: Interval | None = None
-    """The same, less that of all members."""
+    against_omni: Interval | None = None  # the same, less that of all members
 
     @property
     def optimism(self) -> float | None:
@@ -74,14 +70,11 @@ class Estimate:
 class Estimates:
     """All methods on one dev set."""
 
-    of: dict[str, Estimate]
-    """By name of the method; ``best`` and ``omni`` are always there."""
+    of: dict[str, Estimate]  # by name of the method; ``best`` and ``omni`` are always there
     candidates: Members
     """The best on the whole dev set, examples in the order of ``splits.canonical``: what a ``Choice`` is from."""
-    scores: dict[str, float]
-    """Every member's score on the whole dev set, by name."""
-    notices: list[str]
-    """What was left out, in words."""
+    scores: dict[str, float]  # every member's score on the whole dev set, by name
+    notices: list[str]  # what was left out, in words
     folds: int
     repeats: int  # 0 where there are too few examples for an estimate
 

@@ -14,8 +14,7 @@ from lora_ensemble.scores import pearson
 from lora_ensemble.tasks import Kind
 
 LEVEL = 0.90
-Z = 1.6448536269514722
-"""The normal's 95 % point: LEVEL lies between -Z and Z."""
+Z = 1.6448536269514722  # the normal's 95 % point: LEVEL lies between -Z and Z
 DRAWS = 2000
 
 

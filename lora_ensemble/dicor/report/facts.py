@@ -34,8 +34,7 @@ MOST_SHOWN = 200
 """Members in the plots: with more, a row of the heat map is finer than a pixel, and a page is slow to open."""
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30)
 """As many as a curve needs; sizes between the later ones hardly differ."""
-FEW_SIZES = (1, 2, 5, 10, 15, 25)
-"""For a method of many bags, each of which is a search of its own."""
+FEW_SIZES = (1, 2, 5, 10, 15, 25)  # for a method of many bags, each of which is a search of its own
 _NAMES = {"best": "single best", "omni": "Omni"}
 
 
@@ -49,10 +48,8 @@ class Curve:
     """One method at growing sizes."""
 
     method: str
-    of_n: str
-    """What n is for this method, in words."""
-    used: int | None
-    """The n of the comparison, where it is one number and within the curve."""
+    of_n: str  # what n is for this method, in words
+    used: int | None  # the n of the comparison, where it is one number and within the curve
     sizes: list[int]
     estimates: list[Estimate]
 
@@ -62,22 +59,15 @@ class Facts:
     """The numbers of a report."""
 
     comparison: Comparison
-    method: str
-    """What the report is about."""
-    shown: list[MemberRecord]
-    """(S,) the best members by score, at most ``MOST_SHOWN``, best first."""
-    scores: np.ndarray
-    """(S,)"""
+    method: str  # what the report is about
+    shown: list[MemberRecord]  # (S,) the best members by score, at most ``MOST_SHOWN``, best first
+    scores: np.ndarray  # (S,)
     similarity: Similarity
-    similarities: np.ndarray
-    """(S, S)"""
+    similarities: np.ndarray  # (S, S)
     curves: list[Curve]
-    calibrations: dict[str, Calibration]
-    """By method; empty for a regression."""
-    theories: dict[str, Theory]
-    """By method."""
-    test: dict[str, float] | None
-    """By method: the score on the labelled test split, if it was asked for."""
+    calibrations: dict[str, Calibration]  # by method; empty for a regression
+    theories: dict[str, Theory]  # by method
+    test: dict[str, float] | None  # by method: the score on the labelled test split, if it was asked for
 
     @property
     def task(self) -> str:

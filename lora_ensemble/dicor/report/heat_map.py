@@ -14,8 +14,7 @@ from lora_ensemble.dicor.report.facts import Facts, members_table
 from lora_ensemble.dicor.report.plot import ACCENT, INK, SERIES, SOFT, Plot, chart, tooltip
 from lora_ensemble.dicor.table import number
 
-LEVELS = 12
-"""Steps of the scale: h0, the least, to h11."""
+LEVELS = 12  # steps of the scale: h0, the least, to h11
 MOST_LABELS = 48  # more members than this cannot be labelled by name and still be read
 MOST_IN_TABLE = 40  # more columns than this are no table to read
 MOST_STILL = 30  # with more groups than this a PNG is smaller than an SVG

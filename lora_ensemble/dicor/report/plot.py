@@ -53,17 +53,13 @@ _CONFIG = {
 class Plot:
     """A chart, what it says in words, and its numbers as a table."""
 
-    name: str
-    """Of its file: letters and hyphens."""
+    name: str  # of its file: letters and hyphens
     title: str
-    description: str
-    """What is to be seen, for who does not see it."""
-    chart: Any
-    """Of Altair, in layers or side by side."""
+    description: str  # what is to be seen, for who does not see it
+    chart: Any  # of Altair, in layers or side by side
     header: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
-    picture: bool = False
-    """Too many marks for a still SVG: a PNG is smaller."""
+    picture: bool = False  # too many marks for a still SVG: a PNG is smaller
 
     @functools.cached_property
     def specification(self) -> dict[str, Any]:

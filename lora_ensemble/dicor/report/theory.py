@@ -16,27 +16,23 @@ from lora_ensemble.dicor.choose.similarity import features
 from lora_ensemble.scores import decisions
 from lora_ensemble.tasks import Kind
 
-BINS = 10
-"""Bins of equal width from 0 to 1; a probability on the border of two is in the lower one."""
+BINS = 10  # bins of equal width from 0 to 1; a probability on the border of two is in the lower one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """How well the probabilities of a classifier are calibrated."""
 
-    said: np.ndarray
-    """(BINS,) mean probability in each bin; NaN where a bin is empty."""
+    said: np.ndarray  # (BINS,) mean probability in each bin; NaN where a bin is empty
     came_true: np.ndarray
     """(BINS,) share of the bin's examples for which it came true; NaN where it is empty."""
-    counts: np.ndarray
-    """(BINS,) predictions in each bin: an example held out R times counts R times."""
+    counts: np.ndarray  # (BINS,) predictions in each bin: an example held out R times counts R times
     ece: float
     """Expected calibration error: the mean of abs(said - came_true) over bins, each by its share of the predictions."""
     brier: float
     """Brier (1950). binary: the mean of (p - y)^2 for class 1, 0 to 1. multiclass: the mean over examples of the sum of
     the squares over all classes, 0 to 2."""
-    log_loss: float
-    """Mean of -log p(label), in nats; a probability counts as 1e-15 at least."""
+    log_loss: float  # mean of -log p(label), in nats; a probability counts as 1e-15 at least
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, kind: Kind) -> Calibration:
@@ -71,8 +67,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, kind: Kind) -> Ca
 class Theory:
     """One ensemble on the dev set that it was chosen on. Classifiers and regressions fill in what is theirs."""
 
-    size: int
-    """k."""
+    size: int  # k
     level: float
     """regression: sigma^2, the mean over members of the variance of value - label. Classifiers: p, the mean of their
     shares of wrong decisions."""
