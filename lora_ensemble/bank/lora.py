@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -148,12 +148,8 @@ def linear_layers(encoder: nn.Module) -> dict[str, nn.Linear]:
     return {path: layer for path, layer in encoder.named_modules() if isinstance(layer, nn.Linear)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """Where one member's adapters sit and what they hold, at the member's own rank."""
-
-    A: dict[str, Tensor] = field(default_factory=dict)  # path of the linear layer in the encoder to (r, in)
-    B: dict[str, Tensor] = field(default_factory=dict)  # path to (out, r)
+Adapter = dict[str, tuple[Tensor, Tensor]]
+"""Of one member, at its own rank: path of a linear layer in the encoder to A (r, in) and B (out, r)."""
 
 
 def head_names(model: Any) -> list[str]:
@@ -187,21 +183,16 @@ def peft_config(
 
 def peft_tensors(adapter: Adapter, head: dict[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
     """Tensors of ``adapter_model.safetensors`` under PEFT's keys. ``head``: parameter name to tensor."""
-    tensors = {}
-    for path in adapter.A:
-        tensors[f"base_model.model.{prefix}.{path}.lora_A.weight"] = adapter.A[path]
-        tensors[f"base_model.model.{prefix}.{path}.lora_B.weight"] = adapter.B[path]
-    return tensors | {f"base_model.model.{name}": value for name, value in head.items()}
+    sides = ((path, side, t) for path, ab in adapter.items() for side, t in zip("AB", ab, strict=True))
+    tensors = {f"{prefix}.{path}.lora_{side}.weight": t for path, side, t in sides} | head
+    return {f"base_model.model.{name}": t for name, t in tensors.items()}
 
 
 def from_peft(tensors: dict[str, Tensor], *, prefix: str) -> tuple[Adapter, dict[str, Tensor]]:
-    """The inverse of :func:`peft_tensors`."""
-    parts: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
-    head = {}
-    for key, value in tensors.items():
-        name, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        if part in parts:
-            parts[part][name.removeprefix(f"{prefix}.")] = value
-        else:
-            head[key.removeprefix("base_model.model.")] = value
-    return Adapter(**parts), head
+    """The inverse of :func:`peft_tensors`; an A without its B, or a B without its A, is left with the head."""
+    head = {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
+    ends = ".lora_A.weight", ".lora_B.weight"
+    named = (name.removesuffix(ends[0]) for name in [*head] if name.endswith(ends[0]))
+    paths = [name for name in named if name + ends[1] in head]
+    adapter = {p.removeprefix(f"{prefix}."): (head.pop(p + ends[0]), head.pop(p + ends[1])) for p in paths}
+    return adapter, head

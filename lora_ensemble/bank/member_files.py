@@ -38,13 +38,13 @@ def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revisio
         own = {"architectures": [type(model).__name__], "_name_or_path": base_model}
         state = bank.encoder_state() | heads[task.name]
         return {pool.FULL_CONFIG: model.config.to_dict() | own, pool.FULL: {n: t.numpy() for n, t in state.items()}}
-    if not adapter.A:
+    if not adapter:
         # PEFT refuses an empty list: an adapter of rank 1 on the last layer that is all zeros changes nothing.
         path, layer = list(bank.layers.items())[-1]
-        adapter = Adapter(A={path: torch.zeros(1, layer.in_features)}, B={path: torch.zeros(layer.out_features, 1)})
+        adapter = {path: (torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1))}
     member, tensors = bank.members[index], peft_tensors(adapter, heads[task.name], prefix=bank.prefix)
     rank, scaling = single(member.rank), single(member.scaling)
-    config = peft_config(model, adapter.A, rank=rank, scaling=scaling, base_model=base_model, revision=revision)
+    config = peft_config(model, adapter, rank=rank, scaling=scaling, base_model=base_model, revision=revision)
     return {pool.ADAPTER_CONFIG: config, pool.ADAPTER: {name: tensor.numpy() for name, tensor in tensors.items()}}
 
 
@@ -62,7 +62,7 @@ def read_weights(
         adapter, head = from_peft(tensors, prefix=prefix)
         return adapter, head, {}
     encoder = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + ".")}
-    return Adapter(), {key: tensor for key, tensor in tensors.items() if key not in encoder}, encoder
+    return {}, {key: tensor for key, tensor in tensors.items() if key not in encoder}, encoder
 
 
 @functools.cache  # once, however many members, banks and tasks there are
@@ -127,7 +127,7 @@ def restore_members(bank: Bank, folder: Path, *, base_model: str, fingerprint: M
             if encoder:
                 _load_encoder(bank, encoder, pool.member_folder(folder, record.task, record.name))
         # What PEFT made us write of a member without adapters is all zeros.
-        adapter = adapter if member.adapted else Adapter()
+        adapter = adapter if member.adapted else {}
         try:
             bank.load_member(index, adapter, heads)
         except ValueError as e:

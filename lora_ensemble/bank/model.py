@@ -104,13 +104,12 @@ class Bank(nn.Module):
         return shapes
 
     def _drawn_adapter(self, index: int, seed: int, init_std: float) -> Adapter:
-        generator = torch.Generator()
-        generator.manual_seed(derived_seed(seed, "adapter"))
-        layers, rank = {path: self.layers[path] for path in self.paths[index]}, self.ranks[index]
-        return Adapter(
-            A={p: torch.randn(rank, w.in_features, generator=generator) * init_std for p, w in layers.items()},
-            B={p: torch.zeros(w.out_features, rank) for p, w in layers.items()},
-        )
+        generator, rank = torch.Generator().manual_seed(derived_seed(seed, "adapter")), self.ranks[index]
+        adapter = {}
+        for path in self.paths[index]:
+            a = torch.randn(rank, self.layers[path].in_features, generator=generator) * init_std
+            adapter[path] = a, torch.zeros(self.layers[path].out_features, rank)
+        return adapter
 
     def _views(self, weights: Tensor) -> dict[str, Tensor]:
         """Slices of the weight matrix (M, P) as (M, *shape), by name; no copies."""
@@ -203,15 +202,13 @@ class Bank(nn.Module):
     def member_state(self, index: int) -> tuple[Adapter, dict[str, dict[str, Tensor]]]:
         """A member's adapter at its own rank and its heads (task to parameter name to tensor), float32, on the CPU."""
         own = {name: view.clone() for name, view in self._own_views(index, self.weights[index].float().cpu()).items()}
-        adapter = Adapter(
-            A={p: own[f"{p}.A"] for p in self.paths[index]}, B={p: own[f"{p}.B"] for p in self.paths[index]}
-        )
+        adapter = {p: (own[f"{p}.A"], own[f"{p}.B"]) for p in self.paths[index]}
         return adapter, {t: {n: own[f"{t}/{n}"] for n, _ in h.named_parameters()} for t, h in self._by_task.items()}
 
     @torch.no_grad()
     def load_member(self, index: int, adapter: Adapter, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The inverse of :meth:`member_state`. Raises ``ValueError`` where a name or a shape is not the member's."""
-        given = {f"{p}.A": a for p, a in adapter.A.items()} | {f"{p}.B": b for p, b in adapter.B.items()}
+        given = {f"{p}.{side}": t for p, ab in adapter.items() for side, t in zip("AB", ab, strict=True)}
         given |= {f"{task}/{n}": t for task, head in heads.items() for n, t in head.items()}
         own = self._own_views(index, self.weights[index])
         for names, what in ((own.keys() - given.keys(), "lacks"), (given.keys() - own.keys(), "has no place for")):

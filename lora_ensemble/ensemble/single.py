@@ -74,8 +74,8 @@ def merge(classifier: Any, adapter: Adapter, weights: Mapping[str, Tensor], *, s
     weights are others than the classifier's.
     """
     layers, encoder = linear_layers(classifier.base_model), classifier.base_model_prefix + "."
-    for path, a in adapter.A.items():
-        layers[path].weight += scaling * (adapter.B[path] @ a)
+    for path, (a, b) in adapter.items():
+        layers[path].weight += scaling * (b @ a)
     whole = any(name.startswith(encoder) for name in weights)
     wanted = {name for name, _ in classifier.named_parameters() if whole or not name.startswith(encoder)}
     if wanted != set(weights):
