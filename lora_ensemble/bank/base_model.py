@@ -43,17 +43,14 @@ def on_hub(base_model: str) -> bool:
 
 @contextlib.contextmanager
 def _source(base_model: str, revision: str | None) -> Iterator[dict[str, Any]]:
-    """What ``from_pretrained`` is told of where a model is. Its errors become one line that says what to do.
-
-    ``revision``: None is the hub's newest; without meaning for a folder.
-    """
+    """What ``from_pretrained`` is told of where a model is. Its errors become one line that says what to do."""
     from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # Its report of "newly initialised" head weights is the normal case here.
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # a second, for a hundred tensors
-    pinned = revision if revision is not None and on_hub(base_model) else "main"
+    pinned = revision if revision is not None and on_hub(base_model) else "main"  # main: the hub's newest
     try:
         yield {"pretrained_model_name_or_path": location(base_model), "revision": pinned}
     except (OSError, ValueError, KeyError) as e:

@@ -56,11 +56,7 @@ def bf16_advice(precision: object, device: str, *, instead: str) -> str | None:
 
 
 class PackedEncoder:
-    """Runs a frozen or trained encoder on packed rows.
-
-    ``encoder``: a transformers encoder of a family whose attention can be packed. Its dropout is drawn here, where it
-    can differ between members.
-    """
+    """Runs a frozen or trained transformers encoder, of a family whose attention can be packed, on packed rows."""
 
     def __init__(self, encoder: Any) -> None:
         self.encoder, self.config = encoder, encoder.config
@@ -76,21 +72,17 @@ class PackedEncoder:
         layout). ``members``: how many, M. Matrix products are in :func:`product_dtype`; sums and norms keep the
         precision of the encoder's own weights.
         """
-        x = self._embeddings(batch)
-        run = _Run(self, batch, adapters, members, dropout, product_dtype(x))
-        with torch.autocast(x.device.type, enabled=False):
-            read = run.post_norm(x) if self.family.post_norm else run.pre_norm(x)
-        return read[:, : batch["examples"]]
-
-    def _embeddings(self, batch: Mapping[str, Any]) -> Tensor:
         inputs = {"input_ids": batch["input_ids"][None]}
         if self.family.post_norm:  # ModernBERT sees positions in its attention
             offset = self.config.pad_token_id + 1 if self.family.positions_after_padding else 0
             inputs["position_ids"] = batch["position_ids"][None] + offset
         if self._token_types:
             inputs["token_type_ids"] = batch["token_type_ids"][None]
-        # Their dropout is drawn later, for each member.
-        return self.encoder.embeddings.eval()(**inputs)
+        x = self.encoder.embeddings.eval()(**inputs)  # their dropout is drawn later, for each member
+        run = _Run(self, batch, adapters, members, dropout, product_dtype(x))
+        with torch.autocast(x.device.type, enabled=False):
+            read = run.post_norm(x) if self.family.post_norm else run.pre_norm(x)
+        return read[:, : batch["examples"]]
 
     def _weights(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The layers' weights one below the other, and their biases, as ``dtype``; kept where they are frozen."""

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ensemble import pool
-from lora_ensemble.bank.base_model import (
-    base_difference,
-    encoder_fingerprint,
-    load_classifier,
-    load_tokenizer,
-    tokenizer_fingerprint,
-)
+from lora_ensemble.bank import base_model as base
 from lora_ensemble.bank.lora import Adapter, from_peft, peft_config, peft_tensors, single
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError
@@ -82,7 +76,7 @@ def check_base(records: Sequence[pool.MemberRecord], folder: Path, here: Mapping
             say_unknown_base(str(folder))
         # A fully fine-tuned member brings the whole encoder.
         but = "weights" if r.finetune == "full" else None
-        if difference := base_difference(r.base_fingerprint, here, r.revision, but=but):
+        if difference := base.base_difference(r.base_fingerprint, here, r.revision, but=but):
             where = pool.member_folder(folder, r.task, r.name)
             raise UserError(f"{where}: trained over another {r.base_model}: {difference}")
 
@@ -100,11 +94,11 @@ def load_base(
 
     ``UserError`` where it cannot be loaded, or, unless ``any_base``, is not the one that they were trained over.
     """
-    tokenizer = load_tokenizer(where, revision)
+    tokenizer = base.load_tokenizer(where, revision)
     frozen = any(r.finetune != "full" for r in records)
-    classifier, fresh = load_classifier(where, num_labels=outputs, revision=revision, frozen=frozen)
+    classifier, fresh = base.load_classifier(where, num_labels=outputs, revision=revision, frozen=frozen)
     if not any_base:
-        check_base(records, folder, encoder_fingerprint(classifier, fresh) | tokenizer_fingerprint(tokenizer))
+        check_base(records, folder, base.encoder_fingerprint(classifier, fresh) | base.tokenizer_fingerprint(tokenizer))
     return classifier, fresh, tokenizer
 
 
@@ -124,8 +118,12 @@ def restore_members(bank: Bank, folder: Path, *, base_model: str, fingerprint: M
         heads = {}
         for record in records:
             adapter, heads[record.task], encoder = read_weights(folder, record, prefix=bank.prefix)
-            if encoder:
-                _load_encoder(bank, encoder, pool.member_folder(folder, record.task, record.name))
+            try:
+                if encoder:
+                    bank.load_encoder(encoder)
+            except RuntimeError as e:
+                where, reason = pool.member_folder(folder, record.task, record.name), " ".join(str(e).split())
+                raise UserError(f"{where}: its weights do not fit model.base_model ({reason[:200]})") from e
         # What PEFT made us write of a member without adapters is all zeros.
         adapter = adapter if member.adapted else {}
         try:
@@ -149,11 +147,3 @@ def _record_of(bank: Bank, index: int, task: Task, folder: Path, base_model: str
         if (there := getattr(record, key)) != given[key]:
             raise UserError(f"{where}: another member of this name: its {key} was {there!r}, is now {given[key]!r}")
     return record
-
-
-def _load_encoder(bank: Bank, encoder: Mapping[str, Tensor], where: Path) -> None:
-    try:
-        bank.load_encoder(encoder)
-    except RuntimeError as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{where}: its weights do not fit model.base_model ({reason[:200]})") from e

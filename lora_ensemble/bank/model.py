@@ -76,7 +76,7 @@ class Bank(nn.Module):
         self._encode: PackedEncoder | PaddedEncoder = (
             PackedEncoder(self.encoder)
             if family.packs
-            else PaddedEncoder(self.encoder, self._inside, members=max(1, len(self.deep)))
+            else PaddedEncoder(self.encoder, self._inside, members=len(self.deep))
         )
         self._scaling: Tensor | None = None
         self.weights = nn.Parameter(torch.zeros(len(members), row_width(self.shapes)))  # (M, P)
@@ -215,9 +215,8 @@ class Bank(nn.Module):
             if names:
                 raise ValueError(f"member {index} {what} {', '.join(sorted(names)[:3])}")
         for name, view in own.items():
-            if given[name].shape != view.shape:
-                shapes = f"{tuple(given[name].shape)}, not {tuple(view.shape)}"
-                raise ValueError(f"{name} of member {index} has shape {shapes}")
+            if (shape := given[name].shape) != view.shape:
+                raise ValueError(f"{name} of member {index} has shape {tuple(shape)}, not {tuple(view.shape)}")
         self.weights[index].zero_()
         for name, view in own.items():
             view.copy_(given[name])
