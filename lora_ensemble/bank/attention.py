@@ -7,7 +7,7 @@ width, h heads of width d.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,11 +71,11 @@ class _InRows(torch.autograd.Function):
     # random numbers. Never below float32: bf16 products of this size are no faster there, and its softmax is slower.
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], heads: int, dropout: float, window: int | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], heads: int, drop: float, window: int | None
     ) -> Tensor:
         out = q.new_empty(q.shape)
         q, k, v = (_by_head(x, heads) for x in (q, k, v))
-        ctx.scale, ctx.heads, ctx.dropped = q.shape[-1] ** -0.5, heads, dropout > 0
+        ctx.scale, ctx.heads, ctx.dropped = q.shape[-1] ** -0.5, heads, drop > 0
         of_keys = [slice(end - n, end) for n, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
         of_first = [slice(i, i + 1) for i in range(len(lengths))]
         ctx.spans = list(zip(of_first if q.shape[1] != k.shape[1] else of_keys, of_keys, strict=True))
@@ -86,8 +86,8 @@ class _InRows(torch.autograd.Function):
                 scores.masked_fill_(~_near(scores.shape[1], scores.shape[2], window, q.device), -torch.inf)
             p = torch.softmax(scores, -1)
             saved.append(p)
-            if dropout:
-                p = p * keep_mask(p, dropout)
+            if drop:
+                p = p * keep_mask(p, drop)
                 saved.append(p)
             _put(out[:, rows], torch.bmm(p, v[:, keys]))
         ctx.save_for_backward(q, k, v, *saved)

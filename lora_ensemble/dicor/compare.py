@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_ensemble.dicor.choose.combine import decide
-from lora_ensemble.dicor.choose.methods import Method, Omni
+from lora_ensemble.dicor.choose.methods import Method
 from lora_ensemble.dicor.choose.settings import MethodName
 from lora_ensemble.dicor.estimate.honest import Estimate, Estimates, estimate
 from lora_ensemble.dicor.from_pool import dev_of
@@ -55,9 +55,7 @@ def compare(
         for name in dict.fromkeys([*always, *names]):
             methods[name], more = method_of(name, dev.kind, len(dev), options)
             notices += more
-        omni = methods["omni"]
-        assert isinstance(omni, Omni)
-        estimates = estimate(dev, methods, omni=omni, probabilities=probabilities)
+        estimates = estimate(dev, methods, probabilities=probabilities)
     except UserError as e:
         raise e if str(e).startswith(str(task_pool.pool)) else UserError(f"task {task_pool.name}: {e}") from e
     notices += [n for n in estimates.notices if n not in notices]

@@ -57,7 +57,6 @@ def dev_of(task_pool: pool.TaskPool) -> Dev:
         where = task_pool.pool / task_pool.name
         raise UserError(f"{where}: the dev examples have no labels, so there is no score to choose by")
     file = pool.logits_file(task_pool.split)
-    shape = (len(examples.ids), len(task_pool.labels) if task_pool.kind == "multiclass" else 1)
     dev = Dev.of(
         Files(task_pool),
         examples.labels,
@@ -65,7 +64,7 @@ def dev_of(task_pool: pool.TaskPool) -> Dev:
         names=[r.name for r in records],
         ranks=[r.rank for r in records],
         ids=examples.ids,
-        epochs=[_epochs(task_pool, r, shape) if pool.EPOCHS in r.files else None for r in records],
+        epochs=[task_pool.epochs(r.name) for r in records],
         fingerprints=[r.files.get(file, r.name) for r in records],
     )
     notices = [*dev.notices, *one_label(examples.labels, task_pool.labels, "dev labels")]
@@ -75,13 +74,3 @@ def dev_of(task_pool: pool.TaskPool) -> Dev:
             f"{who} distilled from an ensemble that was chosen on dev: {whose} scores flatter a little, honest ones too"
         )
     return replace(dev, notices=notices)
-
-
-def _epochs(task_pool: pool.TaskPool, record: pool.MemberRecord, shape: tuple[int, int]) -> np.ndarray:
-    """(E, N, C) of a member that has them; ``UserError`` where (N, C) is not ``shape``."""
-    logits = pool.read_array(task_pool.pool, record, pool.EPOCHS)
-    if logits.shape[1:] != shape:
-        path = pool.member_folder(task_pool.pool, task_pool.name, record.name) / pool.EPOCHS
-        expected = f"(E, {shape[0]}, {shape[1]}): the logits of every epoch"
-        raise UserError(f"{path}: shape {logits.shape}; expected {expected}")
-    return logits

@@ -17,6 +17,7 @@ import numpy as np
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool.contract import (
+    EPOCHS,
     EXAMPLES,
     RECORD,
     Examples,
@@ -218,14 +219,20 @@ class TaskPool:
 
     def logits(self, name: str) -> np.ndarray:
         """(N, C) float32 logits of a member on the split, memory-mapped, checked."""
-        record = self.record(name)
-        array = read_array(self.pool, record, logits_file(self.split))
-        n = len(self._examples.ids)
-        c = len(self.labels) if self.kind == "multiclass" else 1
-        if array.shape != (n, c):
+        return self._array(name, logits_file(self.split))
+
+    def epochs(self, name: str) -> np.ndarray | None:
+        """(E, N, C) logits of every epoch of a member on dev, memory-mapped, checked; None where they were not kept."""
+        return self._array(name, EPOCHS) if EPOCHS in self.record(name).files else None
+
+    def _array(self, name: str, file: str) -> np.ndarray:
+        record, epochs = self.record(name), file == EPOCHS
+        array = read_array(self.pool, record, file)
+        n, c = len(self._examples.ids), len(self.labels) if self.kind == "multiclass" else 1
+        if array.ndim != 2 + epochs or array.shape[-2:] != (n, c):
             raise UserError(
-                f"{self._folder(record) / logits_file(self.split)}: shape {array.shape}; expected ({n}, {c}): "
-                "the rows of the examples file by the outputs of the task"
+                f"{self._folder(record) / file}: shape {array.shape}; expected ({'E, ' * epochs}{n}, {c}): "
+                f"{'for every epoch ' * epochs}the rows of the examples file by the outputs of the task"
             )
         return array
 

@@ -83,19 +83,19 @@ def estimate(
     dev: Dev,
     methods: Mapping[str, Method],
     *,
-    omni: Omni | None = None,
     folds: int = FOLDS,
     repeats: int | None = None,
     probabilities: bool = False,
 ) -> Estimates:
     """Choose with each method on the whole dev set, and say how good that is on other examples.
 
-    ``best`` and ``omni`` (all members, by the mean unless told otherwise) are added. ``repeats`` None: 1 to
+    ``best`` and ``omni`` (all members, by the mean) are added where they are not there. ``repeats`` None: 1 to
     ``REPEATS``, the more the smaller the dev set. Every split sees the same parts for all methods, so that differences
     are paired. ``probabilities``: keep each method's, for what is held out (classifiers only; R N classes numbers a
     method). Raises ``UserError`` where no member has a score, and as the methods do.
     """
-    omni, n, order = omni or Omni(), len(dev.labels), dev.order
+    omni, n, order = methods.get("omni", Omni()), len(dev.labels), dev.order
+    assert isinstance(omni, Omni)
     folds = max(min(folds, n // 2), 1)
     if repeats is None:
         repeats = int(np.clip(MOST_DECISIONS // n, 1, REPEATS))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lora_ensemble.dicor.choose.combine import tie_order
 from lora_ensemble.dicor.choose.greedy import Greedy
 from lora_ensemble.dicor.choose.methods import Dicor, Exhaustive, Method, Omni, Weighted
 from lora_ensemble.dicor.choose.settings import (
@@ -138,16 +139,11 @@ def _logits(dev: Dev, name: str) -> np.ndarray:
 
 
 def _theory(comparison: Comparison, names: Sequence[str]) -> Theory:
-    task_pool = comparison.task_pool
-    return theory(
-        (_logits(comparison.dev, name) for name in names),
-        comparison.dev.labels,
-        task_pool.kind,
-        outputs=len(task_pool.labels),
-        ranks=[task_pool.record(name).rank for name in names],
-        scores=np.array([comparison.estimates.scores[name] for name in names]),
-        names=list(names),
-    )
+    task_pool, dev = comparison.task_pool, comparison.dev
+    scores = np.array([comparison.estimates.scores[name] for name in names])
+    order = tie_order([task_pool.record(name).rank for name in names], scores, names)
+    logits = (_logits(dev, name) for name in names)
+    return theory(logits, dev.labels, task_pool.kind, outputs=len(task_pool.labels), order=order)
 
 
 def curves(comparison: Comparison, names: Sequence[str]) -> list[Curve]:
@@ -169,9 +165,7 @@ def curves(comparison: Comparison, names: Sequence[str]) -> list[Curve]:
         planned.append((name, of_n, used, sizes))
     if not asked:
         return []
-    omni = comparison.methods["omni"]
-    assert isinstance(omni, Omni)
-    of = estimate(comparison.dev, asked, omni=omni).of
+    of = estimate(comparison.dev, {"omni": comparison.methods["omni"], **asked}).of
     return [
         Curve(method=name, of_n=of_n, used=used, sizes=sizes, estimates=[of[f"{name} {n}"] for n in sizes])
         for name, of_n, used, sizes in planned

@@ -5,12 +5,12 @@ Axes: M members, R repeats, N examples, k members of an ensemble.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.combine import majority, tie_order
+from lora_ensemble.dicor.choose.combine import majority
 from lora_ensemble.dicor.choose.probabilities import log_losses
 from lora_ensemble.dicor.choose.similarity import features
 from lora_ensemble.scores import decisions
@@ -86,20 +86,13 @@ class Theory:
 
 
 def theory(
-    logits: Iterable[np.ndarray],
-    labels: np.ndarray,
-    kind: Kind,
-    *,
-    outputs: int,
-    ranks: list[int | None],
-    scores: np.ndarray,
-    names: list[str],
+    logits: Iterable[np.ndarray], labels: np.ndarray, kind: Kind, *, outputs: int, order: Sequence[int]
 ) -> Theory:
-    """Of k members whose logits (N, C) come one by one, in the order of ``ranks``, ``scores`` and ``names`` (k,).
+    """Of k members whose logits (N, C) come one by one; C is ``outputs``, ``order`` (k,) that of ``tie_order``.
 
-    C is ``outputs``. Members are looked at one at a time; of classifiers the decisions (k, N) are kept, a byte each.
+    Members are looked at one at a time; of classifiers the decisions (k, N) are kept, a byte each.
     """
-    k, n = len(names), len(labels)
+    k, n = len(order), len(labels)
     votes = np.empty((0 if kind == "regression" else k, n), np.min_scalar_type(outputs))
     levels, errors, units, correlated = [], np.zeros(n), np.zeros(n), 0
     for i, member_logits in enumerate(logits):
@@ -113,22 +106,16 @@ def theory(
         unit = features(member_logits[None], kind=kind, similarity="error", labels=labels)[0]
         if not np.isnan(unit).any():  # a member that is never, or always, wrong has no correlation
             units, correlated = units + unit, correlated + 1
-    level, rho = float(np.mean(levels)), _mean_correlation(units, correlated)
+    # The mean of the products of all pairs of M unit vectors is (|sum|^2 - M) / (M (M - 1)): no need of M x M numbers.
+    pairs, level = correlated * (correlated - 1), float(np.mean(levels))
+    rho = float((np.square(units).sum() - correlated) / pairs) if pairs else float("nan")
     if kind == "regression":
         expected, independent, observed = ensemble_variance(level, rho, k), level / k, float(np.var(errors))
     else:
         expected, independent = majority_error(level, rho, k), independent_majority_error(level, k)
-        decided = majority(votes, tie_order(ranks, scores, names), max(outputs, 2))
+        decided = majority(votes, order, max(outputs, 2))
         observed = float(np.mean(decided != labels))
     return Theory(size=k, level=level, rho=rho, expected=expected, independent=independent, observed=observed)
-
-
-def _mean_correlation(total: np.ndarray, count: int) -> float:
-    """Mean of the products of all pairs of ``count`` unit vectors of sum ``total`` (N,); NaN for fewer than two.
-
-    It is (|sum|^2 - M) / (M (M - 1)): there is no need of M x M numbers.
-    """
-    return float((np.square(total).sum() - count) / (count * (count - 1))) if count > 1 else float("nan")
 
 
 def ensemble_variance(variance: float, rho: float, size: int) -> float:
