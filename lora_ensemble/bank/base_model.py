@@ -112,8 +112,7 @@ def load_classifier(
 ) -> tuple[Any, set[str]]:
     """``AutoModelForSequenceClassification`` in float32, and the names of its weights that are not pretrained.
 
-    ``frozen``: its encoder stays as it is. ``UserError`` where it cannot be loaded, its family is not supported, or a
-    frozen encoder lacks weights.
+    ``UserError`` where it cannot be loaded, its family is not supported, or a ``frozen`` encoder lacks weights.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -155,8 +154,8 @@ _PROBE = ("Naïve CAFÉ-goers didn't pay 3.14 € … unaffable\t日本語 🙂"
 def encoder_fingerprint(classifier: Any, fresh: set[str]) -> dict[str, Any]:
     """What tells an encoder from others: ``weights``, 16 hex digits, and the settings that decide what it computes.
 
-    Of what :func:`load_classifier` gives, before it is trained or rounded. The digits are over names, shapes and
-    float32 bytes of the pretrained weights, sorted by name; the head's are not among them.
+    Of what :func:`load_classifier` gives, untouched. The digits are over names, shapes and float32 bytes of the
+    encoder's pretrained weights, sorted by name.
     """
     digest, config, prefix = hashlib.sha256(), classifier.config, classifier.base_model_prefix
     for name, weight in sorted(classifier.base_model.named_parameters()):
@@ -180,8 +179,7 @@ def base_difference(
 ) -> str:
     """The first part, other than ``but``, in which two fingerprints differ, and what to do; empty where they agree.
 
-    What one of them does not know is no difference, so that later versions may look at more. ``revision``: the hub's
-    commit of the base model then.
+    What one does not know is no difference: later versions may look at more. ``revision``: the hub's commit then.
     """
     for part in then:
         if part in now and then[part] != now[part] and part != but:

@@ -2,7 +2,7 @@
 
 How the layers are run is written anew, so that nothing is computed that nobody reads: no padding, the last layer only
 where the head looks, what all members share once until the first adapter or dropout parts them. Frozen weights are
-cast and fused once, not in every step. DeBERTa's relative positions need padded batches: it keeps its own forward.
+cast and fused once, not in every step. DeBERTa keeps its own forward: see ``padded``.
 
 Axes: M members (or 1 where all share), T tokens of a packed row, B examples in it, H hidden width, R rank.
 """
@@ -68,8 +68,8 @@ class PackedEncoder:
     def __call__(self, batch: Mapping[str, Any], adapters: Adapters, *, members: int, dropout: bool) -> Tensor:
         """What the head reads of each example, (M or 1, B, H): the first token's vector, or the mean over tokens.
 
-        ``batch``: a packed row (``input_ids`` (T,), ``token_type_ids`` (T,) where the encoder takes them, and its
-        layout). ``members``: how many, M. Matrix products are in :func:`product_dtype`; sums and norms keep the
+        ``batch``: a packed row: ``input_ids`` (T,), ``token_type_ids`` (T,) where the encoder takes them, and
+        :func:`packing.layout`. ``members``: M. Matrix products are in :func:`product_dtype`; sums and norms keep the
         precision of the encoder's own weights.
         """
         inputs = {"input_ids": batch["input_ids"][None]}
@@ -102,10 +102,7 @@ class PackedEncoder:
         return self._frozen[paths][1:]
 
     def project(self, x: Tensor, layers: Sequence[nn.Linear], adapters: Adapters, dtype: torch.dtype) -> list[Tensor]:
-        """What each of several linear layers makes of x (M or 1, T, in), adapters included: (M or 1, T, out) each.
-
-        One product for the frozen weights and one for all the A.
-        """
+        """What linear layers make of x (M or 1, T, in) in two products, adapters included: (M or 1, T, out) each."""
         x = x.to(dtype)
         if x.device.type == "cpu" and layers[0].weight.dtype == dtype and not torch.is_grad_enabled():
             # To answer with: several products are as fast there, and need no fused copy of the weights.

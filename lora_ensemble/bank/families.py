@@ -1,8 +1,4 @@
-"""What differs between encoder families: names of layers and of dropouts, and whether examples can share a row.
-
-Everything else is the same for every model that ``AutoModelForSequenceClassification`` knows and whose encoder is made
-of ``nn.Linear`` layers.
-"""
+"""What differs between encoder families: names of layers and of dropouts, and whether examples can share a row."""
 
 from __future__ import annotations
 

@@ -88,8 +88,7 @@ def member_name(member: Member, finetune: str) -> str:
 def expand_members(entries: Sequence[Member], *, finetune: str = "lora") -> list[Member]:
     """All members that the entries describe, grids expanded, in order; of an expanded one, itself.
 
-    ``UserError`` where the list is empty, a value is out of range, a name is used twice, or ``finetune`` is full and
-    there is more than one member.
+    ``UserError`` where there is none, a value is out of range, a name is there twice, or several are finetuned in full.
     """
     if not entries:
         raise UserError("model.members: the list is empty; give at least one member, e.g. [{rank: 8, lr: 1e-4}]")
@@ -154,17 +153,14 @@ Adapter = dict[str, tuple[Tensor, Tensor]]
 
 def head_names(model: Any) -> list[str]:
     """Children of a classification model that hold its head: PEFT's ``modules_to_save``."""
-    others = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
-    return [name for name, child in others if any(True for _ in child.parameters())]
+    names = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    return [name for name in names if name != model.base_model_prefix]
 
 
 def peft_config(
     model: Any, paths: Iterable[str], *, rank: int, scaling: float, base_model: str, revision: str | None
 ) -> dict[str, Any]:
-    """``adapter_config.json`` for ``model``, an ``AutoModelForSequenceClassification``.
-
-    ``paths``: adapted linear layers, as in the encoder.
-    """
+    """``adapter_config.json`` for an ``AutoModelForSequenceClassification`` whose encoder is adapted at ``paths``."""
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",

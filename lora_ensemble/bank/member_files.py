@@ -22,8 +22,8 @@ from lora_ensemble.tasks import Task
 def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revision: str | None) -> dict[str, Any]:
     """A member's weights for one task, as :func:`pool.write_member` takes them: file name to content.
 
-    An adapter in PEFT's format with the whole head, or, where the encoder was trained, a complete transformers folder.
-    ``base_model``, ``revision``: what the adapter names as its base.
+    An adapter in PEFT's format with the whole head, over ``base_model`` at ``revision``, or, where the encoder was
+    trained, a complete transformers folder.
     """
     adapter, heads = bank.member_state(index)
     model: Any = bank.heads[bank.tasks.index(task)]
@@ -45,10 +45,7 @@ def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revisio
 def read_weights(
     folder: Path, record: pool.MemberRecord, *, prefix: str
 ) -> tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]:
-    """A member's adapter, head and, where it was fully fine-tuned, encoder, from the pool at ``folder``.
-
-    ``prefix``: the encoder's name in the classification model.
-    """
+    """A member's adapter, head and, where it was fully fine-tuned, encoder, from the pool at ``folder``."""
     full = record.finetune == "full"
     arrays = pool.read_tensors(folder, record, pool.FULL if full else pool.ADAPTER)
     tensors = {key: torch.from_numpy(array).float() for key, array in arrays.items()}
@@ -67,10 +64,7 @@ def say_unknown_base(where: str) -> None:
 
 
 def check_base(records: Sequence[pool.MemberRecord], folder: Path, here: Mapping[str, Any]) -> None:
-    """``UserError`` for a member of the pool at ``folder`` that was trained over another base model.
-
-    ``here``: the fingerprint of the one that is here.
-    """
+    """``UserError`` for a member of the pool at ``folder`` that was trained over a base model other than ``here``."""
     for r in records:
         if not r.base_fingerprint:
             say_unknown_base(str(folder))
@@ -82,13 +76,7 @@ def check_base(records: Sequence[pool.MemberRecord], folder: Path, here: Mapping
 
 
 def load_base(
-    records: Sequence[pool.MemberRecord],
-    folder: Path,
-    where: str,
-    revision: str | None,
-    *,
-    outputs: int,
-    any_base: bool,
+    records: Sequence[pool.MemberRecord], folder: Path, where: str, revision: str | None, outputs: int, any_base: bool
 ) -> tuple[Any, set[str], Any]:
     """The base model of members of the pool at ``folder``: as ``load_classifier`` gives it, and its tokeniser.
 

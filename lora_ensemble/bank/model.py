@@ -1,8 +1,8 @@
 """The bank: M members over one frozen encoder, as a plain ``nn.Module``.
 
-A batch enters once, as a packed row of tokens, and runs through the encoder for all members together. Everything that
-members train is one matrix with a row per member, so that one optimiser step, one clip, one all-reduce and one NaN
-check serve the bank, and no row can touch another.
+A batch enters once, as a packed row, and runs through the encoder for all members together. Everything that members
+train is one matrix with a row per member: one step, one clip, one all-reduce and one NaN check serve the bank, and no
+row can touch another.
 
 Axes: M members, B examples in a batch, T tokens of all of them, H hidden width, R largest rank at a layer, C outputs of
 a head, P trained numbers per member (zeros included).
@@ -28,11 +28,11 @@ from lora_ensemble.tasks import Task
 class Bank(nn.Module):
     """M members over one encoder, with a head per task.
 
-    ``classifier``: an ``AutoModelForSequenceClassification`` of any supported family, consumed. ``members``: expanded.
-    ``fresh``: names of its weights that are not pretrained; those of the head are drawn from each member's seed, as
-    the family draws them. ``init_std``: standard deviation of A. ``train_encoder``: full fine-tuning, for one member
-    without adapters. ``frozen_dropout``: whether the encoder's dropout also acts for members that leave the encoder as
-    it is. Raises ``UserError`` for targets that the family cannot do.
+    ``classifier``: an ``AutoModelForSequenceClassification``, consumed. ``members``: expanded. ``fresh``: names of its
+    weights that are not pretrained; those of the head are drawn from each member's seed, as the family draws them.
+    ``init_std``: standard deviation of A. ``train_encoder``: full fine-tuning, for one member without adapters.
+    ``frozen_dropout``: the encoder's dropout also acts for members that leave the encoder as it is. Raises
+    ``UserError`` for targets that the family cannot do.
     """
 
     def __init__(
@@ -121,11 +121,9 @@ class Bank(nn.Module):
     def forward(
         self, batches: Mapping[str, Mapping[str, Any]], frozen: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Task name to logits (M, B, C).
+        """Task name to logits (M, B, C), from task name to a packed row, see :meth:`PackedEncoder.__call__`.
 
-        ``batches``: task name to a packed row: ``input_ids`` (T,), ``token_type_ids`` (T,) where the encoder takes
-        them, and :func:`packing.layout`. ``frozen``: task name to :meth:`read_frozen` of the same batch, where it is
-        known already.
+        ``frozen``: task name to :meth:`read_frozen` of the same batch, where it is known already.
         """
         dtype = product_dtype(self.weights)
         views = self._views(self.weights)
