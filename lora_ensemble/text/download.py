@@ -58,10 +58,9 @@ def run(args: Sequence[str]) -> int:
 
 
 def download(root: Path, tasks: Sequence[str]) -> None:
-    """Write each task's files below ``root``, and say their fingerprints.
+    """Write each task's files below ``root``, and what they are (SHA-256, 16 digits) into ``downloaded.json``.
 
-    A file that is there with the same content stays; one with other content is a ``UserError``, before anything of its
-    task is written. The fingerprints (SHA-256, 16 digits) and where the data came from go into ``downloaded.json``.
+    ``UserError`` where a file is there with other content, before anything of its task is written.
     """
     root.mkdir(parents=True, exist_ok=True)
     for name in tasks:
@@ -88,9 +87,9 @@ def download(root: Path, tasks: Sequence[str]) -> None:
 
 
 def course_format(task: Task, split: str, table: Table, columns: Sequence[str]) -> bytes:
-    """A table as a file of the course's: tab-separated, a running number, ``id``, texts, label.
+    """A table as a file of the course's: a running number, ``id``, texts and, where it is public, the label.
 
-    ``columns``: its texts and its label. The label column is left out where no label is public.
+    ``columns``: its texts and its label.
     """
     for column in columns:
         if column not in table.columns:

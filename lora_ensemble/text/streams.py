@@ -23,10 +23,9 @@ _AT_ONCE = 4096  # rows of a Parquet file
 class Rows:
     """The rows of a stream in blocks, as ``(bytes read, rows)``.
 
-    ``name``: of the stream, for errors. ``columns``: where the texts are, two for a pair; empty: the only column there
-    is. Of plain lines the whole line is the text, or two with a tab between them. ``header``: the columns of a
-    delimited file without a header line. Raises ``UserError`` for a header without these columns; what is wrong with a
-    single row is in the row.
+    ``columns``: where the texts are, two for a pair; empty: the only column there is. Of plain lines the whole line is
+    the text, or two with a tab between them. ``header``: the columns of a delimited file without a header line. Raises
+    ``UserError`` for a header without these columns; what is wrong with a single row is in the row.
     """
 
     def __init__(

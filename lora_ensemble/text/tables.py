@@ -181,8 +181,8 @@ def read_hub(
 ) -> Table:
     """The ``wanted`` columns of a split of a data set that ``datasets`` loads: from the hub, or from a local folder.
 
-    A ClassLabel in the column ``label`` becomes the feature's names where those are ``label_names``, else its number;
-    -1, the hub's sign for "no label", becomes None. ``UserError`` where the data set or the split cannot be loaded.
+    A ClassLabel in the column ``label`` becomes its name where the names are ``label_names``, else its number; -1, the
+    hub's "no label", becomes None. ``UserError`` where the data set or the split cannot be loaded.
     """
     try:
         import datasets

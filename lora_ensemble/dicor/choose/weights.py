@@ -31,8 +31,7 @@ PRECISION = 1e-9  # the search ends when no weight moves by more
 def fitted(members: Members, choice: Choice, *, temperature: bool = False, offset: bool = False) -> Choice:
     """The choice with the weights that the strategy ``weighted`` needs; members without weight are none.
 
-    ``temperature``: with temperatures. ``offset``: with scale and offsets of a classifier's weighted mean. Raises
-    ``UserError`` where temperatures would have no meaning.
+    ``temperature``: with temperatures (``UserError`` where they have no meaning). ``offset``: with scale and offsets.
     """
     chosen = members.take(choice.members)
     if temperature:
@@ -116,12 +115,9 @@ def _descend(
     steepest: float,
     nearest: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """The numbers (k,) where a convex function of gradient ``slope`` is least, of those that are allowed.
-
-    ``nearest`` finds the nearest that are. Projected gradients with Nesterov's momentum, which starts again where it
-    points uphill (O'Donoghue and Candès 2015). ``steepest``: the largest curvature at the start; where it turns out too
-    small, the step is halved.
-    """
+    """The allowed numbers (k,) where a convex function of gradient ``slope`` is least; ``nearest`` finds them."""
+    # Projected gradients with Nesterov's momentum, which starts again where it points uphill (O'Donoghue and Candès
+    # 2015). `steepest`: the largest curvature at the start; where it turns out too small, the step is halved.
     w, ahead, momentum, down = start, start, 1.0, slope(start)
     for _ in range(2000):
         further = nearest(ahead - down / steepest)
