@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from transformers.utils import hub, logging
 
 from lora_ensemble.bank.families import family_of, set_dropout
 from lora_ensemble.errors import UserError
@@ -44,8 +46,6 @@ def on_hub(base_model: str) -> bool:
 @contextlib.contextmanager
 def _source(base_model: str, revision: str | None) -> Iterator[dict[str, Any]]:
     """What ``from_pretrained`` is told of where a model is. Its errors become one line that says what to do."""
-    from transformers.utils import logging
-
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # Its report of "newly initialised" head weights is the normal case here.
     logging.set_verbosity_error()
@@ -68,21 +68,17 @@ def _source(base_model: str, revision: str | None) -> Iterator[dict[str, Any]]:
 
 def commit_of(base_model: str, revision: str | None) -> str | None:
     """The hub's commit that a revision is now; None for a folder. ``UserError`` where it cannot be had."""
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
     if not on_hub(base_model):
         return None
     # Not config._commit_hash: transformers 5.23 no longer sets it.
     with _source(base_model, revision):
-        return extract_commit_hash(cached_file(location(base_model), "config.json", revision=revision), None)
+        return hub.extract_commit_hash(hub.cached_file(location(base_model), "config.json", revision=revision), None)
 
 
 def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     """The encoder's own tokeniser; ``UserError`` where it cannot be loaded or cannot pad."""
-    from transformers import AutoTokenizer
-
     with _source(base_model, revision) as source:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     if tokenizer.pad_token_id is None:
         raise UserError(f"model.base_model: the tokeniser of {base_model!r} has no padding token")
     return tokenizer
@@ -90,10 +86,8 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
 
 def longest_input(base_model: str, tokenizer: Any, revision: str | None = None) -> int:
     """How many tokens the encoder takes at most."""
-    from transformers import AutoConfig
-
     with _source(base_model, revision) as source:
-        config = AutoConfig.from_pretrained(**source)
+        config = transformers.AutoConfig.from_pretrained(**source)
     most = getattr(config, "max_position_embeddings", None) or _UNLIMITED
     # RoBERTa counts positions from padding_idx + 1.
     if family_of(config.model_type).positions_after_padding:
@@ -114,14 +108,12 @@ def load_classifier(
 
     ``UserError`` where it cannot be loaded, its family is not supported, or a ``frozen`` encoder lacks weights.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     with _source(base_model, revision) as source:
-        config = AutoConfig.from_pretrained(**source)
+        config = transformers.AutoConfig.from_pretrained(**source)
         family_of(config.model_type)
         set_dropout(config, head=head_dropout, encoder=encoder_dropout)
         config.num_labels = num_labels
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             **source,
             config=config,
             dtype=torch.float32,

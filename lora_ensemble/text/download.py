@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lora_ensemble.errors import Parser, UserError
@@ -19,20 +18,11 @@ from lora_ensemble.text.tables import Table, read_hub
 MANIFEST = "downloaded.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a preset's examples come from on the Hugging Face hub."""
-
-    dataset: str
-    config: str | None
-    text: tuple[str, ...]  # its text columns, in the order of the preset's
-    label: str  # its label column; -1 where it is not public
-
-
-SOURCES = {
-    "sst": Source(dataset="SetFit/sst5", config=None, text=("text",), label="label"),
-    "quora": Source(dataset="nyu-mll/glue", config="qqp", text=("question1", "question2"), label="label"),
-    "sts": Source(dataset="nyu-mll/glue", config="stsb", text=("sentence1", "sentence2"), label="label"),
+# Of each preset: a data set of the hub, its configuration, and its text columns; a label that is not public is -1.
+SOURCES: dict[str, tuple[str, str | None, list[str]]] = {
+    "sst": ("SetFit/sst5", None, ["text"]),
+    "quora": ("nyu-mll/glue", "qqp", ["question1", "question2"]),
+    "sts": ("nyu-mll/glue", "stsb", ["sentence1", "sentence2"]),
 }
 
 
@@ -64,12 +54,11 @@ def download(root: Path, tasks: Sequence[str]) -> None:
     """
     root.mkdir(parents=True, exist_ok=True)
     for name in tasks:
-        task, source = PRESETS[name], SOURCES[name]
+        task, (dataset, config, texts) = PRESETS[name], SOURCES[name]
         files: dict[str, bytes] = {}
         for split, of_hub in HUB_SPLITS.items():
-            columns = [*source.text, source.label]
-            table = read_hub(source.dataset, source.config, of_hub, columns, source.label, [])
-            files[getattr(task, split)] = course_format(task, split, table, columns)
+            table = read_hub(dataset, config, of_hub, [*texts, "label"], "label", [])
+            files[getattr(task, split)] = course_format(task, split, table, [*texts, "label"])
         for file, content in files.items():
             if (root / file).is_file() and (root / file).read_bytes() != content:
                 raise UserError(f"{root / file}: is there with other content; choose another --root, or remove it")
@@ -81,7 +70,7 @@ def download(root: Path, tasks: Sequence[str]) -> None:
             print(f"{root / file}: {count} examples, fingerprint {fingerprints[file]}", flush=True)
         manifest = root / MANIFEST
         noted = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-        noted[name] = {"dataset": source.dataset, "config": source.config, "files": fingerprints}
+        noted[name] = {"dataset": dataset, "config": config, "files": fingerprints}
         with replacing(manifest) as beside:
             beside.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
