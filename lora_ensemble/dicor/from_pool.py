@@ -18,10 +18,10 @@ SMALL = 32_000_000
 
 
 class Files:
-    """The logits (N, C) of each member of a pool, opened when they are asked for and let go afterwards.
+    """The logits (N, C) of each member of a pool, opened when they are asked for, the first time with all checks.
 
-    A file is checked (``TaskPool.logits``) the first time. What is kept open counts as resident memory, which for ten
-    thousand members would be a copy of all logits. The first ``SMALL`` bytes are kept all the same: opening costs time.
+    What is kept open counts as resident memory, which for ten thousand members would be a copy of all logits. The first
+    ``SMALL`` bytes are kept all the same: opening costs time.
     """
 
     def __init__(self, task_pool: pool.TaskPool) -> None:
@@ -48,10 +48,7 @@ class Files:
 
 
 def dev_of(task_pool: pool.TaskPool) -> Dev:
-    """The members of a pool on its dev examples, with the logits of every epoch where they were kept.
-
-    Raises ``UserError`` where the dev examples have no labels, and as ``TaskPool`` does.
-    """
+    """The members of a pool on its dev examples; ``UserError`` where these have no labels, and as ``TaskPool``."""
     examples, records = task_pool.examples(), task_pool.members
     if examples.labels is None:
         where = task_pool.pool / task_pool.name
@@ -70,7 +67,6 @@ def dev_of(task_pool: pool.TaskPool) -> Dev:
     notices = [*dev.notices, *one_label(examples.labels, task_pool.labels, "dev labels")]
     if students := sum(pool.DISTILLED in r.settings for r in records):
         who, whose = ("1 member was", "its") if students == 1 else (f"{students} members were", "their")
-        notices.append(
-            f"{who} distilled from an ensemble that was chosen on dev: {whose} scores flatter a little, honest ones too"
-        )
+        what = "distilled from an ensemble that was chosen on dev"
+        notices.append(f"{who} {what}: {whose} scores flatter a little, honest ones too")
     return replace(dev, notices=notices)

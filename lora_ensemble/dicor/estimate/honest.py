@@ -4,12 +4,11 @@ The dev set is cut into K folds; a method chooses on all but one, and what it ch
 every example was decided by an ensemble that had not seen it; this is repeated with R other cuts. Each member's epoch
 was chosen on the same labels, so it is chosen again on each choosing part.
 
-An ensemble chosen on (K - 1) / K of the dev set is, if anything, a little worse than one chosen on all of it, so the
-score on what was held out is too low: by nothing where the choice is the same, and by 1 / (2 (K - 1)) of the optimism
-for a method that fits p smooth parameters, where in-sample is better than the truth by p / n and what is fitted to n
-examples falls short of the best by p / 2n (as in Akaike's criterion). The estimate adds the middle of the two,
-1 / (4 (K - 1)): for three folds an eighth of the optimism, so that an eighth is left at most, either way.
-``benchmarks/honest.py`` shows both.
+An ensemble chosen on (K - 1) / K of dev is a little worse than one chosen on all of it, so the score on what was held
+out is too low: by nothing where the choice is the same, and by 1 / (2 (K - 1)) of the optimism for a method that fits p
+smooth parameters, where in-sample is better than the truth by p / n and what is fitted to n examples falls short of the
+best by p / 2n (as in Akaike's criterion). The estimate adds the middle, 1 / (4 (K - 1)), for three folds an eighth, so
+that an eighth is left at most, either way (``benchmarks/honest.py``).
 
 Axes: M members, N examples of the dev split, C outputs of a head, R repeats of K folds, k candidates.
 """
@@ -50,8 +49,7 @@ class Estimate:
     held_out: np.ndarray | None
     """(R, N): the decisions that the estimate is of, examples in the order of ``splits.canonical``."""
     probabilities: np.ndarray | None
-    """(R, N, classes), in the same order: those behind ``held_out``, if they were asked for; with 0 repeats (1, N,
-    classes), of what was chosen on the very same examples."""
+    """(R, N, classes) behind ``held_out``, if asked for; with 0 repeats (1, N, classes), on the examples chosen on."""
     honest: Interval | None = None
     """Of what was chosen on the whole dev set, on other examples; None where there are too few, or r is undefined."""
     at_part: float | None = None
@@ -90,9 +88,9 @@ def estimate(
     """Choose with each method on the whole dev set, and say how good that is on other examples.
 
     ``best`` and ``omni`` (all members, by the mean) are added where they are not there. ``repeats`` None: 1 to
-    ``REPEATS``, the more the smaller the dev set. Every split sees the same parts for all methods, so that differences
-    are paired. ``probabilities``: keep each method's, for what is held out (classifiers only; R N classes numbers a
-    method). Raises ``UserError`` where no member has a score, and as the methods do.
+    ``REPEATS``, the more the smaller the dev set. All methods see the same splits, so that differences are paired.
+    ``probabilities``: keep each classifier's for what is held out. Raises ``UserError`` where no member has a score,
+    and as the methods do.
     """
     omni, n, order = methods.get("omni", Omni()), len(dev.labels), dev.order
     assert isinstance(omni, Omni)
