@@ -31,10 +31,8 @@ from lora_ensemble.dicor.table import number
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import score_name
 
-MOST_SHOWN = 200
-"""Members in the plots: with more, a row of the heat map is finer than a pixel, and a page is slow to open."""
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30)
-"""As many as a curve needs; sizes between the later ones hardly differ."""
+MOST_SHOWN = 200  # members: with more, a row of the heat map is finer than a pixel, and a page is slow to open
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30)  # sizes between the later ones hardly differ
 FEW_SIZES = (1, 2, 5, 10, 15, 25)  # for a method of many bags, each of which is a search of its own
 _NAMES = {"best": "single best", "omni": "Omni"}
 
@@ -147,10 +145,7 @@ def _theory(comparison: Comparison, names: Sequence[str]) -> Theory:
 
 
 def curves(comparison: Comparison, names: Sequence[str]) -> list[Curve]:
-    """A curve for each of these methods that has a size, by the same folds; none for a pool of one member.
-
-    At ``used`` the estimate is that of the comparison. Raises as ``estimate``.
-    """
+    """A curve for each of these methods that has a size, by the same folds; none for a pool of one member."""
     members = len(comparison.estimates.of["omni"].names)
     planned, asked = list[tuple[str, str, int | None, list[int]]](), dict[str, Method]()
     for name in dict.fromkeys(names):
@@ -173,10 +168,7 @@ def curves(comparison: Comparison, names: Sequence[str]) -> list[Curve]:
 
 
 def _sizing(method: Method, members: int) -> tuple[str, int, int | None, Callable[[int], Method]] | None:
-    """What n is for the method, the largest that is looked at, its own, and the method with another n.
-
-    For a pool of so many ``members``. None for the single best, which has no size.
-    """
+    """What n is for a method, the largest of a pool, its own, and the method with another n; None: it has no size."""
     if isinstance(method, Dicor):
         own = None if method.size == "auto" else min(method.size, method.top_k, members)
         most = min(method.top_k, members, max(own or 0, MOST_AUTO))

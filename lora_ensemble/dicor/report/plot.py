@@ -86,7 +86,7 @@ def _svg(specification: dict[str, Any]) -> str:
 
 
 def _png(svg: str) -> bytes:
-    """As PNG, two pixels to a unit. Its pixels are packed anew: vl-convert packs them fast, to six times the size."""
+    """As PNG, two pixels to a unit, packed anew: vl-convert packs fast, to six times the size."""
     png, pixels, at = vl_convert.svg_to_png(svg, scale=2), b"", 33  # behind the signature and the header
     while at < len(png):
         end = at + 8 + int.from_bytes(png[at : at + 4])

@@ -1,4 +1,4 @@
-"""What an ensemble says of itself beside what is observed: calibration, and Tolkunov's two formulas.
+"""Calibration, and Tolkunov's two formulas beside what is observed.
 
 Axes: M members, R repeats, N examples, k members of an ensemble.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import bdtrc
 
 from lora_ensemble.dicor.choose.combine import majority
 from lora_ensemble.dicor.choose.probabilities import log_losses
@@ -24,22 +25,18 @@ class Calibration:
     """How well the probabilities of a classifier are calibrated."""
 
     said: np.ndarray  # (BINS,) mean probability in each bin; NaN where a bin is empty
-    came_true: np.ndarray
-    """(BINS,) share of the bin's examples for which it came true; NaN where it is empty."""
+    came_true: np.ndarray  # (BINS,) share of the bin's examples for which it came true; NaN where it is empty
     counts: np.ndarray  # (BINS,) predictions in each bin: an example held out R times counts R times
-    ece: float
-    """Expected calibration error: the mean of abs(said - came_true) over bins, each by its share of the predictions."""
+    ece: float  # the mean of abs(said - came_true) over bins, each by its share of the predictions
     brier: float
-    """Brier (1950). binary: the mean of (p - y)^2 for class 1, 0 to 1. multiclass: the mean over examples of the sum of
-    the squares over all classes, 0 to 2."""
+    """Brier (1950): the mean of (p - y)^2, binary: for class 1, 0 to 1; multiclass: summed over classes, 0 to 2."""
     log_loss: float  # mean of -log p(label), in nats; a probability counts as 1e-15 at least
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, kind: Kind) -> Calibration:
     """From probabilities (R, N, classes) and labels (N,) of a classifier.
 
-    What is looked at is, for binary, the probability of class 1 and whether it is class 1, and, for multiclass, the
-    probability of the class that was decided for and whether it is right (Guo et al. 2017, section 2: the confidence).
+    binary: of the probability of class 1; multiclass: of the class that was decided for (Guo et al. 2017, section 2).
     """
     repeats, n, classes = probabilities.shape
     p = probabilities.reshape(repeats * n, classes)
@@ -65,24 +62,17 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, kind: Kind) -> Ca
 
 @dataclass(frozen=True, kw_only=True)
 class Theory:
-    """One ensemble on the dev set that it was chosen on. Classifiers and regressions fill in what is theirs."""
+    """One ensemble on the dev set that it was chosen on: of values, or of votes."""
 
     size: int  # k
-    level: float
-    """regression: sigma^2, the mean over members of the variance of value - label. Classifiers: p, the mean of their
-    shares of wrong decisions."""
+    level: float  # sigma^2, the mean of the members' variances of value - label; p, of their shares of wrong decisions
     rho: float
-    """The mean over pairs of members of the correlation of their errors (``similarity.features``, error), where it is
-    defined; NaN for a single member."""
+    """The mean over pairs of members of the correlation of their errors, where it is defined; NaN for a single one."""
     expected: float
-    """By the report: the variance of the ensemble's error (equation 2), or the probability that a majority is wrong.
-    NaN where the formula gives no number."""
-    independent: float
-    """The same if errors were independent: sigma^2 / k; the probability that more than half of k votes are wrong, each
-    with probability p (Condorcet's jury, ties not counted as wrong)."""
+    """By the report: the variance of the ensemble's error (equation 2), or the probability that a majority is wrong."""
+    independent: float  # the same if errors were independent; ties of votes are not counted as wrong (Condorcet)
     observed: float
-    """The variance of the error of the members' plain mean; the share of examples on which their majority is wrong,
-    with the paper's tie rule."""
+    """The variance of the error of the members' plain mean; how often their majority is wrong, by the paper's ties."""
 
 
 def theory(
@@ -119,10 +109,7 @@ def theory(
 
 
 def ensemble_variance(variance: float, rho: float, size: int) -> float:
-    """Tolkunov, equation 2: Var(ens) = sigma^2 / N + (N - 1) / N * rho * sigma^2, with N = ``size`` members.
-
-    Exact where all members have the same variance. A single member needs no ``rho``.
-    """
+    """Tolkunov, equation 2: Var(ens) = sigma^2 / N + (N - 1) / N * rho * sigma^2, with N = ``size`` members."""
     return variance / size + ((size - 1) / size * rho * variance if size > 1 else 0.0)
 
 
@@ -132,8 +119,6 @@ def majority_error(p: float, rho: float, size: int) -> float:
     p_eff = rho p + (1 - rho) p^2 and P = sum_{k = floor(N/2)}^{N} C(N,k) p_eff^k (1 - p_eff)^(N-k), as printed, faults
     included. NaN where ``rho`` is undefined or p_eff is no probability. For one member it is 1.
     """
-    from scipy.special import bdtrc  # late: the commands that need no scipy do not wait for it
-
     if size == 1:
         return 1.0
     effective = rho * p + (1 - rho) * p * p
@@ -142,6 +127,4 @@ def majority_error(p: float, rho: float, size: int) -> float:
 
 def independent_majority_error(p: float, size: int) -> float:
     """The probability that more than half of ``size`` votes are wrong, each independently with probability p."""
-    from scipy.special import bdtrc
-
     return float(bdtrc(size // 2, size, p))
