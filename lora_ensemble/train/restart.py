@@ -226,7 +226,7 @@ def check_checkpoint(saved: Mapping[str, Any], expected: Mapping[str, Any], *, a
         say_unknown_base("--ckpt_path")
     if any_base:
         return
-    if difference := base_difference(then, expected["base_fingerprint"], saved["revision"]):
+    if difference := base_difference(then, expected["base_fingerprint"], saved.get("revision")):
         raise UserError(f"--ckpt_path: the checkpoint was trained over another {expected['base_model']}: {difference}")
 
 
