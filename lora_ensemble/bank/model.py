@@ -60,6 +60,7 @@ class Bank(nn.Module):
         self.layers = linear_layers(self.encoder)  # every linear layer by its path, adapted or not
         # ModuleList: a task's name may hold a dot, which ModuleDict refuses.
         self.heads = nn.ModuleList(head_of(classifier, task.num_outputs) for task in tasks)
+        self._by_task: dict[str, Any] = {task.name: head for task, head in zip(tasks, self.heads, strict=True)}
         if not train_encoder:
             self.encoder.requires_grad_(False)
         self.shapes = self.row_shapes(range(len(members)))
@@ -86,10 +87,6 @@ class Bank(nn.Module):
             self.load_member(index, self._drawn_adapter(index, seed, init_std), heads)
         # from_pretrained leaves dropout off.
         self.train()
-
-    @property
-    def _by_task(self) -> dict[str, Any]:
-        return {task.name: head for task, head in zip(self.tasks, self.heads, strict=True)}
 
     def row_shapes(self, members: Sequence[int]) -> dict[str, torch.Size]:
         """What a row of ``weights`` holds in a bank of these members alone, in order: name to shape."""

@@ -17,14 +17,13 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Kind
 
 SHRINK = 1.0
-"""How strongly weights are drawn to 1/k: a penalty in nats of SHRINK k |w - 1/k|^2 against the sum of the log-losses,
-so a thousand examples can say more against equal weights than a hundred. With 0.1, weights fit a dev set's noise; with
-10, weak members keep too much; between 1 and 3 it hardly matters (benchmarks/penalties.py)."""
+"""How strongly weights are drawn to 1/k: a penalty in nats of SHRINK k |w - 1/k|^2 against the sum of the log-losses.
+With 0.1, weights fit a dev set's noise; with 10, weak members keep too much; between 1 and 3 it hardly matters
+(benchmarks/penalties.py)."""
 PULL = 10.0
 """How strongly a scale is drawn to 1 and offsets to 0: the prior that each is normal, with variance 1 / PULL. With 1,
-the offsets of members that lean to no class learn the class shares of a small dev set: of 100 examples of ten classes
-0.011 of accuracy was lost, with 10 0.003, and members that do lean were mended as well but for 0.002 at most
-(benchmarks/penalties.py)."""
+offsets learn the class shares of a small dev set: of 100 examples of ten classes 0.011 of accuracy was lost, with 10
+0.003, and members that do lean to a class were mended as well but for 0.002 (benchmarks/penalties.py)."""
 PRECISION = 1e-9  # the search ends when no weight moves by more
 
 
@@ -62,12 +61,10 @@ def convex_weights(members: Members, *, shrink: float = SHRINK) -> np.ndarray:
     """Weights (k,), none below 0, of sum 1, that make the weighted mean good on these examples.
 
     Classifiers: the log-loss of the weighted mean of probabilities: stacking of predictive distributions (Yao et al.
-    2018, section 3.3). Regression: the squared error of the straight line through the weighted mean that is best, since
-    r, the score, looks at neither level nor scale; in units of twice what the plain mean's line leaves, which makes it
-    a Gaussian's log-loss. Plus the penalty of ``SHRINK``, which makes both strictly convex: there is one minimum.
-
-    It is found by projected gradients rather than by scipy's SLSQP, which finds the same (the tests compare them): this
-    is done for every split of the dev set, and importing scipy alone takes as long as all of them.
+    2018, section 3.3). Regression: the squared error of the best straight line through the weighted mean, since r looks
+    at neither level nor scale; in units of twice what the plain mean's line leaves, which makes it a Gaussian's
+    log-loss. Plus the penalty of ``SHRINK``, which makes both strictly convex: there is one minimum. scipy's SLSQP
+    finds the same (the tests compare them), but importing scipy alone takes as long as all splits of a dev set.
     """
     k = len(members)
     equal, pull = np.full(k, 1 / k), 2 * shrink * k
