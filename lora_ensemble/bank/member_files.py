@@ -15,7 +15,7 @@ from lora_ensemble import pool
 from lora_ensemble.bank import base_model as base
 from lora_ensemble.bank.lora import Adapter, from_peft, peft_config, peft_tensors, single
 from lora_ensemble.bank.model import Bank
-from lora_ensemble.errors import UserError
+from lora_ensemble.errors import UserError, one_line
 from lora_ensemble.tasks import Task
 
 
@@ -110,8 +110,8 @@ def restore_members(bank: Bank, folder: Path, *, base_model: str, fingerprint: M
                 if encoder:
                     bank.load_encoder(encoder)
             except RuntimeError as e:
-                where, reason = pool.member_folder(folder, record.task, record.name), " ".join(str(e).split())
-                raise UserError(f"{where}: its weights do not fit model.base_model ({reason[:200]})") from e
+                where = pool.member_folder(folder, record.task, record.name)
+                raise UserError(f"{where}: its weights do not fit model.base_model ({one_line(e)})") from e
         # What PEFT made us write of a member without adapters is all zeros.
         adapter = adapter if member.adapted else {}
         try:
