@@ -66,7 +66,7 @@ def make(folder: Path, task_name: str, members: int, rank: int, targets: str, ba
     fingerprint = write_examples(folder / "pool", task.name, "dev", [f"d{i}" for i in range(n)], labels)
     for i, member in enumerate(entries):
         adapter, heads = bank.member_state(i)
-        for b in adapter.B.values():
+        for _, b in adapter.values():
             b.copy_(torch.from_numpy(rng.normal(0, 0.02, b.shape)))
         bank.load_member(i, adapter, heads)
         files = weight_files(bank, i, task, base_model=base_model, revision=None)
@@ -78,8 +78,8 @@ def make(folder: Path, task_name: str, members: int, rank: int, targets: str, ba
         write_member(folder / "pool", record, files)
         merged, _ = load_classifier(base_model, num_labels=task.num_outputs)
         with torch.no_grad():
-            for path, a in adapter.A.items():
-                merged.base_model.get_submodule(path).weight += single(member.scaling) * adapter.B[path] @ a
+            for path, (a, b) in adapter.items():
+                merged.base_model.get_submodule(path).weight += single(member.scaling) * b @ a
             merged.load_state_dict(heads[task.name], strict=False)
         merged.save_pretrained(folder / "merged" / member.name)
     select = ["select", "--pool", str(folder / "pool"), "--task", task.name, "--method", "omni"]

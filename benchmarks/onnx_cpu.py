@@ -64,8 +64,8 @@ def bank_of(base_model: str, members: int) -> Bank:
     with torch.no_grad():
         for i in range(members):
             adapter, heads = bank.member_state(i)
-            for t in adapter.B.values():
-                t.normal_(std=0.02)
+            for _, b in adapter.values():
+                b.normal_(std=0.02)
             bank.load_member(i, adapter, heads)
     return bank.eval().requires_grad_(False)
 

@@ -31,7 +31,7 @@ import numpy as np
 from lora_ensemble.dicor.choose.combine import decide
 from lora_ensemble.dicor.choose.criteria import Sums
 from lora_ensemble.dicor.choose.greedy import Greedy
-from lora_ensemble.dicor.choose.methods import Method, Omni
+from lora_ensemble.dicor.choose.methods import Method
 from lora_ensemble.dicor.estimate.fold_scores import fold_scores
 from lora_ensemble.dicor.estimate.honest import estimate
 from lora_ensemble.dicor.estimate.interval import influence
@@ -129,9 +129,7 @@ class Contest:
         self.counts[one.rows] += 1
         n = len(one.dev)
         methods = ours(self.kind, n)
-        omni = methods["omni"]
-        assert isinstance(omni, Omni)
-        found = estimate(one.dev, methods, omni=omni, repeats=self.repeats)
+        found = estimate(one.dev, methods, repeats=self.repeats)
         place = {name: i for i, name in enumerate(one.dev.names)}
         for name, of in found.of.items():
             members = [place[x] for x in of.names]

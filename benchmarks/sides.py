@@ -266,7 +266,7 @@ def start_anywhere(bank: Bank, index: int, task: str, std: float = 0.5) -> None:
     first step. ``std``: of both."""
     adapter, heads = bank.member_state(index)
     generator = torch.Generator().manual_seed(index)
-    for tensor in [*adapter.B.values(), *heads[task].values()]:
+    for tensor in [*(b for _, b in adapter.values()), *heads[task].values()]:
         tensor.normal_(0, std, generator=generator)
     bank.load_member(index, adapter, heads)
 

@@ -63,7 +63,7 @@ def write_pool(
         for i in range(len(members)):
             # On what the member trains, and on nothing else: a block of zeros stays one.
             adapter, heads = bank.member_state(i)
-            for t in [*adapter.A.values(), *adapter.B.values(), *heads["mine"].values()]:
+            for t in [*(a for a, _ in adapter.values()), *(b for _, b in adapter.values()), *heads["mine"].values()]:
                 t.add_(torch.randn(t.shape, generator=generator) * 0.2)
             bank.load_member(i, adapter, heads)
         if finetune == "full":

@@ -235,7 +235,7 @@ def _by_peft(member: Member, work: Workload, start: str) -> list[Tensor]:
             named = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if ".lora_" in n}
             gradients = {n: g.float().cpu() for n, g in named.items() if g is not None}
             adapter, _ = from_peft(gradients, prefix=model.base_model.model.base_model_prefix)
-            parts = {f"{p}.{k}": g for k, side in (("A", adapter.A), ("B", adapter.B)) for p, g in side.items()}
+            parts = {f"{p}.{k}": g for p, ab in adapter.items() for k, g in zip("AB", ab, strict=True)}
             found.append(torch.cat([parts[name].flatten() for name in sorted(parts)]))
         optimizer.step()
     return [*found, logits()]

@@ -19,14 +19,7 @@ from lora_ensemble.text.packing import PackRow, PadRow
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    batch: Mapping[str, Any],
-    *,
-    heads: int,
-    dropout: float = 0.0,
-    window: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, batch: Mapping[str, Any], heads: int, dropout: float = 0, window: int | None = None
 ) -> Tensor:
     """softmax(q kᵀ / √d) v within each example (Vaswani et al. 2017, section 3.2).
 
@@ -72,28 +65,20 @@ def _near(rows: int, length: int, window: int, device: torch.device) -> Tensor:
 
 
 class _InRows(torch.autograd.Function):
-    """Example by example as plain matrix products: nothing is padded, nothing masked.
+    """Example by example as plain matrix products: nothing is padded, nothing masked."""
 
-    On a CPU, at BERT's short lengths, torch's fused attention spends more on its backward pass and, with dropout, on
-    random numbers, than all of this. Never below float32: bf16 products of this size are no faster there, and its
-    softmax is slower.
-    """
-
+    # On a CPU, at BERT's short lengths, torch's fused attention spends more on its backward pass and, with dropout, on
+    # random numbers. Never below float32: bf16 products of this size are no faster there, and its softmax is slower.
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Sequence[int],
-        heads: int,
-        dropout: float,
-        window: int | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], heads: int, drop: float, window: int | None
     ) -> Tensor:
         out = q.new_empty(q.shape)
         q, k, v = (_by_head(x, heads) for x in (q, k, v))
-        ctx.scale, ctx.heads, ctx.dropped = q.shape[-1] ** -0.5, heads, dropout > 0
-        ctx.spans = _spans(lengths, first_only=q.shape[1] != k.shape[1])
+        ctx.scale, ctx.heads, ctx.dropped = q.shape[-1] ** -0.5, heads, drop > 0
+        of_keys = [slice(end - n, end) for n, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
+        of_first = [slice(i, i + 1) for i in range(len(lengths))]
+        ctx.spans = list(zip(of_first if q.shape[1] != k.shape[1] else of_keys, of_keys, strict=True))
         saved: list[Tensor] = []
         for rows, keys in ctx.spans:
             scores = _scaled(q[:, rows], k[:, keys].transpose(1, 2), ctx.scale)
@@ -101,8 +86,8 @@ class _InRows(torch.autograd.Function):
                 scores.masked_fill_(~_near(scores.shape[1], scores.shape[2], window, q.device), -torch.inf)
             p = torch.softmax(scores, -1)
             saved.append(p)
-            if dropout:
-                p = p * keep_mask(p, dropout)
+            if drop:
+                p = p * keep_mask(p, drop)
                 saved.append(p)
             _put(out[:, rows], torch.bmm(p, v[:, keys]))
         ctx.save_for_backward(q, k, v, *saved)
@@ -134,12 +119,6 @@ class _InRows(torch.autograd.Function):
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``scale`` times the batched product of a and b."""
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
-
-
-def _spans(lengths: Sequence[int], *, first_only: bool) -> list[tuple[slice, slice]]:
-    """For each example, where its queries and where its keys lie."""
-    keys = [slice(end - length, end) for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
-    return list(zip([slice(i, i + 1) for i in range(len(keys))] if first_only else keys, keys, strict=True))
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

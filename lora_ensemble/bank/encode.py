@@ -2,13 +2,14 @@
 
 How the layers are run is written anew, so that nothing is computed that nobody reads: no padding, the last layer only
 where the head looks, what all members share once until the first adapter or dropout parts them. Frozen weights are
-cast and fused once, not in every step. DeBERTa's relative positions need padded batches: it keeps its own forward.
+cast and fused once, not in every step. DeBERTa keeps its own forward: see ``padded``.
 
 Axes: M members (or 1 where all share), T tokens of a packed row, B examples in it, H hidden width, R rank.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,31 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-class PackedEncoder:
-    """Runs a frozen or trained encoder on packed rows.
+def computes_bf16(device: str) -> bool:
+    """Whether a device ("cpu", "cuda", ...) multiplies bf16 matrices itself; False where nobody knows.
 
-    ``encoder``: a transformers encoder of a family whose attention can be packed. Its dropout is drawn here, where it
-    can differ between members.
+    On a CPU that does not, torch does it in software: many times slower than float32 (seen on an AMD EPYC with AVX2
+    and no AVX-512).
     """
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return False
+    has: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    # ARM's instructions are of use only with the library that torch has on Linux.
+    names = ["amx_bf16", "avx512_bf16", "avx10_2", *(["bf16"] if sys.platform == "linux" else [])]
+    return any(has.get(name) for name in names)
+
+
+def bf16_advice(precision: object, device: str, *, instead: str) -> str | None:
+    """What to tell a user who asked for bf16 on a device where it is slow; ``instead``: the option that is not."""
+    if not str(precision).startswith("bf16") or computes_bf16(device):
+        return None
+    return f"note: {device} has no bf16 of its own here, so this is many times slower than float32; use {instead}"
+
+
+class PackedEncoder:
+    """Runs a frozen or trained transformers encoder, of a family whose attention can be packed, on packed rows."""
 
     def __init__(self, encoder: Any) -> None:
         self.encoder, self.config = encoder, encoder.config
@@ -48,25 +68,21 @@ class PackedEncoder:
     def __call__(self, batch: Mapping[str, Any], adapters: Adapters, *, members: int, dropout: bool) -> Tensor:
         """What the head reads of each example, (M or 1, B, H): the first token's vector, or the mean over tokens.
 
-        ``batch``: a packed row (``input_ids`` (T,), ``token_type_ids`` (T,) where the encoder takes them, and its
-        layout). ``members``: how many, M. Matrix products are in :func:`product_dtype`; sums and norms keep the
+        ``batch``: a packed row: ``input_ids`` (T,), ``token_type_ids`` (T,) where the encoder takes them, and
+        :func:`packing.layout`. ``members``: M. Matrix products are in :func:`product_dtype`; sums and norms keep the
         precision of the encoder's own weights.
         """
-        x = self._embeddings(batch)
-        run = _Run(self, batch, adapters, members, dropout, product_dtype(x))
-        with torch.autocast(x.device.type, enabled=False):
-            read = run.post_norm(x) if self.family.post_norm else run.pre_norm(x)
-        return read[:, : batch["examples"]]
-
-    def _embeddings(self, batch: Mapping[str, Any]) -> Tensor:
         inputs = {"input_ids": batch["input_ids"][None]}
         if self.family.post_norm:  # ModernBERT sees positions in its attention
             offset = self.config.pad_token_id + 1 if self.family.positions_after_padding else 0
             inputs["position_ids"] = batch["position_ids"][None] + offset
         if self._token_types:
             inputs["token_type_ids"] = batch["token_type_ids"][None]
-        # Their dropout is drawn later, for each member.
-        return self.encoder.embeddings.eval()(**inputs)
+        x = self.encoder.embeddings.eval()(**inputs)  # their dropout is drawn later, for each member
+        run = _Run(self, batch, adapters, members, dropout, product_dtype(x))
+        with torch.autocast(x.device.type, enabled=False):
+            read = run.post_norm(x) if self.family.post_norm else run.pre_norm(x)
+        return read[:, : batch["examples"]]
 
     def _weights(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The layers' weights one below the other, and their biases, as ``dtype``; kept where they are frozen."""
@@ -86,10 +102,7 @@ class PackedEncoder:
         return self._frozen[paths][1:]
 
     def project(self, x: Tensor, layers: Sequence[nn.Linear], adapters: Adapters, dtype: torch.dtype) -> list[Tensor]:
-        """What each of several linear layers makes of x (M or 1, T, in), adapters included: (M or 1, T, out) each.
-
-        One product for the frozen weights and one for all the A.
-        """
+        """What linear layers make of x (M or 1, T, in) in two products, adapters included: (M or 1, T, out) each."""
         x = x.to(dtype)
         if x.device.type == "cpu" and layers[0].weight.dtype == dtype and not torch.is_grad_enabled():
             # To answer with: several products are as fast there, and need no fused copy of the weights.

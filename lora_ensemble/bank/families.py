@@ -1,8 +1,4 @@
-"""What differs between encoder families: names of layers and of dropouts, and whether examples can share a row.
-
-Everything else is the same for every model that ``AutoModelForSequenceClassification`` knows and whose encoder is made
-of ``nn.Linear`` layers.
-"""
+"""What differs between encoder families: names of layers and of dropouts, and whether examples can share a row."""
 
 from __future__ import annotations
 
@@ -32,18 +28,15 @@ class Family:
     attention_norm: str = "attention.output.LayerNorm"
     up: str = "intermediate.dense"
     activation: str = "intermediate.intermediate_act_fn"
-    down: str = "output.dense"
-    """The feed-forward's second layer, the course's ``out_dense``."""
+    down: str = "output.dense"  # the feed-forward's second layer, the course's ``out_dense``
     down_dropout: str = "output.dropout"
     norm: str = "output.LayerNorm"
-    pooler: str | None = None
-    """The pooler's linear layer, where the pooler belongs to the encoder."""
+    pooler: str | None = None  # the pooler's linear layer, where the pooler belongs to the encoder
     post_norm: bool = True
     """Whether norms follow attention and feed-forward, as in BERT; else they come before, as in ModernBERT."""
     packs: bool = True
     """Whether examples can share a row, with attention kept apart; otherwise batches are padded."""
-    positions_after_padding: bool = False
-    """Whether positions count from the padding token's id + 1."""
+    positions_after_padding: bool = False  # whether positions count from the padding token's id + 1
     head_dropout: str = "classifier_dropout"
     encoder_dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 class _Encoded(nn.Module):
@@ -18,8 +19,6 @@ class _Encoded(nn.Module):
     pooled: Tensor | None = None
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         return BaseModelOutputWithPooling(last_hidden_state=self.hidden, pooler_output=self.pooled)
 
 

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -88,8 +88,7 @@ def member_name(member: Member, finetune: str) -> str:
 def expand_members(entries: Sequence[Member], *, finetune: str = "lora") -> list[Member]:
     """All members that the entries describe, grids expanded, in order; of an expanded one, itself.
 
-    ``UserError`` where the list is empty, a value is out of range, a name is used twice, or ``finetune`` is full and
-    there is more than one member.
+    ``UserError`` where there is none, a value is out of range, a name is there twice, or several are finetuned in full.
     """
     if not entries:
         raise UserError("model.members: the list is empty; give at least one member, e.g. [{rank: 8, lr: 1e-4}]")
@@ -148,29 +147,20 @@ def linear_layers(encoder: nn.Module) -> dict[str, nn.Linear]:
     return {path: layer for path, layer in encoder.named_modules() if isinstance(layer, nn.Linear)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """Where one member's adapters sit and what they hold, at the member's own rank."""
-
-    A: dict[str, Tensor] = field(default_factory=dict)
-    """Path of the linear layer in the encoder to (r, in)."""
-    B: dict[str, Tensor] = field(default_factory=dict)
-    """Path to (out, r)."""
+Adapter = dict[str, tuple[Tensor, Tensor]]
+"""Of one member, at its own rank: path of a linear layer in the encoder to A (r, in) and B (out, r)."""
 
 
 def head_names(model: Any) -> list[str]:
     """Children of a classification model that hold its head: PEFT's ``modules_to_save``."""
-    others = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
-    return [name for name, child in others if any(True for _ in child.parameters())]
+    names = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    return [name for name in names if name != model.base_model_prefix]
 
 
 def peft_config(
     model: Any, paths: Iterable[str], *, rank: int, scaling: float, base_model: str, revision: str | None
 ) -> dict[str, Any]:
-    """``adapter_config.json`` for ``model``, an ``AutoModelForSequenceClassification``.
-
-    ``paths``: adapted linear layers, as in the encoder.
-    """
+    """``adapter_config.json`` for an ``AutoModelForSequenceClassification`` whose encoder is adapted at ``paths``."""
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
@@ -189,21 +179,16 @@ def peft_config(
 
 def peft_tensors(adapter: Adapter, head: dict[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
     """Tensors of ``adapter_model.safetensors`` under PEFT's keys. ``head``: parameter name to tensor."""
-    tensors = {}
-    for path in adapter.A:
-        tensors[f"base_model.model.{prefix}.{path}.lora_A.weight"] = adapter.A[path]
-        tensors[f"base_model.model.{prefix}.{path}.lora_B.weight"] = adapter.B[path]
-    return tensors | {f"base_model.model.{name}": value for name, value in head.items()}
+    sides = ((path, side, t) for path, ab in adapter.items() for side, t in zip("AB", ab, strict=True))
+    tensors = {f"{prefix}.{path}.lora_{side}.weight": t for path, side, t in sides} | head
+    return {f"base_model.model.{name}": t for name, t in tensors.items()}
 
 
 def from_peft(tensors: dict[str, Tensor], *, prefix: str) -> tuple[Adapter, dict[str, Tensor]]:
-    """The inverse of :func:`peft_tensors`."""
-    parts: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
-    head = {}
-    for key, value in tensors.items():
-        name, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        if part in parts:
-            parts[part][name.removeprefix(f"{prefix}.")] = value
-        else:
-            head[key.removeprefix("base_model.model.")] = value
-    return Adapter(**parts), head
+    """The inverse of :func:`peft_tensors`; an A without its B, or a B without its A, is left with the head."""
+    head = {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
+    ends = ".lora_A.weight", ".lora_B.weight"
+    named = (name.removesuffix(ends[0]) for name in [*head] if name.endswith(ends[0]))
+    paths = [name for name in named if name + ends[1] in head]
+    adapter = {p.removeprefix(f"{prefix}."): (head.pop(p + ends[0]), head.pop(p + ends[1])) for p in paths}
+    return adapter, head

@@ -12,24 +12,18 @@ import torch
 from torch import Tensor
 
 from lora_ensemble import pool
-from lora_ensemble.bank.base_model import (
-    base_difference,
-    encoder_fingerprint,
-    load_classifier,
-    load_tokenizer,
-    tokenizer_fingerprint,
-)
+from lora_ensemble.bank import base_model as base
 from lora_ensemble.bank.lora import Adapter, from_peft, peft_config, peft_tensors, single
 from lora_ensemble.bank.model import Bank
-from lora_ensemble.errors import UserError
+from lora_ensemble.errors import UserError, one_line
 from lora_ensemble.tasks import Task
 
 
 def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revision: str | None) -> dict[str, Any]:
     """A member's weights for one task, as :func:`pool.write_member` takes them: file name to content.
 
-    An adapter in PEFT's format with the whole head, or, where the encoder was trained, a complete transformers folder.
-    ``base_model``, ``revision``: what the adapter names as its base.
+    An adapter in PEFT's format with the whole head, over ``base_model`` at ``revision``, or, where the encoder was
+    trained, a complete transformers folder.
     """
     adapter, heads = bank.member_state(index)
     model: Any = bank.heads[bank.tasks.index(task)]
@@ -38,23 +32,20 @@ def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revisio
         own = {"architectures": [type(model).__name__], "_name_or_path": base_model}
         state = bank.encoder_state() | heads[task.name]
         return {pool.FULL_CONFIG: model.config.to_dict() | own, pool.FULL: {n: t.numpy() for n, t in state.items()}}
-    if not adapter.A:
+    if not adapter:
         # PEFT refuses an empty list: an adapter of rank 1 on the last layer that is all zeros changes nothing.
         path, layer = list(bank.layers.items())[-1]
-        adapter = Adapter(A={path: torch.zeros(1, layer.in_features)}, B={path: torch.zeros(layer.out_features, 1)})
+        adapter = {path: (torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1))}
     member, tensors = bank.members[index], peft_tensors(adapter, heads[task.name], prefix=bank.prefix)
     rank, scaling = single(member.rank), single(member.scaling)
-    config = peft_config(model, adapter.A, rank=rank, scaling=scaling, base_model=base_model, revision=revision)
+    config = peft_config(model, adapter, rank=rank, scaling=scaling, base_model=base_model, revision=revision)
     return {pool.ADAPTER_CONFIG: config, pool.ADAPTER: {name: tensor.numpy() for name, tensor in tensors.items()}}
 
 
 def read_weights(
     folder: Path, record: pool.MemberRecord, *, prefix: str
 ) -> tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]:
-    """A member's adapter, head and, where it was fully fine-tuned, encoder, from the pool at ``folder``.
-
-    ``prefix``: the encoder's name in the classification model.
-    """
+    """A member's adapter, head and, where it was fully fine-tuned, encoder, from the pool at ``folder``."""
     full = record.finetune == "full"
     arrays = pool.read_tensors(folder, record, pool.FULL if full else pool.ADAPTER)
     tensors = {key: torch.from_numpy(array).float() for key, array in arrays.items()}
@@ -62,7 +53,7 @@ def read_weights(
         adapter, head = from_peft(tensors, prefix=prefix)
         return adapter, head, {}
     encoder = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + ".")}
-    return Adapter(), {key: tensor for key, tensor in tensors.items() if key not in encoder}, encoder
+    return {}, {key: tensor for key, tensor in tensors.items() if key not in encoder}, encoder
 
 
 @functools.cache  # once, however many members, banks and tasks there are
@@ -73,38 +64,29 @@ def say_unknown_base(where: str) -> None:
 
 
 def check_base(records: Sequence[pool.MemberRecord], folder: Path, here: Mapping[str, Any]) -> None:
-    """``UserError`` for a member of the pool at ``folder`` that was trained over another base model.
-
-    ``here``: the fingerprint of the one that is here.
-    """
+    """``UserError`` for a member of the pool at ``folder`` that was trained over a base model other than ``here``."""
     for r in records:
         if not r.base_fingerprint:
             say_unknown_base(str(folder))
         # A fully fine-tuned member brings the whole encoder.
         but = "weights" if r.finetune == "full" else None
-        if difference := base_difference(r.base_fingerprint, here, r.revision, but=but):
+        if difference := base.base_difference(r.base_fingerprint, here, r.revision, but=but):
             where = pool.member_folder(folder, r.task, r.name)
             raise UserError(f"{where}: trained over another {r.base_model}: {difference}")
 
 
 def load_base(
-    records: Sequence[pool.MemberRecord],
-    folder: Path,
-    where: str,
-    revision: str | None,
-    *,
-    outputs: int,
-    any_base: bool,
+    records: Sequence[pool.MemberRecord], folder: Path, where: str, revision: str | None, outputs: int, any_base: bool
 ) -> tuple[Any, set[str], Any]:
     """The base model of members of the pool at ``folder``: as ``load_classifier`` gives it, and its tokeniser.
 
     ``UserError`` where it cannot be loaded, or, unless ``any_base``, is not the one that they were trained over.
     """
-    tokenizer = load_tokenizer(where, revision)
+    tokenizer = base.load_tokenizer(where, revision)
     frozen = any(r.finetune != "full" for r in records)
-    classifier, fresh = load_classifier(where, num_labels=outputs, revision=revision, frozen=frozen)
+    classifier, fresh = base.load_classifier(where, num_labels=outputs, revision=revision, frozen=frozen)
     if not any_base:
-        check_base(records, folder, encoder_fingerprint(classifier, fresh) | tokenizer_fingerprint(tokenizer))
+        check_base(records, folder, base.encoder_fingerprint(classifier, fresh) | base.tokenizer_fingerprint(tokenizer))
     return classifier, fresh, tokenizer
 
 
@@ -124,10 +106,14 @@ def restore_members(bank: Bank, folder: Path, *, base_model: str, fingerprint: M
         heads = {}
         for record in records:
             adapter, heads[record.task], encoder = read_weights(folder, record, prefix=bank.prefix)
-            if encoder:
-                _load_encoder(bank, encoder, pool.member_folder(folder, record.task, record.name))
+            try:
+                if encoder:
+                    bank.load_encoder(encoder)
+            except RuntimeError as e:
+                where = pool.member_folder(folder, record.task, record.name)
+                raise UserError(f"{where}: its weights do not fit model.base_model ({one_line(e)})") from e
         # What PEFT made us write of a member without adapters is all zeros.
-        adapter = adapter if member.adapted else Adapter()
+        adapter = adapter if member.adapted else {}
         try:
             bank.load_member(index, adapter, heads)
         except ValueError as e:
@@ -149,11 +135,3 @@ def _record_of(bank: Bank, index: int, task: Task, folder: Path, base_model: str
         if (there := getattr(record, key)) != given[key]:
             raise UserError(f"{where}: another member of this name: its {key} was {there!r}, is now {given[key]!r}")
     return record
-
-
-def _load_encoder(bank: Bank, encoder: Mapping[str, Tensor], where: Path) -> None:
-    try:
-        bank.load_encoder(encoder)
-    except RuntimeError as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{where}: its weights do not fit model.base_model ({reason[:200]})") from e

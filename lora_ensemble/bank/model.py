@@ -1,8 +1,8 @@
 """The bank: M members over one frozen encoder, as a plain ``nn.Module``.
 
-A batch enters once, as a packed row of tokens, and runs through the encoder for all members together. Everything that
-members train is one matrix with a row per member, so that one optimiser step, one clip, one all-reduce and one NaN
-check serve the bank, and no row can touch another.
+A batch enters once, as a packed row, and runs through the encoder for all members together. Everything that members
+train is one matrix with a row per member: one step, one clip, one all-reduce and one NaN check serve the bank, and no
+row can touch another.
 
 Axes: M members, B examples in a batch, T tokens of all of them, H hidden width, R largest rank at a layer, C outputs of
 a head, P trained numbers per member (zeros included).
@@ -28,11 +28,11 @@ from lora_ensemble.tasks import Task
 class Bank(nn.Module):
     """M members over one encoder, with a head per task.
 
-    ``classifier``: an ``AutoModelForSequenceClassification`` of any supported family, consumed. ``members``: expanded.
-    ``fresh``: names of its weights that are not pretrained; those of the head are drawn from each member's seed, as
-    the family draws them. ``init_std``: standard deviation of A. ``train_encoder``: full fine-tuning, for one member
-    without adapters. ``frozen_dropout``: whether the encoder's dropout also acts for members that leave the encoder as
-    it is. Raises ``UserError`` for targets that the family cannot do.
+    ``classifier``: an ``AutoModelForSequenceClassification``, consumed. ``members``: expanded. ``fresh``: names of its
+    weights that are not pretrained; those of the head are drawn from each member's seed, as the family draws them.
+    ``init_std``: standard deviation of A. ``train_encoder``: full fine-tuning, for one member without adapters.
+    ``frozen_dropout``: the encoder's dropout also acts for members that leave the encoder as it is. Raises
+    ``UserError`` for targets that the family cannot do.
     """
 
     def __init__(
@@ -48,8 +48,7 @@ class Bank(nn.Module):
     ) -> None:
         super().__init__()
         self.members, self.tasks = list(members), list(tasks)
-        self.rates = [single(m.lr) for m in members]
-        """Learning rate of each member."""
+        self.rates = [single(m.lr) for m in members]  # learning rate of each member
         self.ranks = [single(m.rank) if m.adapted else 0 for m in members]
         self.prefix: str = classifier.base_model_prefix
         self.config = classifier.config
@@ -58,10 +57,10 @@ class Bank(nn.Module):
         family = family_of(self.config.model_type)
         self.paths = [target_paths(self.encoder, self.config.model_type, single(m.targets)) for m in members]
         """Adapted linear layers of each member, in the encoder's order."""
-        self.layers = linear_layers(self.encoder)
-        """Every linear layer by its path, adapted or not."""
+        self.layers = linear_layers(self.encoder)  # every linear layer by its path, adapted or not
         # ModuleList: a task's name may hold a dot, which ModuleDict refuses.
         self.heads = nn.ModuleList(head_of(classifier, task.num_outputs) for task in tasks)
+        self._by_task: dict[str, Any] = {task.name: head for task, head in zip(tasks, self.heads, strict=True)}
         if not train_encoder:
             self.encoder.requires_grad_(False)
         self.shapes = self.row_shapes(range(len(members)))
@@ -74,12 +73,11 @@ class Bank(nn.Module):
         self.deep = [i for i, runs in enumerate(changed) if runs]
         """Members for which the encoder runs with their adapters and dropout; for the others it is what it was, up to
         the pooler, and runs once without dropout."""
-        self.packs = family.packs
-        """Whether examples share a row, or batches are padded."""
+        self.packs = family.packs  # whether examples share a row, or batches are padded
         self._encode: PackedEncoder | PaddedEncoder = (
             PackedEncoder(self.encoder)
             if family.packs
-            else PaddedEncoder(self.encoder, self._inside, members=max(1, len(self.deep)))
+            else PaddedEncoder(self.encoder, self._inside, members=len(self.deep))
         )
         self._scaling: Tensor | None = None
         self.weights = nn.Parameter(torch.zeros(len(members), row_width(self.shapes)))  # (M, P)
@@ -89,10 +87,6 @@ class Bank(nn.Module):
             self.load_member(index, self._drawn_adapter(index, seed, init_std), heads)
         # from_pretrained leaves dropout off.
         self.train()
-
-    @property
-    def _by_task(self) -> dict[str, Any]:
-        return {task.name: head for task, head in zip(self.tasks, self.heads, strict=True)}
 
     def row_shapes(self, members: Sequence[int]) -> dict[str, torch.Size]:
         """What a row of ``weights`` holds in a bank of these members alone, in order: name to shape."""
@@ -107,13 +101,12 @@ class Bank(nn.Module):
         return shapes
 
     def _drawn_adapter(self, index: int, seed: int, init_std: float) -> Adapter:
-        generator = torch.Generator()
-        generator.manual_seed(derived_seed(seed, "adapter"))
-        layers, rank = {path: self.layers[path] for path in self.paths[index]}, self.ranks[index]
-        return Adapter(
-            A={p: torch.randn(rank, w.in_features, generator=generator) * init_std for p, w in layers.items()},
-            B={p: torch.zeros(w.out_features, rank) for p, w in layers.items()},
-        )
+        generator, rank = torch.Generator().manual_seed(derived_seed(seed, "adapter")), self.ranks[index]
+        adapter = {}
+        for path in self.paths[index]:
+            a = torch.randn(rank, self.layers[path].in_features, generator=generator) * init_std
+            adapter[path] = a, torch.zeros(self.layers[path].out_features, rank)
+        return adapter
 
     def _views(self, weights: Tensor) -> dict[str, Tensor]:
         """Slices of the weight matrix (M, P) as (M, *shape), by name; no copies."""
@@ -125,11 +118,9 @@ class Bank(nn.Module):
     def forward(
         self, batches: Mapping[str, Mapping[str, Any]], frozen: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Task name to logits (M, B, C).
+        """Task name to logits (M, B, C), from task name to a packed row, see :meth:`PackedEncoder.__call__`.
 
-        ``batches``: task name to a packed row: ``input_ids`` (T,), ``token_type_ids`` (T,) where the encoder takes
-        them, and :func:`packing.layout`. ``frozen``: task name to :meth:`read_frozen` of the same batch, where it is
-        known already.
+        ``frozen``: task name to :meth:`read_frozen` of the same batch, where it is known already.
         """
         dtype = product_dtype(self.weights)
         views = self._views(self.weights)
@@ -206,24 +197,21 @@ class Bank(nn.Module):
     def member_state(self, index: int) -> tuple[Adapter, dict[str, dict[str, Tensor]]]:
         """A member's adapter at its own rank and its heads (task to parameter name to tensor), float32, on the CPU."""
         own = {name: view.clone() for name, view in self._own_views(index, self.weights[index].float().cpu()).items()}
-        adapter = Adapter(
-            A={p: own[f"{p}.A"] for p in self.paths[index]}, B={p: own[f"{p}.B"] for p in self.paths[index]}
-        )
+        adapter = {p: (own[f"{p}.A"], own[f"{p}.B"]) for p in self.paths[index]}
         return adapter, {t: {n: own[f"{t}/{n}"] for n, _ in h.named_parameters()} for t, h in self._by_task.items()}
 
     @torch.no_grad()
     def load_member(self, index: int, adapter: Adapter, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The inverse of :meth:`member_state`. Raises ``ValueError`` where a name or a shape is not the member's."""
-        given = {f"{p}.A": a for p, a in adapter.A.items()} | {f"{p}.B": b for p, b in adapter.B.items()}
+        given = {f"{p}.{side}": t for p, ab in adapter.items() for side, t in zip("AB", ab, strict=True)}
         given |= {f"{task}/{n}": t for task, head in heads.items() for n, t in head.items()}
         own = self._own_views(index, self.weights[index])
         for names, what in ((own.keys() - given.keys(), "lacks"), (given.keys() - own.keys(), "has no place for")):
             if names:
                 raise ValueError(f"member {index} {what} {', '.join(sorted(names)[:3])}")
         for name, view in own.items():
-            if given[name].shape != view.shape:
-                shapes = f"{tuple(given[name].shape)}, not {tuple(view.shape)}"
-                raise ValueError(f"{name} of member {index} has shape {shapes}")
+            if (shape := given[name].shape) != view.shape:
+                raise ValueError(f"{name} of member {index} has shape {tuple(shape)}, not {tuple(view.shape)}")
         self.weights[index].zero_()
         for name, view in own.items():
             view.copy_(given[name])

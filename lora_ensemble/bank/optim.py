@@ -11,12 +11,10 @@ from torch import Tensor
 
 
 class BankAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with a learning rate per row of one matrix (M, P).
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with a learning rate per row of one matrix (M, P): ``rates`` (M,).
 
     Every row gets what ``torch.optim.AdamW`` would give it alone. A row whose gradient is not finite is frozen for good
     and changes no other row. ``group["lr"]`` is the schedule's factor on all rates, 1 at first.
-
-    ``rates``: the members' learning rates, M of them.
     """
 
     def __init__(
@@ -65,9 +63,8 @@ class BankAdamW(torch.optim.Optimizer):
             self._own = self._rates.to(weights)  # once, not in every step: a copy would wait for the device
         rates = torch.where(alive, self._own * group["lr"], 0)
         beta1, beta2 = group["betas"]
-        step = state["step"] + 1
+        step, change = state["step"] + 1, torch.empty_like(weights)
         shrink, rates = 1 - rates * group["weight_decay"], rates / (1 - beta1**step)
-        change = torch.empty_like(weights)
 
         state["alive"], state["step"] = alive, step
         weights.mul_(shrink)

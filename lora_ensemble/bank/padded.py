@@ -1,7 +1,7 @@
-"""M members on padded batches, for the encoders that cannot put several examples in one row: DeBERTa.
+"""M members on padded batches, for encoders that cannot put several examples in one row: DeBERTa.
 
-The encoder keeps its own forward and sees M·B examples; adapters are put into it, and what it shares between rows, the
-relative positions, is given a member axis.
+The encoder keeps its own forward and sees M·B examples; what it shares between rows, the relative positions, is given
+a member axis.
 
 Axes: M members, B examples in a batch, L tokens, S relative positions, H hidden width, R rank.
 """
@@ -22,14 +22,10 @@ from lora_ensemble.text.packing import unpack
 
 
 class BankLinear(nn.Module):
-    """A frozen ``nn.Linear`` with the adapters of M members on it.
+    """A frozen ``nn.Linear`` with the adapters of M members on it, which are handed over before the encoder runs."""
 
-    ``A`` (M, R, in) and ``B`` (M, out, R), its scaling in it, are handed over before the encoder runs; None for none. A
-    member with a lower rank, or without an adapter here, has zeros.
-    """
-
-    A: Tensor | None = None
-    B: Tensor | None = None
+    A: Tensor | None = None  # (M, R, in); zeros where a member has a lower rank, or no adapter here
+    B: Tensor | None = None  # (M, out, R), its scaling in it
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

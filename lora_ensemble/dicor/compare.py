@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_ensemble.dicor.choose.combine import decide
-from lora_ensemble.dicor.choose.methods import Method, Omni
+from lora_ensemble.dicor.choose.methods import Method
 from lora_ensemble.dicor.choose.settings import MethodName
 from lora_ensemble.dicor.estimate.honest import Estimate, Estimates, estimate
 from lora_ensemble.dicor.from_pool import dev_of
@@ -43,8 +43,8 @@ def compare(
 ) -> Comparison:
     """Choose by these methods, and by ``best`` and ``omni``, from a pool's dev logits, and estimate how good each is.
 
-    ``probabilities``: keep those of what is held out, see ``estimate``.
-    Raises ``UserError``, naming the task, where an option does not fit the pool, and as ``estimate`` does.
+    ``probabilities``: see ``estimate``. ``UserError``, naming the task, where an option does not fit the pool, and as
+    ``estimate`` does.
     """
     try:
         check(options, task_pool.kind, len(task_pool.members))
@@ -55,9 +55,7 @@ def compare(
         for name in dict.fromkeys([*always, *names]):
             methods[name], more = method_of(name, dev.kind, len(dev), options)
             notices += more
-        omni = methods["omni"]
-        assert isinstance(omni, Omni)
-        estimates = estimate(dev, methods, omni=omni, probabilities=probabilities)
+        estimates = estimate(dev, methods, probabilities=probabilities)
     except UserError as e:
         raise e if str(e).startswith(str(task_pool.pool)) else UserError(f"task {task_pool.name}: {e}") from e
     notices += [n for n in estimates.notices if n not in notices]
@@ -67,8 +65,7 @@ def compare(
 def test_scores(comparison: Comparison) -> dict[str, float]:
     """Method to the score, on the labelled test split, of what it chose on dev. NaN where r is undefined.
 
-    What is to be known of the test labels is added to the notices of the comparison.
-    Raises ``UserError`` where the test labels are unknown or a member has no test logits.
+    Notices about the test labels are added to the comparison's. ``UserError`` where these, or test logits, are unknown.
     """
     pool = TaskPool(comparison.task_pool.pool, comparison.task_pool.name, split="test")
     labels = pool.examples().labels

@@ -18,10 +18,10 @@ SMALL = 32_000_000
 
 
 class Files:
-    """The logits (N, C) of each member of a pool, opened when they are asked for and let go afterwards.
+    """The logits (N, C) of each member of a pool, opened when they are asked for, the first time with all checks.
 
-    A file is checked (``TaskPool.logits``) the first time. What is kept open counts as resident memory, which for ten
-    thousand members would be a copy of all logits. The first ``SMALL`` bytes are kept all the same: opening costs time.
+    What is kept open counts as resident memory, which for ten thousand members would be a copy of all logits. The first
+    ``SMALL`` bytes are kept all the same: opening costs time.
     """
 
     def __init__(self, task_pool: pool.TaskPool) -> None:
@@ -48,16 +48,12 @@ class Files:
 
 
 def dev_of(task_pool: pool.TaskPool) -> Dev:
-    """The members of a pool on its dev examples, with the logits of every epoch where they were kept.
-
-    Raises ``UserError`` where the dev examples have no labels, and as ``TaskPool`` does.
-    """
+    """The members of a pool on its dev examples; ``UserError`` where these have no labels, and as ``TaskPool``."""
     examples, records = task_pool.examples(), task_pool.members
     if examples.labels is None:
         where = task_pool.pool / task_pool.name
         raise UserError(f"{where}: the dev examples have no labels, so there is no score to choose by")
     file = pool.logits_file(task_pool.split)
-    shape = (len(examples.ids), len(task_pool.labels) if task_pool.kind == "multiclass" else 1)
     dev = Dev.of(
         Files(task_pool),
         examples.labels,
@@ -65,23 +61,12 @@ def dev_of(task_pool: pool.TaskPool) -> Dev:
         names=[r.name for r in records],
         ranks=[r.rank for r in records],
         ids=examples.ids,
-        epochs=[_epochs(task_pool, r, shape) if pool.EPOCHS in r.files else None for r in records],
+        epochs=[task_pool.epochs(r.name) for r in records],
         fingerprints=[r.files.get(file, r.name) for r in records],
     )
     notices = [*dev.notices, *one_label(examples.labels, task_pool.labels, "dev labels")]
     if students := sum(pool.DISTILLED in r.settings for r in records):
         who, whose = ("1 member was", "its") if students == 1 else (f"{students} members were", "their")
-        notices.append(
-            f"{who} distilled from an ensemble that was chosen on dev: {whose} scores flatter a little, honest ones too"
-        )
+        what = "distilled from an ensemble that was chosen on dev"
+        notices.append(f"{who} {what}: {whose} scores flatter a little, honest ones too")
     return replace(dev, notices=notices)
-
-
-def _epochs(task_pool: pool.TaskPool, record: pool.MemberRecord, shape: tuple[int, int]) -> np.ndarray:
-    """(E, N, C) of a member that has them; ``UserError`` where (N, C) is not ``shape``."""
-    logits = pool.read_array(task_pool.pool, record, pool.EPOCHS)
-    if logits.shape[1:] != shape:
-        path = pool.member_folder(task_pool.pool, task_pool.name, record.name) / pool.EPOCHS
-        expected = f"(E, {shape[0]}, {shape[1]}): the logits of every epoch"
-        raise UserError(f"{path}: shape {logits.shape}; expected {expected}")
-    return logits

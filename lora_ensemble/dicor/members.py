@@ -20,8 +20,7 @@ from lora_ensemble.scores import decisions, score
 from lora_ensemble.tasks import Kind
 
 DECIMALS = 12
-"""Scores, losses and similarities are compared to so many decimals. What lies beyond is rounding, which depends on the
-order of the examples; members that tie must tie whatever the order."""
+"""To which scores, losses and similarities are compared: members that tie must tie whatever the examples' order."""
 
 
 def ranked(scores: np.ndarray, names: Sequence[str], loss: np.ndarray | None = None) -> list[int]:
@@ -95,12 +94,9 @@ class Dev:
     kind: Kind
     names: list[str]
     ranks: list[int | None]
-    epochs: Sequence[np.ndarray | None]
-    """M of (E, N, C) logits of every epoch, or None where they were not kept."""
-    columns: list[int]
-    """For each member its place in ``logits`` and ``epochs``, which are as they were given to ``of``."""
-    notices: list[str] = field(default_factory=list)
-    """What was left out, and what else is to be known, in words."""
+    epochs: Sequence[np.ndarray | None]  # M of (E, N, C) logits of every epoch, or None where they were not kept
+    columns: list[int]  # M places in ``logits`` and ``epochs``, which are as they were given to ``of``
+    notices: list[str] = field(default_factory=list)  # what was left out, or is to be known, in words
 
     @classmethod
     def of(
@@ -117,9 +113,8 @@ class Dev:
     ) -> Dev:
         """Check, sort by name, and collapse members whose logits are the same to the last bit (a notice says so).
 
-        ``fingerprints`` (M,): texts that are equal where the logits are, if they are known (a file's checksum); the
-        logits are not looked at then. Raises ``UserError`` where lengths differ, an id or a name is there twice, a
-        label is no class, or a value is not finite.
+        ``fingerprints`` (M,): texts that are equal where the logits are, which are not looked at then. ``UserError``
+        where lengths differ, an id or a name is there twice, a label is no class, or a value is not finite.
         """
         m, n, labels = len(logits), len(labels), np.asarray(labels)
         names = [f"m{i:0{len(str(m))}d}" for i in range(m)] if names is None else list(names)
@@ -177,10 +172,7 @@ class Dev:
         return Members(logits, self.kind, names, ranks, scores, labels)
 
     def scored(self, scores: np.ndarray) -> tuple[Dev, list[int]]:
-        """The members whose score (M,) is defined, a notice naming those that have none, and which they are.
-
-        ``UserError`` where none has a score.
-        """
+        """The members whose score (M,) is defined (``UserError``: none), the others in a notice, and which they are."""
         undefined, good = np.flatnonzero(np.isnan(scores)).tolist(), np.flatnonzero(~np.isnan(scores)).tolist()
         if not undefined:
             return self, good
@@ -194,10 +186,7 @@ class Dev:
         return self.only(good, [f"{what} is undefined; left out{others}"]), good
 
     def top(self, scores: np.ndarray, limit: int) -> tuple[Members, list[int]]:
-        """The ``limit`` best by ``scores`` (M,), none undefined, on all examples in ``order``; and which they are.
-
-        ``UserError`` for a ``limit`` below 1.
-        """
+        """The ``limit`` best by ``scores`` (M,), none undefined, on all examples in ``order``; and which they are."""
         if limit < 1:
             raise UserError(f"top_k {limit}: there must be at least one candidate")
 

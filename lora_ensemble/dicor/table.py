@@ -49,8 +49,8 @@ def table(estimates: Estimates, test: Mapping[str, float] | None = None) -> str:
     rows = [columns]
     for name, about in estimates.of.items():
         value = number(about.honest.value if about.honest else None)
-        span = f"{number(about.honest.low)} to {number(about.honest.high)}" if about.honest else "-"
-        row = [name, str(len(about.names)), number(about.in_sample), value, span, number(about.optimism, sign=True)]
+        span, optimism = ends(about.honest) if about.honest else "-", number(about.optimism, sign=True)
+        row = [name, str(len(about.names)), number(about.in_sample), value, span, optimism]
         rows.append([*row, gain(about.against_best), gain(about.against_omni), number(test[name]) if test else ""])
     form = "{:<17} {:>7} {:>9} {:>9} {:>17} {:>9}  {:<20}  {:<20}  {}"
     return "\n".join(form.format(*row).rstrip() for row in rows)
@@ -58,9 +58,17 @@ def table(estimates: Estimates, test: Mapping[str, float] | None = None) -> str:
 
 def gain(difference: Interval | None) -> str:
     """A difference, and whether there is one."""
-    if difference is None:
-        return "-"
-    return f"{number(difference.value, sign=True)} {'beyond' if difference.beyond_noise else 'within'} noise"
+    return "-" if difference is None else f"{number(difference.value, sign=True)} {noise(difference)}"
+
+
+def noise(difference: Interval) -> str:
+    """Whether a difference is one, in words."""
+    return f"{'beyond' if difference.beyond_noise else 'within'} noise"
+
+
+def ends(interval: Interval, *, sign: bool = False) -> str:
+    """From where to where an interval goes."""
+    return f"{number(interval.low, sign=sign)} to {number(interval.high, sign=sign)}"
 
 
 def verdict(name: str, estimate: Estimate) -> str:
@@ -71,8 +79,7 @@ def verdict(name: str, estimate: Estimate) -> str:
     for other, difference in (("the single best", estimate.against_best), ("Omni", estimate.against_omni)):
         if difference is not None:
             word = "a gain" if difference.low > 0 else "a loss" if difference.high < 0 else "within noise"
-            span = f"{number(difference.low, sign=True)} to {number(difference.high, sign=True)}"
-            parts.append(f"{number(difference.value, sign=True)} ({span}) to {other}: {word}")
+            parts.append(f"{number(difference.value, sign=True)} ({ends(difference, sign=True)}) to {other}: {word}")
     return f"{name}: honest {number(estimate.honest.value)}; " + "; ".join(parts) + "."
 
 

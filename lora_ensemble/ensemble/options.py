@@ -25,12 +25,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def load_ensemble(args: argparse.Namespace) -> Ensemble:
     """The ensemble of these options; says where its precision is slow. ``UserError`` as ``Ensemble.load``."""
-    from lora_ensemble.bank.precision import advice
+    from lora_ensemble.bank.encode import bf16_advice
     from lora_ensemble.ensemble.restored import Ensemble
 
     ensemble = Ensemble.load(
         args.ensemble, pool=args.pool, device=args.device, precision=args.precision, any_base=args.any_base
     )
-    if note := advice(args.precision, ensemble.device.type, instead="--precision 32"):
+    if note := bf16_advice(args.precision, ensemble.device.type, instead="--precision 32"):
         print(note, file=sys.stderr)
     return ensemble

@@ -19,7 +19,7 @@ from lora_ensemble.bank.member_files import load_base, read_weights
 from lora_ensemble.ensemble.card import Contents
 from lora_ensemble.ensemble.folder import copy_files, save_pretrained
 from lora_ensemble.ensemble.sources import Base, check_readers, find_bases, known_columns, longest_text
-from lora_ensemble.errors import UserError
+from lora_ensemble.errors import UserError, one_line
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
 
@@ -60,10 +60,7 @@ def _merged_member(classifier: Any, folder: Path, member: MemberRecord, base: Ba
     try:
         return merge(classifier, adapter, head | encoder, scaling=1.0 if member.scaling is None else member.scaling)
     except (KeyError, RuntimeError) as e:
-        reason = " ".join(str(e).split())
-        raise UserError(
-            f"member {member.name}: its weights do not fit the base model {base.name} ({reason[:200]})"
-        ) from e
+        raise UserError(f"member {member.name}: its weights do not fit base model {base.name} ({one_line(e)})") from e
 
 
 @torch.no_grad()
@@ -74,8 +71,8 @@ def merge(classifier: Any, adapter: Adapter, weights: Mapping[str, Tensor], *, s
     weights are others than the classifier's.
     """
     layers, encoder = linear_layers(classifier.base_model), classifier.base_model_prefix + "."
-    for path, a in adapter.A.items():
-        layers[path].weight += scaling * (adapter.B[path] @ a)
+    for path, (a, b) in adapter.items():
+        layers[path].weight += scaling * (b @ a)
     whole = any(name.startswith(encoder) for name in weights)
     wanted = {name for name, _ in classifier.named_parameters() if whole or not name.startswith(encoder)}
     if wanted != set(weights):

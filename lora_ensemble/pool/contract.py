@@ -34,8 +34,7 @@ FULL_CONFIG = "config.json"
 FULL = "model.safetensors"
 EPOCHS = "dev.epochs.npy"
 EXAMPLES = "examples"
-DISTILLED = "distilled"
-"""The key of a record's settings that says which ensemble a member was taught by."""
+DISTILLED = "distilled"  # the key of a record's settings that says which ensemble a member was taught by
 NEW, OLD, LOCK = ".new.", ".old.", ".lock"
 
 
@@ -70,12 +69,9 @@ class MemberRecord:
     """Label values in the order of the outputs; empty for regression."""
     finished: bool = False
     """Whole is not finished: a member is written at every improvement, and selected only once finished."""
-    diverged: bool = False
-    """True when training gave NaN or infinity; the member is then never finished."""
-    score: float | None = None
-    """The task's score on dev at the best epoch."""
-    best_epoch: int | None = None
-    """Counted from 1."""
+    diverged: bool = False  # training gave NaN or infinity; then it is never finished
+    score: float | None = None  # the task's score on dev at the best epoch
+    best_epoch: int | None = None  # counted from 1
     epochs_done: int | None = None
     epoch_scores: list[float | None] = field(default_factory=list)
     """The dev score of every epoch; None where it is undefined."""
@@ -83,8 +79,7 @@ class MemberRecord:
     """Split name to fingerprint of the examples its logits belong to."""
     text: list[str] = field(default_factory=list)
     """The text columns it reads, two for a pair; empty where that is not known."""
-    train_fingerprint: str | None = None
-    """Fingerprint of the training examples (ids, texts and labels)."""
+    train_fingerprint: str | None = None  # fingerprint of the training examples (ids, texts and labels)
     base_model: str | None = None
     """Hub id or the path as the user gave it; never a path inside site-packages."""
     revision: str | None = None
@@ -98,8 +93,7 @@ class MemberRecord:
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """Whatever else decides the result of training: epochs, batch size, schedule, precision, ..."""
-    run: str | None = None
-    """The run that made it; it ties the folders of one member in several tasks."""
+    run: str | None = None  # the run that made it; it ties the folders of one member in several tasks
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     """File name to "sha256:<hex>" of every other file in the folder; a file not listed does not count."""

@@ -1,7 +1,6 @@
-"""Reading the pool: one member's record, arrays and weights, or all members of a task that can be selected.
+"""Reading the pool, checksums compared: a member's record, arrays and weights, or all members of a task.
 
-What is read is compared with its checksum, and what would make a selection meaningless is refused. Axes: N examples of
-a split, C outputs of a head, E epochs.
+Axes: N examples of a split, C outputs of a head, E epochs.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import numpy as np
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool.contract import (
+    EPOCHS,
     EXAMPLES,
     RECORD,
     Examples,
@@ -38,10 +38,7 @@ def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
 
 
 def read_records(pool: Path, task: str, names: Sequence[str] | None = None) -> list[MemberRecord]:
-    """The records of a task's members, finished or not: all by name, or those of ``names`` that are there, in order.
-
-    Empty where there is no such task.
-    """
+    """The records of a task's members, finished or not: all by name, or those of ``names`` that are there, in order."""
     check_task_name(task)
     home = Path(pool) / task
     if not home.is_dir():
@@ -56,10 +53,7 @@ def read_records(pool: Path, task: str, names: Sequence[str] | None = None) -> l
 
 
 def _check(path: Path, record: MemberRecord, found: str | None) -> None:
-    """``UserError`` unless ``found``, the checksum of a member's file, None where it is missing, is the record's.
-
-    Call it while reading.
-    """
+    """``UserError`` unless ``found``, the checksum of a member's file, None where it is missing, is the record's."""
     folder, name, recorded = path.parent, path.name, record.files.get(path.name)
     if recorded is None:
         raise UserError(f"{folder}: this member has no {name}")
@@ -103,8 +97,7 @@ def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
 def map_array(path: Path) -> np.ndarray:
     """An array file of the pool, memory-mapped and read-only, without the checks of :func:`read_array`.
 
-    A file that is no array raises what numpy raises. In half the time of ``np.lib.format.open_memmap``, which opens a
-    file twice and follows each folder of its path.
+    In half the time of ``np.lib.format.open_memmap``, which opens a file twice and follows each folder of its path.
     """
     return _array(_mapped(path))
 
@@ -123,12 +116,9 @@ def _array(content: mmap.mmap | bytes) -> np.ndarray:
     return np.ndarray.__new__(np.memmap, shape, dtype, content, offset, order="F" if fortran else "C")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # thousands of files have the same, and numpy takes longer to read it than to map the file
 def _header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, order of the axes, type and where the numbers start, from the start of an array file.
-
-    Thousands of members' files have the same, and numpy takes longer to read it than to map the file.
-    """
+    """Shape, order of the axes, type and where the numbers start, from the start of an array file."""
     f = io.BytesIO(start)
     if np.lib.format.read_magic(f) != (1, 0):
         raise ValueError("a format of numpy's that no plain array needs")
@@ -151,8 +141,7 @@ def read_tensors(pool: Path, record: MemberRecord, name: str) -> dict[str, np.nd
 class TaskPool:
     """The members of one task that can be selected, and what was left out.
 
-    Everything that would make a selection meaningless is refused when it is opened: members of other examples,
-    another order of labels or another schema (``UserError`` naming both folders and the first difference).
+    ``UserError``, naming both folders and the first difference, where members have other examples or labels.
     """
 
     def __init__(self, pool: str | Path, task: str, *, split: str = "dev") -> None:
@@ -163,8 +152,7 @@ class TaskPool:
             tasks = ", ".join(task_names(self.pool)) or "none"
             raise UserError(f"{self.pool}: no task {task!r} in this pool; tasks found: {tasks}")
         records = read_records(self.pool, task)
-        self.members = [r for r in records if r.finished]
-        """Finished members, by name."""
+        self.members = [r for r in records if r.finished]  # finished members, by name
         self.left_out = {r.name: "diverged" if r.diverged else "not finished" for r in records if not r.finished}
         """Name to reason of members that were not finished."""
         if not self.members:
@@ -219,14 +207,20 @@ class TaskPool:
 
     def logits(self, name: str) -> np.ndarray:
         """(N, C) float32 logits of a member on the split, memory-mapped, checked."""
-        record = self.record(name)
-        array = read_array(self.pool, record, logits_file(self.split))
-        n = len(self._examples.ids)
-        c = len(self.labels) if self.kind == "multiclass" else 1
-        if array.shape != (n, c):
+        return self._array(name, logits_file(self.split))
+
+    def epochs(self, name: str) -> np.ndarray | None:
+        """(E, N, C) logits of every epoch of a member on dev, memory-mapped, checked; None where they were not kept."""
+        return self._array(name, EPOCHS) if EPOCHS in self.record(name).files else None
+
+    def _array(self, name: str, file: str) -> np.ndarray:
+        record, epochs = self.record(name), file == EPOCHS
+        array = read_array(self.pool, record, file)
+        n, c = len(self._examples.ids), len(self.labels) if self.kind == "multiclass" else 1
+        if array.ndim != 2 + epochs or array.shape[-2:] != (n, c):
             raise UserError(
-                f"{self._folder(record) / logits_file(self.split)}: shape {array.shape}; expected ({n}, {c}): "
-                "the rows of the examples file by the outputs of the task"
+                f"{self._folder(record) / file}: shape {array.shape}; expected ({'E, ' * epochs}{n}, {c}): "
+                f"{'for every epoch ' * epochs}the rows of the examples file by the outputs of the task"
             )
         return array
 

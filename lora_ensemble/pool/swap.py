@@ -36,8 +36,7 @@ class NewMember:
     files: Mapping[str, Any] = field(default_factory=dict)
     """File name to content: an array (.npy), a dict of arrays (.safetensors), a dict (.json), or the path of a file,
     which is taken over as it is."""
-    keep: MemberRecord | None = None
-    """The record now on disk, whose other files are taken over as they are."""
+    keep: MemberRecord | None = None  # the record now on disk, whose other files are taken over as they are
     replaced_to: Path | None = None
     """Where the folder that it replaces is moved to, unless there is something already; None: it is deleted."""
 
@@ -54,9 +53,9 @@ def write_members(
 ) -> list[MemberRecord]:
     """Write members or replace them, so that a reader never sees half of one. Returns the records with checksums.
 
-    All their files are on the disk before the first record, which vouches for them, is written: also where the power
-    fails. ``check``: is given the record of each member that is there, with nobody else writing, and raises where it
-    may not be replaced; then nothing is written. ``UserError`` where the record to ``keep`` is another by now.
+    All files are on the disk before the first record, which vouches for them, is written: also where the power fails.
+    ``check``: is given the record of each member that is there, with nobody else writing, and raises where it may not
+    be replaced; then nothing is written. ``UserError`` where the record to ``keep`` is another by now.
     """
     written: dict[int, MemberRecord] = {}
     for member in members:
@@ -178,12 +177,9 @@ def _is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in record.files)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # it lists the whole folder, which for each of ten thousand members takes minutes
 def _mend_as_of(home: Path, changed_ns: int) -> None:
-    """``_mend``, once for each time at which something was renamed in the folder.
-
-    Looking for what is left lists the whole folder, which for each of ten thousand members takes minutes.
-    """
+    """``_mend``, once for each time at which something was renamed in the folder."""
     _mend(home)
 
 

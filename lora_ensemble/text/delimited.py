@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from lora_ensemble.errors import UserError
 
 NO_DELIMITER = "\x1f"  # a header of one column: the whole line is the cell, its commas included
-LOOK_AHEAD = 10_000
-"""Lines in which a quote that was opened may be closed; after that it is text."""
+LOOK_AHEAD = 10_000  # lines in which a quote that was opened may be closed; after that it is text
 _DELIMITERS = {"\t": "a tab", ",": "a comma", ";": "a semicolon"}
 _NEWLINE = "\r\n"
 _QUOTED_CELL = re.compile(r'"(?:[^"]|"")*"')
@@ -34,18 +33,12 @@ def encoding_error(line: str) -> str | None:
 class Row(NamedTuple):
     """One row of a file of any format. Without ``texts`` and ``error``: a blank line of plain text."""
 
-    line: int
-    """On which it starts, counted from 1; of Parquet, the row, counted from 0."""
-    cells: Any
-    """As it was read: fields, an object, a line; None where it could not be read."""
-    texts: list[str] | None = None
-    """Those that ``streams.Rows`` was asked for."""
-    error: str | None = None
-    """What is wrong with it."""
-    used: int = 1
-    """How many lines it takes."""
-    stray: bool = False
-    """Whether an unbalanced quote was taken as text."""
+    line: int  # on which it starts, counted from 1; of Parquet, the row, counted from 0
+    cells: Any  # as it was read: fields, an object, a line; None where it could not be read
+    texts: list[str] | None = None  # those that ``streams.Rows`` was asked for
+    error: str | None = None  # what is wrong with it
+    used: int = 1  # how many lines it takes
+    stray: bool = False  # whether an unbalanced quote was taken as text
 
 
 class Delimited:
@@ -53,16 +46,15 @@ class Delimited:
 
     def __init__(self, name: str, names: Sequence[str] = ()) -> None:
         self.name, self.names = name, list(names)
-        self.header: list[str] = []
-        """The columns, once enough lines are there; a nameless one is ''."""
+        self.header: list[str] = []  # the columns, once enough lines are there; a nameless one is ''
         self.delimiter = ","
         self._index: int | None = None  # what the nameless index that the header leaves out says in the next row
 
     def read(self, lines: list[str], number: int, *, end: bool) -> tuple[list[Row], int]:
-        """The rows in some lines, each with its line end, and how many lines they take.
+        """The rows in some lines, with their ends, from line ``number`` on, and how many lines they take.
 
-        ``number``: of the first of them. ``end``: there are no more, else what may go on in later lines is left.
-        Raises ``UserError`` for a header, or a first row, that cannot be.
+        Unless it is the ``end``, what may go on in later lines is left. ``UserError`` for a header, or a first row,
+        that cannot be.
         """
         i = 0 if self.header else self._start(lines, number, end)
         if not self.header:
@@ -86,10 +78,7 @@ class Delimited:
         return rows, i
 
     def _start(self, lines: list[str], number: int, end: bool) -> int:
-        """Find the header, and return how many lines come before the rows.
-
-        The first row must be there too: it says whether there is a nameless index in front.
-        """
+        """Find the header, with the first row, which tells of an index; return how many lines come before the rows."""
         first = _next_filled(lines, 0)
         if first is None:
             if end:
@@ -117,10 +106,7 @@ class Delimited:
         return first + used
 
     def _with_index(self, header: list[str], lines: list[str], row: int, number: int, line: str) -> list[str]:
-        """The header as it fits the first row: with '' in front where that has a number more, as R writes it.
-
-        Any other field too many is a text that needs quotes, here and in all rows, and cannot be told from an index.
-        """
+        """The header as it fits the first row: with '' in front where that has a number more, as R writes it."""
         width = len(header)
         count = len(_record_at(lines, row, self.delimiter, width)[0])
         if count <= width:
@@ -129,6 +115,7 @@ class Delimited:
         if not self.names and len(cells) == width + 1 > 2 and cells[0].strip() in ("0", "1"):
             self._index = int(cells[0])
             return ["", *header]
+        # Any other field too many is a text that needs quotes, here and in all rows.
         shown = ", ".join(self.names) if self.names else line.strip()
         raise UserError(
             f"{self.name}:{number + row}: {count} fields instead of {width}: header {shown!r:.80}, row "
@@ -154,13 +141,11 @@ def _next_filled(lines: list[str], start: int) -> int | None:
 def _record_at(
     lines: list[str], i: int, delimiter: str, width: int | None, end: bool = True
 ) -> tuple[list[str], int, bool]:
-    """The record that starts in line ``i``: its cells, how many lines it takes, whether a stray quote was kept.
-
-    It takes no line where a quote that it opens may be closed in lines to come. Quoting is believed where it gives
-    ``width`` cells. Otherwise the quote is text: an opening quote that is never closed, or is closed by some other
-    row's quote, must not swallow the rows between. In a tab-separated file, rows that fit as they stand are not merged
-    even if they could be; commas are too common in text for this test. ``width`` None believes any quoting.
-    """
+    """The record that starts in line ``i``: its cells, how many lines it takes, whether a stray quote was kept."""
+    # It takes no line where a quote that it opens may be closed in lines to come. Quoting is believed where it gives
+    # `width` cells (None: always). Otherwise the quote is text: one that is never closed, or by some other row's quote,
+    # must not swallow the rows between. With tabs, rows that fit as they stand are not merged even if they could be;
+    # commas are too common in text for this test.
     plain = lines[i].rstrip(_NEWLINE).split(delimiter)
     if '"' not in lines[i]:
         return plain, 1, False

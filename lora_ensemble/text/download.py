@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lora_ensemble.errors import Parser, UserError
@@ -19,22 +18,11 @@ from lora_ensemble.text.tables import Table, read_hub
 MANIFEST = "downloaded.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a preset's examples come from on the Hugging Face hub."""
-
-    dataset: str
-    config: str | None
-    text: tuple[str, ...]
-    """Its text columns, in the order of the preset's."""
-    label: str
-    """Its label column; -1 where it is not public."""
-
-
-SOURCES = {
-    "sst": Source(dataset="SetFit/sst5", config=None, text=("text",), label="label"),
-    "quora": Source(dataset="nyu-mll/glue", config="qqp", text=("question1", "question2"), label="label"),
-    "sts": Source(dataset="nyu-mll/glue", config="stsb", text=("sentence1", "sentence2"), label="label"),
+# Of each preset: a data set of the hub, its configuration, and its text columns; a label that is not public is -1.
+SOURCES: dict[str, tuple[str, str | None, list[str]]] = {
+    "sst": ("SetFit/sst5", None, ["text"]),
+    "quora": ("nyu-mll/glue", "qqp", ["question1", "question2"]),
+    "sts": ("nyu-mll/glue", "stsb", ["sentence1", "sentence2"]),
 }
 
 
@@ -51,28 +39,23 @@ def run(args: Sequence[str]) -> int:
     )
     options.add_argument("--root", type=Path, required=True, metavar="DIR", help="where the files go")
     options.add_argument("--tasks", nargs="+", choices=list(SOURCES), default=list(SOURCES), help="default: all three")
-    try:
-        given = parser.parse_args(args)
-    except SystemExit as e:  # --help
-        return int(e.code or 0)
+    given = parser.parse_args(args)
     download(given.root, given.tasks)
     return 0
 
 
 def download(root: Path, tasks: Sequence[str]) -> None:
-    """Write each task's files below ``root``, and say their fingerprints.
+    """Write each task's files below ``root``, and what they are (SHA-256, 16 digits) into ``downloaded.json``.
 
-    A file that is there with the same content stays; one with other content is a ``UserError``, before anything of its
-    task is written. The fingerprints (SHA-256, 16 digits) and where the data came from go into ``downloaded.json``.
+    ``UserError`` where a file is there with other content, before anything of its task is written.
     """
     root.mkdir(parents=True, exist_ok=True)
     for name in tasks:
-        task, source = PRESETS[name], SOURCES[name]
+        task, (dataset, config, texts) = PRESETS[name], SOURCES[name]
         files: dict[str, bytes] = {}
         for split, of_hub in HUB_SPLITS.items():
-            columns = [*source.text, source.label]
-            table = read_hub(source.dataset, source.config, of_hub, columns, source.label, [])
-            files[getattr(task, split)] = course_format(task, split, table, columns)
+            table = read_hub(dataset, config, of_hub, [*texts, "label"], "label", [])
+            files[getattr(task, split)] = course_format(task, split, table, [*texts, "label"])
         for file, content in files.items():
             if (root / file).is_file() and (root / file).read_bytes() != content:
                 raise UserError(f"{root / file}: is there with other content; choose another --root, or remove it")
@@ -84,15 +67,15 @@ def download(root: Path, tasks: Sequence[str]) -> None:
             print(f"{root / file}: {count} examples, fingerprint {fingerprints[file]}", flush=True)
         manifest = root / MANIFEST
         noted = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-        noted[name] = {"dataset": source.dataset, "config": source.config, "files": fingerprints}
+        noted[name] = {"dataset": dataset, "config": config, "files": fingerprints}
         with replacing(manifest) as beside:
             beside.write_text(json.dumps(noted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def course_format(task: Task, split: str, table: Table, columns: Sequence[str]) -> bytes:
-    """A table as a file of the course's: tab-separated, a running number, ``id``, texts, label.
+    """A table as a file of the course's: a running number, ``id``, texts and, where it is public, the label.
 
-    ``columns``: its texts and its label. The label column is left out where no label is public.
+    ``columns``: its texts and its label.
     """
     for column in columns:
         if column not in table.columns:

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 MULTIPLE = 8
-"""Tokens of a row are filled up to a multiple of so many: what multiplies matrices prepares itself for each new shape
+"""To a multiple of so many tokens a row is filled up: what multiplies matrices prepares itself for each new shape
 (oneDNN's bf16 products on a CPU for milliseconds), and likes even ones."""
 
 
 class Tokens:
-    """Texts tokenised once.
+    """Texts tokenised once: one list of N strings for each text column; two are cross-encoded as pairs.
 
-    ``texts``: one list of N strings for each text column; two are cross-encoded as pairs. ``max_length``: longest
-    example in tokens; longer ones are cut, the longer sentence of a pair first.
+    Examples of more than ``max_length`` tokens are cut, the longer sentence of a pair first.
     """
 
     def __init__(self, texts: Sequence[Sequence[str]], tokenizer: Any, *, max_length: int) -> None:
@@ -29,8 +28,7 @@ class Tokens:
         settings = {"return_token_type_ids": True, "return_attention_mask": False}
         # verbose=False: the warning about length would come although the cut is made and said.
         tokens = tokenizer(*columns, truncation=False, verbose=False, **settings)
-        rows: list[list[int]] = tokens["input_ids"]
-        types: list[list[int]] = tokens["token_type_ids"]
+        rows, types = tokens["input_ids"], tokens["token_type_ids"]
         self.cut = [i for i, row in enumerate(rows) if len(row) > max_length]
         """Numbers of the examples that were cut."""
         if self.cut:
@@ -45,8 +43,7 @@ class Tokens:
         self._types = np.fromiter((t for row in types for t in row), np.int8, int(self._start[-1]))
 
     def row(self, examples: np.ndarray) -> dict[str, Any]:
-        """The ``examples`` (B,), numbers, as one packed row: ``input_ids`` and ``token_type_ids`` (T,), and
-        :func:`layout`."""
+        """Examples by number (B,) as a packed row: ``input_ids`` and ``token_type_ids`` (T,), and :func:`layout`."""
         lengths = self.lengths[examples]
         source = np.repeat(self._start[examples] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         return {

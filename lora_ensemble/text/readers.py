@@ -30,8 +30,7 @@ _LONGEST_ID = 1000  # ids are an array of fixed width: one endless id would cost
 class Split:
     """The examples of a split, in the order of the file."""
 
-    ids: np.ndarray
-    """(N,) unicode, unique."""
+    ids: np.ndarray  # (N,) unicode, unique
     texts: list[list[str]]
     """One list of N strings per text column of the task, surrounding whitespace stripped, otherwise as they stand."""
     labels: np.ndarray | None
@@ -46,9 +45,9 @@ class Split:
 def read_split(task: Task, split: str, root: Path | None, *, need_labels: bool) -> Split:
     """Read one split ("train", "dev" or "test") of a task from its file below ``root``, or from the hub.
 
-    ``need_labels`` (training, scoring): rows without a label or with an empty text are skipped, and ``notices`` says
-    so. Without it (prediction), every row is kept, so that every id gets its prediction; labels are read if all rows
-    have one, else None. ``UserError`` for whatever cannot be read, told with the file, the line and what to do.
+    ``need_labels`` (training, scoring): rows without a label or with an empty text are skipped, with a notice. Without
+    it (prediction), every row is kept, for every id gets its prediction; labels are read if all rows have one, else
+    None. ``UserError`` for whatever cannot be read, told with the file, the line and what to do.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
@@ -62,9 +61,9 @@ def read_split(task: Task, split: str, root: Path | None, *, need_labels: bool) 
 
 
 def read_texts(task: Task, path: Path) -> Split:
-    """Read texts without labels from a file that has the task's text columns; the ids are the file's name and the row.
+    """Read a file's texts in the task's text columns, the empty ones skipped; ids are the file's name and the row.
 
-    Rows with an empty text are skipped, and ``notices`` says so. ``UserError`` as :func:`read_split`.
+    ``UserError`` as :func:`read_split`.
     """
     table = read_table(path, task.text, task.columns)
     split = _examples(replace(task, id=None), table, "texts", skip=True, need_labels=False)
@@ -174,8 +173,7 @@ def _ids(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray:
     for row in rows:
         name = _string(table, row, task.id, table.columns[task.id][row])
         if not name or len(name) > _LONGEST_ID or "\0" in name:
-            what = "longer than 1000 characters" if name else "empty"
-            what = "one with a NUL character" if "\0" in name else what
+            what = "one with a NUL character" if "\0" in name else "longer than 1000 characters" if name else "empty"
             raise UserError(f"{table.at(row)}: the id in column {task.id!r} is {what}; each example needs its own")
         if name in seen:
             raise UserError(f"{table.at(row)}: id {name!r} is already at {table.at(seen[name])}; ids must be unique")

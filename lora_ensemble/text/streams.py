@@ -23,18 +23,16 @@ _AT_ONCE = 4096  # rows of a Parquet file
 class Rows:
     """The rows of a stream in blocks, as ``(bytes read, rows)``.
 
-    ``name``: of the stream, for errors. ``columns``: where the texts are, two for a pair; empty: the only column there
-    is. Of plain lines the whole line is the text, or two with a tab between them. ``header``: the columns of a
-    delimited file without a header line. Raises ``UserError`` for a header without these columns; what is wrong with a
-    single row is in the row.
+    ``columns``: where the texts are, two for a pair; empty: the only column there is. Of plain lines the whole line is
+    the text, or two with a tab between them. ``header``: the columns of a delimited file without a header line. Raises
+    ``UserError`` for a header without these columns; what is wrong with a single row is in the row.
     """
 
     def __init__(
         self, stream: BinaryIO, name: str, kind: Format, columns: Sequence[str], header: Sequence[str] = ()
     ) -> None:
         self.stream, self.name, self.kind, self.columns = stream, name, kind, list(columns)
-        self.header: list[str] = []
-        """The columns, where a file has some, once the first block is there."""
+        self.header: list[str] = []  # the columns, where a file has some, once the first block is there
         self._delimited = Delimited(name, header)
         self._places: list[int] = []
         self._table: Any = None

@@ -29,12 +29,9 @@ BOM = b"\xef\xbb\xbf"
 class Table:
     """The columns that were asked for and are there, one cell per row of the file."""
 
-    name: str
-    """The file as notices name it."""
-    where: str
-    """The file as errors name it: its path, or the data set and split."""
-    found: list[str]
-    """Every column of the file, in its order; an unnamed one is ''."""
+    name: str  # the file as notices name it
+    where: str  # the file as errors name it: its path, or the data set and split
+    found: list[str]  # every column of the file, in its order; an unnamed one is ''
     columns: dict[str, list[Any]]
     """Column to cells: strings, or whatever JSON and Parquet hold (None where there is nothing)."""
     lines: list[int] | None = None
@@ -42,8 +39,7 @@ class Table:
     broken: dict[int, str] = field(default_factory=dict)
     """Row to what is wrong with it; its cells are empty."""
     notices: list[str] = field(default_factory=list)
-    header_line: bool = False
-    """Whether ``found`` is what the first line says."""
+    header_line: bool = False  # whether ``found`` is what the first line says
 
     def at(self, row: int) -> str:
         """Where a row is, for an error: "path:line", or "path: row 7" (from 0) for formats without lines."""
@@ -185,8 +181,8 @@ def read_hub(
 ) -> Table:
     """The ``wanted`` columns of a split of a data set that ``datasets`` loads: from the hub, or from a local folder.
 
-    A ClassLabel in the column ``label`` becomes the feature's names where those are ``label_names``, else its number;
-    -1, the hub's sign for "no label", becomes None. ``UserError`` where the data set or the split cannot be loaded.
+    A ClassLabel in the column ``label`` becomes its name where the names are ``label_names``, else its number; -1, the
+    hub's "no label", becomes None. ``UserError`` where the data set or the split cannot be loaded.
     """
     try:
         import datasets

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lora_ensemble import __version__
-from lora_ensemble.bank.precision import advice
+from lora_ensemble.bank.encode import bf16_advice
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import check_name
 from lora_ensemble.train.data import BankData
@@ -132,7 +132,8 @@ class CLI(LightningCLI):
         if self._saves and not sweep and not resumed and any(folder.rglob("last.ckpt")):
             say(f"note: these settings were run before; add --ckpt_path last to go on from {folder}")
         trainer = self._trainer(folder, resumed, whole=not sweep)
-        if note := advice(trainer.precision, trainer.strategy.root_device.type, instead="--trainer.precision 32-true"):
+        device = trainer.strategy.root_device.type
+        if note := bf16_advice(trainer.precision, device, instead="--trainer.precision 32-true"):
             say(note)
         return trainer
 

@@ -39,9 +39,9 @@ def merged(bank: Bank, base: Path, index: int, batch: dict[str, Any]) -> tuple[A
     model, _ = load_classifier(str(base), num_labels=5, head_dropout=0.0, encoder_dropout=0.0)
     adapter, heads = bank.member_state(index)
     with torch.no_grad():
-        for path, a in adapter.A.items():
+        for path, (a, b) in adapter.items():
             scaling = single(bank.members[index].scaling)
-            model.base_model.get_submodule(path).weight += scaling * adapter.B[path] @ a
+            model.base_model.get_submodule(path).weight += scaling * b @ a
         own = dict(model.named_parameters())
         for name, value in heads["sst"].items():
             own[name].copy_(value)

@@ -11,7 +11,7 @@ import torch
 from test_cli import Program
 from trained_pool import texts_of, write_pool
 
-from lora_ensemble.bank.precision import advice, computes_bf16, fast_precision
+from lora_ensemble.bank.encode import bf16_advice, computes_bf16
 from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.main import main
 
@@ -44,7 +44,6 @@ def test_processors(monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], syste
     processor(monkeypatch, has)
     monkeypatch.setattr("sys.platform", system)
     assert computes_bf16("cpu") is expected
-    assert fast_precision("cpu") == ("bf16-mixed" if expected else "32-true")
 
 
 def test_a_torch_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,15 +62,15 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "bf16"])
 def test_who_asks_for_it_all_the_same_is_told(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     processor(monkeypatch, OLD)
-    assert "use --precision 32" in (advice(precision, "cpu", instead="--precision 32") or "")
+    assert "use --precision 32" in (bf16_advice(precision, "cpu", instead="--precision 32") or "")
     processor(monkeypatch, NEW)
-    assert advice(precision, "cpu", instead="") is None
+    assert bf16_advice(precision, "cpu", instead="") is None
 
 
 @pytest.mark.parametrize("precision", ["32-true", 32, "32", "64-true", None])
 def test_nothing_is_said_of_other_precisions(monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
     processor(monkeypatch, OLD)
-    assert advice(precision, "cpu", instead="") is None
+    assert bf16_advice(precision, "cpu", instead="") is None
 
 
 @pytest.mark.parametrize("has", [OLD, NEW])

@@ -110,7 +110,7 @@ def test_omnis_estimate_is_that_of_choosing_all(kind, strategy):
     ranks = [None, 1, 2, 2] * 10
     for epochs in (None, list(each)):
         dev = Dev.of(logits, labels, kind=kind, epochs=epochs, ranks=ranks)
-        found = estimate(dev, {"all": Omni(strategy=strategy)}, omni=Omni(strategy=strategy), repeats=2)
+        found = estimate(dev, {"all": Omni(strategy=strategy), "omni": Omni(strategy=strategy)}, repeats=2)
         one, other = found.of["omni"], found.of["all"]
         assert one.in_sample == pytest.approx(other.in_sample, abs=1e-12)
         assert one.at_part == pytest.approx(other.at_part, abs=1e-6)
@@ -296,7 +296,7 @@ def test_the_probabilities_that_are_kept_are_those_behind_what_was_decided(kind,
     each = [np.stack([one * 0.3, one]) for one in logits]  # two epochs that decide the same: the first is chosen
     dev = Dev.of(logits, labels, kind=kind, epochs=each)
     methods = {"weighted": Weighted(top_k=3), "weighted-offset": Weighted(offset=True)}
-    found = estimate(dev, methods, omni=Omni(strategy=strategy), probabilities=True)
+    found = estimate(dev, {**methods, "omni": Omni(strategy=strategy)}, probabilities=True)
     for name, one in found.of.items():
         p = one.probabilities
         assert p.shape == (*one.held_out.shape, 5 if kind == "multiclass" else 2)

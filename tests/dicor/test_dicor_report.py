@@ -288,10 +288,7 @@ def measured(kind, *, members=5, n=70):
     labels = random_labels(kind, n)
     logits = random_logits(kind, labels, members, noise=2)
     outputs = {"multiclass": 5, "binary": 2, "regression": 0}[kind]
-    found = theory.theory(
-        logits, labels, kind, outputs=outputs, ranks=[1] * members, scores=np.arange(members, 0, -1),
-        names=[f"m{m}" for m in range(members)],
-    )  # fmt: skip
+    found = theory.theory(logits, labels, kind, outputs=outputs, order=range(members))
     return found, logits, labels
 
 
@@ -328,9 +325,7 @@ def test_a_member_that_is_always_right_has_no_correlation():
     labels = random_labels("binary", 40)
     good = (labels * 2.0 - 1)[None, :, None]
     logits = np.concatenate([good, random_logits("binary", labels, 2, noise=3)])
-    found = theory.theory(
-        logits, labels, "binary", outputs=2, ranks=[None] * 3, scores=np.ones(3), names=["a", "b", "c"]
-    )
+    found = theory.theory(logits, labels, "binary", outputs=2, order=range(3))
     wrong = (logits[1:, :, 0] > 0) != labels
     assert found.rho == pytest.approx(np.corrcoef(wrong)[0, 1])
 

@@ -247,7 +247,7 @@ def test_the_paper_worked_out_by_hand():
     logits, labels = binary("110", "101", "011"), np.ones(3, int)
     methods = {"dicor": Dicor(size=2, top_k=3, similarity="cosine", strategy="majority")}
     dev = Dev.of(logits, labels, kind="binary", names=list("abc"), ranks=[1, 2, 3])
-    found = estimate(dev, methods, omni=Omni(strategy="majority"))
+    found = estimate(dev, {**methods, "omni": Omni(strategy="majority")})
     # DiCor is a and b, which agree on the first example; of the ties b, of higher rank, decides: 1 0 1.
     assert {name: one.in_sample for name, one in found.of.items()} == {"best": 2 / 3, "omni": 1.0, "dicor": 2 / 3}
     assert {name: one.names for name, one in found.of.items()} == {

@@ -83,8 +83,8 @@ def kill_at(pool, act, k, torn, steps=STEPS):
             return
         count += 1
         if count == k:
-            if torn and writing and os.path.exists(writing):
-                os.truncate(writing, os.path.getsize(writing) // 2)
+            if torn and (half := writing) and os.path.exists(half):  # threads may change what is being written
+                os.truncate(half, os.path.getsize(half) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) and not str(args[0]).endswith(".lock")
         writing = args[0] if writes else None

@@ -47,13 +47,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_written_is_what_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     download(tmp_path, list(SOURCES))
     assert capsys.readouterr().out.count("2 examples, fingerprint ") == 9
-    for name, source in SOURCES.items():
-        columns = ROWS[source.dataset, source.config]
+    for name, (dataset, config, texts) in SOURCES.items():
+        columns = ROWS[dataset, config]
         for split in ("train", "dev", "test"):
             found = read_split(PRESETS[name], split, tmp_path, need_labels=False)
             assert found.notices == []
             assert list(found.ids) == [f"{split}-0", f"{split}-1"]
-            for text, column in zip(found.texts, source.text, strict=True):
+            for text, column in zip(found.texts, texts, strict=True):
                 assert list(text) == [" ".join(t.split()) for t in columns[column]]
             if split == "test" and name != "sst":
                 assert found.labels is None

@@ -25,8 +25,7 @@ MOST_VOTES = 4_000_000
 class Choice:
     """Which members, and how they decide together."""
 
-    members: list[int]
-    """Indices into the members that were chosen from, in the order of choice; none twice."""
+    members: list[int]  # indices into the members that were chosen from, in the order of choice; none twice
     strategy: Strategy
     weights: np.ndarray | None = None
     """(k,) convex, in the order of ``members``; for the strategy ``weighted`` only."""
@@ -44,8 +43,8 @@ def decide(chosen: Members, choice: Choice) -> np.ndarray:
     """What the chosen members, in the order of choice, decide: (N,), as ``scores.decisions``.
 
     mean: of the logits (Tolkunov, section 4.3, for STS). mean-probability: of the probabilities (for regression, the
-    values). weighted: the same with weights. majority: of the decisions. The order of the members does not matter.
-    Raises ``UserError`` for a majority of a regression and for weights that are missing.
+    values). weighted: the same with weights. majority: of the decisions. ``UserError`` for that of a regression and for
+    missing weights.
     """
     kind = chosen.kind
     if choice.strategy == "majority":
@@ -69,8 +68,8 @@ def decide(chosen: Members, choice: Choice) -> np.ndarray:
 def probabilities(logits: np.ndarray, choice: Choice, *, kind: Kind) -> np.ndarray:
     """Probabilities (N, classes) that the chosen members give, from their logits (k, N, C).
 
-    mean: those of the mean of logits; mean-probability and weighted: their mean, scaled and offset where
-    the choice says so; majority: the shares of the votes. ``UserError`` for a regression.
+    mean: of the mean of logits; mean-probability, weighted: their mean, scaled and offset where the choice says so;
+    majority: the shares of the votes. ``UserError`` for a regression.
     """
     if kind == "regression":
         raise UserError("predict_proba: a regression has values, not probabilities; use predict")
@@ -115,8 +114,7 @@ def tie_order(ranks: Sequence[int | None], scores: np.ndarray, names: Sequence[s
 def majority(decided: np.ndarray, order: Sequence[int], num_classes: int) -> np.ndarray:
     """The class that most of the members in ``order`` decided for: class numbers (M, N) to (N,) int64.
 
-    Of tied classes it is the one that the first in ``order``, see ``tie_order``, voted for; a member that voted for
-    none of them has no say.
+    Of tied classes it is that of the first in ``order``, see ``tie_order``, who voted for one of them.
     """
     winner = np.empty(decided.shape[1], np.int64)
     block = max(MOST_VOTES // len(order), 1)

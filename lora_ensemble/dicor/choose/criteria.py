@@ -16,8 +16,8 @@ from lora_ensemble.scores import decisions, score_decisions
 class Sums:
     """Members are added up, and their mean is judged by the task's score or by the softer loss; the higher the better.
 
-    ``each`` is what they add: the probability of the label, (k, N), is all that the log-loss of a mean needs; accuracy
-    needs the soft votes (k, N, C); a regression the values (k, N). ``criterion`` None: as ``SMOOTH`` says.
+    ``each`` is what they add: for a log-loss the label's probabilities (k, N), for accuracy soft votes (k, N, C), of a
+    regression the values (k, N). ``criterion`` None: as ``SMOOTH`` says.
     """
 
     def __init__(self, members: Members, criterion: Criterion | None = None) -> None:

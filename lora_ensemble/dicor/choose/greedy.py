@@ -16,17 +16,16 @@ from lora_ensemble.dicor.choose.settings import GREEDY_STEPS, GREEDY_TOP_K, Crit
 from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
 
-MOST_SORTED = 25
-"""How many of the best a sorted start takes at most (Caruana et al.: 5 to 25)."""
+MOST_SORTED = 25  # how many of the best a sorted start takes at most (Caruana et al.: 5 to 25)
 
 
 @dataclass(kw_only=True)
 class Greedy(Method):
     """Members are added one at a time, with replacement, each time the one that makes the mean best.
 
-    How often a member was taken is its weight in the mean of probabilities (regression: of values). Of equal additions
-    a member that is already in goes first, as in AutoGluon's EnsembleSelection, then the one ranked higher (AutoGluon
-    draws one); of the ensembles on the way the first of the best is kept, as there.
+    How often it was taken is its weight in the mean of probabilities (regression: of values). Of equal additions a
+    member that is already in goes first, as in AutoGluon's EnsembleSelection, then the one ranked higher; of the
+    ensembles on the way the first of the best is kept, as there.
 
     ``criterion``: what is made best; None: as ``SMOOTH`` says. ``sorted_start``: begin with the n best members, n the
     number up to 25 whose mean is best, instead of none. ``bags`` > 1: as many searches, each on ``model_share`` of the

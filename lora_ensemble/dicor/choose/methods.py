@@ -31,8 +31,7 @@ from lora_ensemble.tasks import Kind
 class Method:
     """What all methods share. Its parameters are its fields; what ``fit`` finds has a name that ends with ``_``."""
 
-    top_k: int
-    """How many members, the best, this method looks at."""
+    top_k: int  # how many members, the best, this method looks at
 
     def choose(self, members: Members) -> Choice:
         """Choose from members, the best first; those beyond ``top_k`` are not looked at."""
@@ -65,11 +64,10 @@ class Method:
     ) -> Self:
         """Choose from dev logits (M, N, C) and labels (N,).
 
-        ``names`` (M,), ``ranks`` (M,) and ``ids`` (N,) default to numbers, None and numbers. Sets
-
-        ``members_``: the chosen members' indices into ``logits``, in the order of choice; ``names_``; ``scores_``:
-        their scores on these labels; ``weights_``: (k,) of sum 1; ``choice_``; ``notices_``: what was left out.
-        Raises ``UserError`` where shapes do not fit, a value is not finite, or no member has a score.
+        ``names`` (M,), ``ranks`` (M,) and ``ids`` (N,) default to numbers, None and numbers. Sets ``members_``: indices
+        into ``logits``, in the order of choice; ``names_``; ``scores_`` on these labels; ``weights_`` (k,) of sum 1;
+        ``choice_``; ``notices_``: what was left out. ``UserError`` where shapes do not fit, a value is not finite, or
+        no member has a score.
         """
         dev = Dev.of(logits, labels, kind=kind, names=names, ranks=ranks, ids=ids)
         scores = np.array([score(dev.logits_of(m), dev.labels, kind) for m in range(len(dev))])
@@ -155,8 +153,7 @@ class Dicor(Method):
 class Weighted(Method):
     """The ``top_k`` best, with convex weights drawn to equal ones (``weights.convex_weights``).
 
-    ``offset``: a classifier's mean also gets a scale and an offset for each class (``weights.scale_and_offsets``). A
-    regression gets none: r, its score, looks at neither.
+    ``offset``: a classifier's mean also gets ``weights.scale_and_offsets``; a regression's r looks at neither.
     """
 
     top_k: int = s.DEFAULT_TOP_K
@@ -170,10 +167,9 @@ class Weighted(Method):
 
 @dataclass(kw_only=True)
 class Exhaustive(Method):
-    """The best of all ensembles of up to ``size`` of the ``top_k`` best members, with equal weights.
+    """The best of all 2^top_k - 1 ensembles of up to ``size`` of the ``top_k`` best members, with equal weights.
 
-    There are 2^top_k - 1 of them, so it is for small pools. ``criterion`` None: as ``SMOOTH`` says. Of equals, the one
-    with fewer members; then the one that is ranked higher.
+    ``criterion`` None: as ``SMOOTH`` says. Of equals, the one with fewer members, then the one ranked higher.
     """
 
     size: int | None = None

@@ -1,8 +1,8 @@
 """From logits to probabilities and losses.
 
-What a member adds to a mean of probabilities is its *soft vote*, (..., N, C) float64. multiclass: the probabilities.
-binary: the probability of class 1 less 1/2, so that > 0 decides for class 1 as it does for a logit, and without
-rounding a small logit away. regression: the values. Axes: M members, N examples of a split, C outputs of a head.
+A member's *soft vote*, what it adds to a mean of probabilities, (..., N, C) float64: multiclass: the probabilities;
+binary: that of class 1 less 1/2, so that > 0 decides for class 1 as of a logit, without rounding a small one away;
+regression: the values. Axes: M members, N examples of a split, C outputs of a head.
 """
 
 from __future__ import annotations

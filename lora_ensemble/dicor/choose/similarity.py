@@ -31,8 +31,8 @@ from lora_ensemble.tasks import Kind
 def features(logits: np.ndarray, *, kind: Kind, similarity: Similarity, labels: np.ndarray | None = None) -> np.ndarray:
     """What members are compared by: logits (M, N, C) to (M, F), the input of ``similarity_to``.
 
-    Class numbers, whether they are wrong, or vectors of length 1 (of NaN where that is undefined). ``labels`` (N,) are
-    for error and double-fault. ``UserError`` for kappa and double-fault of a regression.
+    Class numbers, whether they are wrong, or vectors of length 1, of NaN where that is undefined. ``labels`` (N,): for
+    error and double-fault. ``UserError`` for kappa and double-fault of a regression.
     """
     if similarity in ("kappa", "double-fault") and kind == "regression":
         raise UserError(
@@ -96,13 +96,12 @@ def pick(
 ) -> tuple[list[int], list[list[float]]]:
     """``size`` of k candidates, the best first, from their ``features`` (k, F) and ``scores`` (k,).
 
-    Returns their indices in the order of choice, and for each its similarities to those chosen before it: size x k
-    numbers, never M x M. ``trade_off`` 1 is the paper's rule (Tolkunov, section 4.3): the best comes first; then, each
-    time, the candidate with the least mean similarity to those already chosen. The report says "lowest correlation" and
-    not to what; the mean is the rho of its equation 2, Var(ens) = sigma^2 / N + (N - 1) / N * rho * sigma^2, which the
-    choice is to make small. Below 1 the next is the one with the largest (1 - trade_off) score - trade_off similarity
-    (maximal marginal relevance, Carbonell and Goldstein 1998), both scaled to 0..1 over the candidates that are left,
-    for a difference of accuracies means nothing beside one of correlations. Of equals it is the one ranked higher.
+    Returns their indices in the order of choice, and for each its similarities to those chosen before it. ``trade_off``
+    1 is the paper's rule (Tolkunov, section 4.3): the best comes first; then, each time, the candidate with the least
+    mean similarity to those already chosen. (It says "lowest correlation" and not to what; the mean is the rho of its
+    equation 2, which the choice is to make small.) Below 1 the next is the one with the largest (1 - trade_off) score -
+    trade_off similarity (maximal marginal relevance, Carbonell and Goldstein 1998), both scaled to 0..1 over the
+    candidates that are left, to be comparable. Of equals it is the one ranked higher.
     """
     picked, k = [0], len(candidates)
     to_picked = np.empty((size, k))  # row i: similarity of all candidates to the i-th chosen

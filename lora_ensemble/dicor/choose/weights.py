@@ -17,23 +17,20 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Kind
 
 SHRINK = 1.0
-"""How strongly weights are drawn to 1/k: a penalty in nats of SHRINK k |w - 1/k|^2 against the sum of the log-losses,
-so a thousand examples can say more against equal weights than a hundred. With 0.1, weights fit a dev set's noise; with
-10, weak members keep too much; between 1 and 3 it hardly matters (benchmarks/penalties.py)."""
+"""How strongly weights are drawn to 1/k: a penalty in nats of SHRINK k |w - 1/k|^2 against the sum of the log-losses.
+With 0.1, weights fit a dev set's noise; with 10, weak members keep too much; between 1 and 3 it hardly matters
+(benchmarks/penalties.py)."""
 PULL = 10.0
 """How strongly a scale is drawn to 1 and offsets to 0: the prior that each is normal, with variance 1 / PULL. With 1,
-the offsets of members that lean to no class learn the class shares of a small dev set: of 100 examples of ten classes
-0.011 of accuracy was lost, with 10 0.003, and members that do lean were mended as well but for 0.002 at most
-(benchmarks/penalties.py)."""
-PRECISION = 1e-9
-"""The search ends when no weight moves by more."""
+offsets learn the class shares of a small dev set: of 100 examples of ten classes 0.011 of accuracy was lost, with 10
+0.003, and members that do lean to a class were mended as well but for 0.002 (benchmarks/penalties.py)."""
+PRECISION = 1e-9  # the search ends when no weight moves by more
 
 
 def fitted(members: Members, choice: Choice, *, temperature: bool = False, offset: bool = False) -> Choice:
     """The choice with the weights that the strategy ``weighted`` needs; members without weight are none.
 
-    ``temperature``: with temperatures. ``offset``: with scale and offsets of a classifier's weighted mean. Raises
-    ``UserError`` where temperatures would have no meaning.
+    ``temperature``: with temperatures (``UserError`` where they have no meaning). ``offset``: with scale and offsets.
     """
     chosen = members.take(choice.members)
     if temperature:
@@ -64,12 +61,10 @@ def convex_weights(members: Members, *, shrink: float = SHRINK) -> np.ndarray:
     """Weights (k,), none below 0, of sum 1, that make the weighted mean good on these examples.
 
     Classifiers: the log-loss of the weighted mean of probabilities: stacking of predictive distributions (Yao et al.
-    2018, section 3.3). Regression: the squared error of the straight line through the weighted mean that is best, since
-    r, the score, looks at neither level nor scale; in units of twice what the plain mean's line leaves, which makes it
-    a Gaussian's log-loss. Plus the penalty of ``SHRINK``, which makes both strictly convex: there is one minimum.
-
-    It is found by projected gradients rather than by scipy's SLSQP, which finds the same (the tests compare them): this
-    is done for every split of the dev set, and importing scipy alone takes as long as all of them.
+    2018, section 3.3). Regression: the squared error of the best straight line through the weighted mean, since r looks
+    at neither level nor scale; in units of twice what the plain mean's line leaves, which makes it a Gaussian's
+    log-loss. Plus the penalty of ``SHRINK``, which makes both strictly convex: there is one minimum. scipy's SLSQP
+    finds the same (the tests compare them), but importing scipy alone takes as long as all splits of a dev set.
     """
     k = len(members)
     equal, pull = np.full(k, 1 / k), 2 * shrink * k
@@ -117,12 +112,9 @@ def _descend(
     steepest: float,
     nearest: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """The numbers (k,) where a convex function of gradient ``slope`` is least, of those that are allowed.
-
-    ``nearest`` finds the nearest that are. Projected gradients with Nesterov's momentum, which starts again where it
-    points uphill (O'Donoghue and Candès 2015). ``steepest``: the largest curvature at the start; where it turns out too
-    small, the step is halved.
-    """
+    """The allowed numbers (k,) where a convex function of gradient ``slope`` is least; ``nearest`` finds them."""
+    # Projected gradients with Nesterov's momentum, which starts again where it points uphill (O'Donoghue and Candès
+    # 2015). `steepest`: the largest curvature at the start; where it turns out too small, the step is halved.
     w, ahead, momentum, down = start, start, 1.0, slope(start)
     for _ in range(2000):
         further = nearest(ahead - down / steepest)

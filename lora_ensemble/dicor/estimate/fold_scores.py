@@ -17,10 +17,8 @@ from lora_ensemble.dicor.estimate.splits import held_out
 from lora_ensemble.dicor.members import Dev
 from lora_ensemble.scores import decisions
 
-MANY = 10_000
-"""Examples from which on they are counted."""
-BLOCK = 32
-"""Members whose right and wrong answers are counted by one matrix product."""
+MANY = 10_000  # examples from which on they are counted
+BLOCK = 32  # members whose right and wrong answers are counted by one matrix product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,23 +26,19 @@ class FoldScores:
     """What one pass over all members finds."""
 
     scores: np.ndarray
-    """(S + 1, M): each member's score on what a split leaves to choose by, and, in the last row, on the whole of dev;
-    NaN where undefined."""
-    epochs: np.ndarray
-    """(S, M): the epoch that is best there, the first of equals; -1 where the epochs were not kept."""
+    """(S + 1, M): each member's score on what a split leaves to choose by, last on all of dev; NaN where undefined."""
+    epochs: np.ndarray  # (S, M): the epoch that is best there, the first of equals; -1 where none were kept
     omni: np.ndarray
-    """(R + 1, N): what all members that have a score on the whole of dev decide together on each example, each
-    member at the epoch chosen without it, and, in the last row, at its best epoch; see ``standardised``."""
-    omni_probabilities: np.ndarray | None
-    """(R + 1, N, classes): the probabilities that they give, if they were asked for."""
+    """(R + 1, N): what all members that have a score on all of dev decide together of each example, each at the epoch
+    chosen without it, and, in the last row, at its best epoch; see ``standardised``."""
+    omni_probabilities: np.ndarray | None  # (R + 1, N, classes): those that they give, if they were asked for
 
 
 def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy, probabilities: bool = False) -> FoldScores:
     """Members of ``dev`` on the parts that ``fold`` (R, N), see ``splits.stratified_folds``, leaves to choose by.
 
-    Sums over folds are all that is kept of a member: a split's score is that of the whole less its fold, so that each
-    member is read once, however many splits there are. ``omni``: how all members are combined. ``probabilities``: keep
-    those that they give, too (classifiers).
+    Sums over folds are all that is kept of a member, which is read once: a split's score is that of the whole less its
+    fold. ``omni``: how all members are combined. ``probabilities``: keep those that they give, too (classifiers).
     """
     (repeats, n), m = fold.shape, len(dev)
     splits = repeats * folds
@@ -158,9 +152,8 @@ class _Omni:
 def standardised(decided: np.ndarray) -> np.ndarray:
     """Values (N,) of one held-out part less their mean, over their standard deviation; class numbers as they are.
 
-    r does not look at an ensemble's scale. But parts are decided by different ensembles, and r over all parts would
-    take a difference of their scales for an error. So it is about the mean of the parts' own r, for labels are spread
-    evenly. (By the mean and deviation on the choosing part, the error of these two would count as the ensemble's.)
+    r over parts that different ensembles decide would take a difference of their scales for an error. So it is about
+    the mean of the parts' own r. (With mean and deviation of the choosing part, their error would count, too.)
     """
     if not np.issubdtype(decided.dtype, np.floating):
         return decided

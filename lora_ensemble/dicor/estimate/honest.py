@@ -4,12 +4,11 @@ The dev set is cut into K folds; a method chooses on all but one, and what it ch
 every example was decided by an ensemble that had not seen it; this is repeated with R other cuts. Each member's epoch
 was chosen on the same labels, so it is chosen again on each choosing part.
 
-An ensemble chosen on (K - 1) / K of the dev set is, if anything, a little worse than one chosen on all of it, so the
-score on what was held out is too low: by nothing where the choice is the same, and by 1 / (2 (K - 1)) of the optimism
-for a method that fits p smooth parameters, where in-sample is better than the truth by p / n and what is fitted to n
-examples falls short of the best by p / 2n (as in Akaike's criterion). The estimate adds the middle of the two,
-1 / (4 (K - 1)): for three folds an eighth of the optimism, so that an eighth is left at most, either way.
-``benchmarks/honest.py`` shows both.
+An ensemble chosen on (K - 1) / K of dev is a little worse than one chosen on all of it, so the score on what was held
+out is too low: by nothing where the choice is the same, and by 1 / (2 (K - 1)) of the optimism for a method that fits p
+smooth parameters, where in-sample is better than the truth by p / n and what is fitted to n examples falls short of the
+best by p / 2n (as in Akaike's criterion). The estimate adds the middle, 1 / (4 (K - 1)), for three folds an eighth, so
+that an eighth is left at most, either way (``benchmarks/honest.py``).
 
 Axes: M members, N examples of the dev split, C outputs of a head, R repeats of K folds, k candidates.
 """
@@ -37,8 +36,7 @@ Held = dict[str, np.ndarray]
 """By method, on what each split holds out: decisions (R, N) or probabilities (R, N, classes), in ``Dev.order``."""
 MOST_DECISIONS = 20_000
 """Repeats are for small dev sets: so many that N times R stays below this, at most REPEATS and at least one."""
-FEWEST = 10
-"""Examples below which there is no estimate."""
+FEWEST = 10  # examples below which there is no estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,23 +44,19 @@ class Estimate:
     """What is known of one method."""
 
     choice: Choice
-    names: list[str]
-    """The chosen members on the whole dev set, in the order of choice."""
-    in_sample: float
-    """Score on the dev set that they were chosen on; NaN where r is undefined."""
+    names: list[str]  # the chosen members on the whole dev set, in the order of choice
+    in_sample: float  # score on the dev set that they were chosen on; NaN where r is undefined
     held_out: np.ndarray | None
     """(R, N): the decisions that the estimate is of, examples in the order of ``splits.canonical``."""
     probabilities: np.ndarray | None
-    """(R, N, classes), in the same order: those behind ``held_out``, if they were asked for; with 0 repeats (1, N,
-    classes), of what was chosen on the very same examples."""
+    """(R, N, classes) behind ``held_out``, if asked for; with 0 repeats (1, N, classes), on the examples chosen on."""
     honest: Interval | None = None
     """Of what was chosen on the whole dev set, on other examples; None where there are too few, or r is undefined."""
     at_part: float | None = None
     """The score on what was held out, before the correction: of what is chosen on the choosing part."""
     against_best: Interval | None = None
     """The honest score less that of the single best member, chosen anew in each split as well."""
-    against_omni: Interval | None = None
-    """The same, less that of all members."""
+    against_omni: Interval | None = None  # the same, less that of all members
 
     @property
     def optimism(self) -> float | None:
@@ -74,14 +68,11 @@ class Estimate:
 class Estimates:
     """All methods on one dev set."""
 
-    of: dict[str, Estimate]
-    """By name of the method; ``best`` and ``omni`` are always there."""
+    of: dict[str, Estimate]  # by name of the method; ``best`` and ``omni`` are always there
     candidates: Members
     """The best on the whole dev set, examples in the order of ``splits.canonical``: what a ``Choice`` is from."""
-    scores: dict[str, float]
-    """Every member's score on the whole dev set, by name."""
-    notices: list[str]
-    """What was left out, in words."""
+    scores: dict[str, float]  # every member's score on the whole dev set, by name
+    notices: list[str]  # what was left out, in words
     folds: int
     repeats: int  # 0 where there are too few examples for an estimate
 
@@ -90,19 +81,19 @@ def estimate(
     dev: Dev,
     methods: Mapping[str, Method],
     *,
-    omni: Omni | None = None,
     folds: int = FOLDS,
     repeats: int | None = None,
     probabilities: bool = False,
 ) -> Estimates:
     """Choose with each method on the whole dev set, and say how good that is on other examples.
 
-    ``best`` and ``omni`` (all members, by the mean unless told otherwise) are added. ``repeats`` None: 1 to
-    ``REPEATS``, the more the smaller the dev set. Every split sees the same parts for all methods, so that differences
-    are paired. ``probabilities``: keep each method's, for what is held out (classifiers only; R N classes numbers a
-    method). Raises ``UserError`` where no member has a score, and as the methods do.
+    ``best`` and ``omni`` (all members, by the mean) are added where they are not there. ``repeats`` None: 1 to
+    ``REPEATS``, the more the smaller the dev set. All methods see the same splits, so that differences are paired.
+    ``probabilities``: keep each classifier's for what is held out. Raises ``UserError`` where no member has a score,
+    and as the methods do.
     """
-    omni, n, order = omni or Omni(), len(dev.labels), dev.order
+    omni, n, order = methods.get("omni", Omni()), len(dev.labels), dev.order
+    assert isinstance(omni, Omni)
     folds = max(min(folds, n // 2), 1)
     if repeats is None:
         repeats = int(np.clip(MOST_DECISIONS // n, 1, REPEATS))

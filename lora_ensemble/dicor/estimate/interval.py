@@ -14,8 +14,7 @@ from lora_ensemble.scores import pearson
 from lora_ensemble.tasks import Kind
 
 LEVEL = 0.90
-Z = 1.6448536269514722
-"""The normal's 95 % point: LEVEL lies between -Z and Z."""
+Z = 1.6448536269514722  # the normal's 95 % point: LEVEL lies between -Z and Z
 DRAWS = 2000
 
 
@@ -38,11 +37,10 @@ class Interval:
 
 
 def of_score(decided: np.ndarray, labels: np.ndarray, kind: Kind) -> Interval | None:
-    """The score of held-out decisions (R, N) against labels (N,), and its interval; None where r is undefined.
+    """The mean score of held-out decisions (R, N) against labels (N,), and its interval; None where r is undefined.
 
-    The score is the mean of the repeats'. The interval is that of one repeat's decisions on other examples: repeats
-    make the estimate steadier, but bring no new example. For accuracy it is Wilson's; for r Fisher's z with the
-    variance that the examples' influence on r gives (the delta method), since the errors of ratings are not normal.
+    The interval is that of one repeat: repeats bring no new example. For accuracy it is Wilson's; for r Fisher's z with
+    the variance that the examples' influence on r gives (the delta method): errors of ratings are not normal.
     """
     n = len(labels)
     if kind != "regression":
@@ -72,9 +70,8 @@ def of_differences(
 ) -> dict[tuple[str, str], Interval | None]:
     """For each pair of names the score of the first's held-out decisions (R, N) less the second's, and its interval.
 
-    A paired bootstrap over examples: each draw takes N of the examples with replacement, the same for all, and their
-    decisions from one repeat, as in ``of_score``; each repeat has its share of the draws. None where r is undefined.
-    The examples must come in an order that does not depend on the file's.
+    A paired bootstrap: each draw takes N examples with replacement, the same for all, and their decisions from one of
+    the repeats, which share the draws. None where r is undefined. The examples must come in an order of ours.
     """
     intervals: dict[tuple[str, str], Interval | None] = {}
     if kind == "regression":

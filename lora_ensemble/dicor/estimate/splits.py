@@ -13,10 +13,9 @@ import numpy as np
 from lora_ensemble.tasks import Kind
 
 FOLDS = 3
-"""Few and large. With ten, members that are nearly equal make the estimate jump: where one leads by little, it is
-chosen in just those splits whose held-out tenth speaks against it. In simulations (``benchmarks/honest.py``) the
-single best's interval held its true score in 74 of 100 cases with ten and in 91 with three. What choosing on two thirds
-costs is corrected in ``estimate``."""
+"""Few and large. With ten, where one of nearly equal members leads by little, it is chosen in just those splits whose
+held-out tenth speaks against it: in simulations (``benchmarks/honest.py``) the single best's interval held its true
+score in 74 of 100 cases, with three in 91. What choosing on two thirds costs is corrected in ``honest``."""
 REPEATS = 10
 
 
@@ -44,10 +43,9 @@ def canonical(ids: Sequence[str] | np.ndarray) -> np.ndarray:
 def stratified_folds(
     ids: Sequence[str] | np.ndarray, labels: np.ndarray, kind: Kind, *, folds: int = FOLDS, repeats: int = REPEATS
 ) -> np.ndarray:
-    """The fold (R, N), 0 to folds - 1, in which each example is held out in each repeat.
+    """The fold (R, N), 0 to folds - 1, in which each example is held out in each repeat, by ids and labels alone.
 
-    Folds differ by at most one example in size, and, within a class, by at most one example of it. For a regression the
-    classes are blocks of ``folds`` labels in their order. Decided by ids and labels alone.
+    Folds differ by at most one example, of a class as well; of a regression, ``folds`` neighbouring labels are a class.
     """
     key, n = hashes(ids), len(labels)
     fold = np.empty((repeats, n), np.int64)

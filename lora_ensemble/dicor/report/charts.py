@@ -192,10 +192,7 @@ def diversity(facts: Facts) -> Plot:
 
 
 def score_by_rank(facts: Facts) -> Plot:
-    """Score against rank (Tolkunov, figure 3): a line per scaling through the means, a level per system.
-
-    Members without a rank, or of rank 0 (only the head was trained), stand at 0 and on no line.
-    """
+    """Score against rank (Tolkunov, figure 3): a line per scaling; members without a rank stand at 0, on no line."""
     scores, of = facts.comparison.estimates.scores, facts.comparison.estimates.of
     found: dict[tuple[float | None, int], list[float]] = {}
     for r in facts.comparison.task_pool.members:

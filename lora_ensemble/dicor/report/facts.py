@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lora_ensemble.dicor.choose.combine import tie_order
 from lora_ensemble.dicor.choose.greedy import Greedy
 from lora_ensemble.dicor.choose.methods import Dicor, Exhaustive, Method, Omni, Weighted
 from lora_ensemble.dicor.choose.settings import (
@@ -30,12 +31,9 @@ from lora_ensemble.dicor.table import number
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import score_name
 
-MOST_SHOWN = 200
-"""Members in the plots: with more, a row of the heat map is finer than a pixel, and a page is slow to open."""
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30)
-"""As many as a curve needs; sizes between the later ones hardly differ."""
-FEW_SIZES = (1, 2, 5, 10, 15, 25)
-"""For a method of many bags, each of which is a search of its own."""
+MOST_SHOWN = 200  # members: with more, a row of the heat map is finer than a pixel, and a page is slow to open
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30)  # sizes between the later ones hardly differ
+FEW_SIZES = (1, 2, 5, 10, 15, 25)  # for a method of many bags, each of which is a search of its own
 _NAMES = {"best": "single best", "omni": "Omni"}
 
 
@@ -49,10 +47,8 @@ class Curve:
     """One method at growing sizes."""
 
     method: str
-    of_n: str
-    """What n is for this method, in words."""
-    used: int | None
-    """The n of the comparison, where it is one number and within the curve."""
+    of_n: str  # what n is for this method, in words
+    used: int | None  # the n of the comparison, where it is one number and within the curve
     sizes: list[int]
     estimates: list[Estimate]
 
@@ -62,22 +58,15 @@ class Facts:
     """The numbers of a report."""
 
     comparison: Comparison
-    method: str
-    """What the report is about."""
-    shown: list[MemberRecord]
-    """(S,) the best members by score, at most ``MOST_SHOWN``, best first."""
-    scores: np.ndarray
-    """(S,)"""
+    method: str  # what the report is about
+    shown: list[MemberRecord]  # (S,) the best members by score, at most ``MOST_SHOWN``, best first
+    scores: np.ndarray  # (S,)
     similarity: Similarity
-    similarities: np.ndarray
-    """(S, S)"""
+    similarities: np.ndarray  # (S, S)
     curves: list[Curve]
-    calibrations: dict[str, Calibration]
-    """By method; empty for a regression."""
-    theories: dict[str, Theory]
-    """By method."""
-    test: dict[str, float] | None
-    """By method: the score on the labelled test split, if it was asked for."""
+    calibrations: dict[str, Calibration]  # by method; empty for a regression
+    theories: dict[str, Theory]  # by method
+    test: dict[str, float] | None  # by method: the score on the labelled test split, if it was asked for
 
     @property
     def task(self) -> str:
@@ -148,23 +137,15 @@ def _logits(dev: Dev, name: str) -> np.ndarray:
 
 
 def _theory(comparison: Comparison, names: Sequence[str]) -> Theory:
-    task_pool = comparison.task_pool
-    return theory(
-        (_logits(comparison.dev, name) for name in names),
-        comparison.dev.labels,
-        task_pool.kind,
-        outputs=len(task_pool.labels),
-        ranks=[task_pool.record(name).rank for name in names],
-        scores=np.array([comparison.estimates.scores[name] for name in names]),
-        names=list(names),
-    )
+    task_pool, dev = comparison.task_pool, comparison.dev
+    scores = np.array([comparison.estimates.scores[name] for name in names])
+    order = tie_order([task_pool.record(name).rank for name in names], scores, names)
+    logits = (_logits(dev, name) for name in names)
+    return theory(logits, dev.labels, task_pool.kind, outputs=len(task_pool.labels), order=order)
 
 
 def curves(comparison: Comparison, names: Sequence[str]) -> list[Curve]:
-    """A curve for each of these methods that has a size, by the same folds; none for a pool of one member.
-
-    At ``used`` the estimate is that of the comparison. Raises as ``estimate``.
-    """
+    """A curve for each of these methods that has a size, by the same folds; none for a pool of one member."""
     members = len(comparison.estimates.of["omni"].names)
     planned, asked = list[tuple[str, str, int | None, list[int]]](), dict[str, Method]()
     for name in dict.fromkeys(names):
@@ -179,9 +160,7 @@ def curves(comparison: Comparison, names: Sequence[str]) -> list[Curve]:
         planned.append((name, of_n, used, sizes))
     if not asked:
         return []
-    omni = comparison.methods["omni"]
-    assert isinstance(omni, Omni)
-    of = estimate(comparison.dev, asked, omni=omni).of
+    of = estimate(comparison.dev, {"omni": comparison.methods["omni"], **asked}).of
     return [
         Curve(method=name, of_n=of_n, used=used, sizes=sizes, estimates=[of[f"{name} {n}"] for n in sizes])
         for name, of_n, used, sizes in planned
@@ -189,10 +168,7 @@ def curves(comparison: Comparison, names: Sequence[str]) -> list[Curve]:
 
 
 def _sizing(method: Method, members: int) -> tuple[str, int, int | None, Callable[[int], Method]] | None:
-    """What n is for the method, the largest that is looked at, its own, and the method with another n.
-
-    For a pool of so many ``members``. None for the single best, which has no size.
-    """
+    """What n is for a method, the largest of a pool, its own, and the method with another n; None: it has no size."""
     if isinstance(method, Dicor):
         own = None if method.size == "auto" else min(method.size, method.top_k, members)
         most = min(method.top_k, members, max(own or 0, MOST_AUTO))

@@ -9,28 +9,22 @@ from typing import Any
 
 import altair as alt
 import numpy as np
+from scipy.cluster.hierarchy import cut_tree, dendrogram, leaves_list, linkage
+from scipy.spatial.distance import squareform
 
 from lora_ensemble.dicor.report.facts import Facts, members_table
 from lora_ensemble.dicor.report.plot import ACCENT, INK, SERIES, SOFT, Plot, chart, tooltip
 from lora_ensemble.dicor.table import number
 
-LEVELS = 12
-"""Steps of the scale: h0, the least, to h11."""
+LEVELS = 12  # steps of the scale: h0, the least, to h11
 MOST_LABELS = 48  # more members than this cannot be labelled by name and still be read
 MOST_IN_TABLE = 40  # more columns than this are no table to read
 MOST_STILL = 30  # with more groups than this a PNG is smaller than an SVG
-MOST_GROUPS = 60
-"""With more members, those that the clustering joins first share a row: a page of forty thousand squares is slow."""
+MOST_GROUPS = 60  # with more, those that are joined first share a row: forty thousand squares are slow
 
 
 def cluster_order(similarities: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Order of the members that puts similar ones side by side, and the tree behind it, from similarities (S, S).
-
-    The tree is scipy's linkage: average of 1 - similarity.
-    """
-    from scipy.cluster.hierarchy import leaves_list, linkage
-    from scipy.spatial.distance import squareform
-
+    """Members in an order with similar ones side by side, and the tree: average linkage of 1 - similarity (S, S)."""
     # Symmetric and zero on the diagonal but for rounding; squareform wants it exactly so.
     distance = np.clip(1 - (similarities + similarities.T) / 2, 0, None)
     np.fill_diagonal(distance, 0)
@@ -39,9 +33,9 @@ def cluster_order(similarities: np.ndarray) -> tuple[list[int], np.ndarray]:
 
 
 def gathered(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Mean similarities (G, G) of groups, from those of members (S, S); ``groups`` (G,): the first member of each.
+    """Mean similarities (G, G) of groups, of two different members each, from those of members (S, S).
 
-    Within a group it is that of two different members, and 1 for a group of one.
+    ``groups`` (G,): the first member of each.
     """
     counts = np.diff(groups, append=len(values)).astype(float)
     sums = np.add.reduceat(np.add.reduceat(values, groups, axis=0), groups, axis=1)
@@ -54,8 +48,6 @@ def gathered(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 def heat_map(facts: Facts) -> Plot:
     """The similarities of the members that are shown, in the order of the clustering."""
-    from scipy.cluster.hierarchy import cut_tree
-
     order, tree = cluster_order(facts.similarities)
     s = len(order)
     side = s * max(round(float(np.clip(28 * s, 220, 500)) / s), 2)  # whole pixels a row: a picture compresses well
@@ -123,8 +115,6 @@ def _place(axis: Any, field: str, s: int) -> Any:
 
 def _branches(tree: np.ndarray) -> alt.Chart:
     """The tree of the clustering, from a little below the first merger: what is far from all leaves no empty width."""
-    from scipy.cluster.hierarchy import dendrogram
-
     drawn, heights = dendrogram(tree, no_plot=True), tree[:, 2]
     near = max(float(heights.min()) - 0.1 * float(np.ptp(heights)), 0.0)
     points = [

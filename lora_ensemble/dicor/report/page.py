@@ -15,16 +15,16 @@ import jinja2
 import vl_convert
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
+from lora_ensemble.dicor.estimate.interval import LEVEL
 from lora_ensemble.dicor.options import LISTENS, Options
 from lora_ensemble.dicor.report.charts import missing
 from lora_ensemble.dicor.report.facts import MOST_SHOWN, Facts, display_name, members_table, settings
 from lora_ensemble.dicor.report.heat_map import MOST_GROUPS
 from lora_ensemble.dicor.report.plot import VEGA_LITE, Plot
-from lora_ensemble.dicor.table import about, decides, gain, number, offsets, verdict
+from lora_ensemble.dicor.table import about, decides, ends, gain, noise, number, offsets, verdict
 
-Table = tuple[list[str], list[list[str | tuple[str, str]]], str]
-"""Header, rows of texts, of which one may have a smaller one below it, and caption."""
+Rows = list[list[str | tuple[str, str]]]
+"""Of a table, with its header and caption: texts, of which one may have a smaller one below it."""
 
 
 def page(facts: Facts, plots: Mapping[str, Plot], options: Options) -> str:
@@ -33,6 +33,8 @@ def page(facts: Facts, plots: Mapping[str, Plot], options: Options) -> str:
     environment.filters |= {"png": _png, "sha256": _sha256}
     comparison, estimates = facts.comparison, facts.comparison.estimates
     place = {r.name: i for i, r in enumerate(facts.shown)}
+    k, m = len(facts.estimate.names), len(estimates.of["omni"].names)
+    chosen = f"all {m} members" if k == m else f"{k} of {m} members"
     return environment.from_string(_text("page.html.j2")).render(
         facts=facts,
         task=comparison.task_pool,
@@ -51,7 +53,7 @@ def page(facts: Facts, plots: Mapping[str, Plot], options: Options) -> str:
             "calibration": _calibration(facts),
             "theory": _theory(facts),
         },
-        heading=_heading(facts),
+        heading=f"{facts.task}: {facts.method}, {facts.estimate.names[0] if k == 1 else chosen}",
         answer=_answer(facts),
         figures=_figures(facts),
         setting=_setting(facts),
@@ -85,17 +87,17 @@ def _png(plot: Plot, dress: Literal["light", "dark"]) -> str:
     return f"data:image/png;base64,{base64.b64encode(plot.png(dress)).decode()}"
 
 
-def _methods(facts: Facts) -> Table:
+def _methods(facts: Facts) -> tuple[list[str], Rows, str]:
     """The table of ``dicor compare``."""
     header = ["method", "members", "in-sample", f"honest, {LEVEL:.0%} interval", "optimism", "to the single best"]
-    rows: list[list[str | tuple[str, str]]] = [
+    rows: Rows = [
         [
             display_name(name),
             str(len(e.names)),
             number(e.in_sample),
-            (number(e.honest.value), _ends(e.honest)) if e.honest else "-",
+            (number(e.honest.value), ends(e.honest)) if e.honest else "-",
             number(e.optimism, sign=True),
-            *("-" if d is None else (gain(d), _ends(d, sign=True)) for d in (e.against_best, e.against_omni)),
+            *("-" if d is None else (gain(d), ends(d, sign=True)) for d in (e.against_best, e.against_omni)),
             *([number(facts.test[name])] if facts.test else []),
         ]
         for name, e in facts.comparison.estimates.of.items()
@@ -103,10 +105,10 @@ def _methods(facts: Facts) -> Table:
     return [*header, "to Omni", *(["test"] if facts.test else [])], rows, f"{facts.score_name} on dev"
 
 
-def _ensemble(facts: Facts) -> Table:
+def _ensemble(facts: Facts) -> tuple[list[str], Rows, str]:
     """The chosen members' settings, in the order of choice."""
     place = {r.name: i for i, r in enumerate(facts.shown)}
-    choice, names, rows = facts.estimate.choice, facts.estimate.names, list[list[str | tuple[str, str]]]()
+    choice, names, rows = facts.estimate.choice, facts.estimate.names, Rows()
     for i, name in enumerate(names[:MOST_SHOWN]):
         above = [place[other] for other in names[:i] if other in place] if name in place else []
         rows.append([
@@ -121,29 +123,23 @@ def _ensemble(facts: Facts) -> Table:
     return header, rows, f"Members of {facts.method}, in the order of choice"
 
 
-def _calibration(facts: Facts) -> Table:
-    rows: list[list[str | tuple[str, str]]] = [
+def _calibration(facts: Facts) -> tuple[list[str], Rows, str]:
+    rows: Rows = [
         [display_name(m), f"{c.ece:.4f}", f"{c.brier:.4f}", f"{c.log_loss:.4f}"] for m, c in facts.calibrations.items()
     ]
     held = "held out" if facts.comparison.estimates.repeats else "in-sample"
     return ["method", "ECE", "Brier score", "log-loss"], rows, f"Calibration on dev, {held}"
 
 
-def _theory(facts: Facts) -> Table:
+def _theory(facts: Facts) -> tuple[list[str], Rows, str]:
     """The report's two formulas beside what is observed."""
     what, first = ("variance of the error", "σ²") if facts.regression else ("majority's error", "p")
     header = ["ensemble", "members N", first, "ρ", f"{what}, by the report", "if independent", "observed"]
-    rows: list[list[str | tuple[str, str]]] = [
+    rows: Rows = [
         [display_name(m), str(t.size), *map(number, (t.level, t.rho, t.expected, t.independent, t.observed))]
         for m, t in facts.theories.items()
     ]
     return header, rows, "Measured on all of dev, in-sample"
-
-
-def _heading(facts: Facts) -> str:
-    size, members = len(facts.estimate.names), len(facts.comparison.estimates.of["omni"].names)
-    chosen = f"all {members} members" if size == members else f"{size} of {members} members"
-    return f"{facts.task}: {facts.method}, {facts.estimate.names[0] if size == 1 else chosen}"
 
 
 def _answer(facts: Facts) -> str:
@@ -158,7 +154,7 @@ def _answer(facts: Facts) -> str:
     for other, d in (("the single best member", e.against_best), ("Omni, all members together", e.against_omni)):
         if d is not None:
             better = "better than" if d.low > 0 else "worse than" if d.high < 0 else "not to be told from"
-            said.append(f"{better} {other} ({_noise(d)})")
+            said.append(f"{better} {other} ({noise(d)})")
     return (
         f"On examples that it was not chosen on, expect {facts.score_name} {e.honest.value:.3f}, between "
         f"{e.honest.low:.3f} and {e.honest.high:.3f} with a chance of {LEVEL:.0%}. It is {' and '.join(said)}."
@@ -169,11 +165,11 @@ def _figures(facts: Facts) -> list[tuple[str, str, str]]:
     """What the answer rests on: name, number, and what is to be known of it."""
     e, figures = facts.estimate, list[tuple[str, str, str]]()
     if e.honest:
-        figures.append((f"honest {facts.score_name}", number(e.honest.value), f"{LEVEL:.0%}: {_ends(e.honest)}"))
+        figures.append((f"honest {facts.score_name}", number(e.honest.value), f"{LEVEL:.0%}: {ends(e.honest)}"))
     figures.append((f"in-sample {facts.score_name}", number(e.in_sample), "on the dev set chosen on, which flatters"))
     for other, d in (("the single best", e.against_best), ("Omni", e.against_omni)):
         if d is not None:
-            note = f"{LEVEL:.0%}: {_ends(d, sign=True)}, {_noise(d)}"
+            note = f"{LEVEL:.0%}: {ends(d, sign=True)}, {noise(d)}"
             figures.append((f"difference to {other}", number(d.value, sign=True), note))
     return figures
 
@@ -208,15 +204,5 @@ def _commands(facts: Facts, options: Options) -> str:
         for name, value in heard.items()
         if value not in (None, False)
     )
-    return (
-        f"dicor select --pool {pool} --task {task} --method {facts.method}{said} --output {record}\n"
-        f"dicor apply --ensemble {record} --split test --output predictions.csv"
-    )
-
-
-def _ends(interval: Interval, *, sign: bool = False) -> str:
-    return f"{number(interval.low, sign=sign)} to {number(interval.high, sign=sign)}"
-
-
-def _noise(difference: Interval) -> str:
-    return f"{'beyond' if difference.beyond_noise else 'within'} noise"
+    select = f"dicor select --pool {pool} --task {task} --method {facts.method}{said} --output {record}"
+    return f"{select}\ndicor apply --ensemble {record} --split test --output predictions.csv"

@@ -53,17 +53,13 @@ _CONFIG = {
 class Plot:
     """A chart, what it says in words, and its numbers as a table."""
 
-    name: str
-    """Of its file: letters and hyphens."""
+    name: str  # of its file: letters and hyphens
     title: str
-    description: str
-    """What is to be seen, for who does not see it."""
-    chart: Any
-    """Of Altair, in layers or side by side."""
+    description: str  # what is to be seen, for who does not see it
+    chart: Any  # of Altair, in layers or side by side
     header: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
-    picture: bool = False
-    """Too many marks for a still SVG: a PNG is smaller."""
+    picture: bool = False  # too many marks for a still SVG: a PNG is smaller
 
     @functools.cached_property
     def specification(self) -> dict[str, Any]:
@@ -90,7 +86,7 @@ def _svg(specification: dict[str, Any]) -> str:
 
 
 def _png(svg: str) -> bytes:
-    """As PNG, two pixels to a unit. Its pixels are packed anew: vl-convert packs them fast, to six times the size."""
+    """As PNG, two pixels to a unit, packed anew: vl-convert packs fast, to six times the size."""
     png, pixels, at = vl_convert.svg_to_png(svg, scale=2), b"", 33  # behind the signature and the header
     while at < len(png):
         end = at + 8 + int.from_bytes(png[at : at + 4])

@@ -1,49 +1,42 @@
-"""What an ensemble says of itself beside what is observed: calibration, and Tolkunov's two formulas.
+"""Calibration, and Tolkunov's two formulas beside what is observed.
 
 Axes: M members, R repeats, N examples, k members of an ensemble.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import bdtrc
 
-from lora_ensemble.dicor.choose.combine import majority, tie_order
+from lora_ensemble.dicor.choose.combine import majority
 from lora_ensemble.dicor.choose.probabilities import log_losses
 from lora_ensemble.dicor.choose.similarity import features
 from lora_ensemble.scores import decisions
 from lora_ensemble.tasks import Kind
 
-BINS = 10
-"""Bins of equal width from 0 to 1; a probability on the border of two is in the lower one."""
+BINS = 10  # bins of equal width from 0 to 1; a probability on the border of two is in the lower one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """How well the probabilities of a classifier are calibrated."""
 
-    said: np.ndarray
-    """(BINS,) mean probability in each bin; NaN where a bin is empty."""
-    came_true: np.ndarray
-    """(BINS,) share of the bin's examples for which it came true; NaN where it is empty."""
-    counts: np.ndarray
-    """(BINS,) predictions in each bin: an example held out R times counts R times."""
-    ece: float
-    """Expected calibration error: the mean of abs(said - came_true) over bins, each by its share of the predictions."""
+    said: np.ndarray  # (BINS,) mean probability in each bin; NaN where a bin is empty
+    came_true: np.ndarray  # (BINS,) share of the bin's examples for which it came true; NaN where it is empty
+    counts: np.ndarray  # (BINS,) predictions in each bin: an example held out R times counts R times
+    ece: float  # the mean of abs(said - came_true) over bins, each by its share of the predictions
     brier: float
-    """Brier (1950). binary: the mean of (p - y)^2 for class 1, 0 to 1. multiclass: the mean over examples of the sum of
-    the squares over all classes, 0 to 2."""
-    log_loss: float
-    """Mean of -log p(label), in nats; a probability counts as 1e-15 at least."""
+    """Brier (1950): the mean of (p - y)^2, binary: for class 1, 0 to 1; multiclass: summed over classes, 0 to 2."""
+    log_loss: float  # mean of -log p(label), in nats; a probability counts as 1e-15 at least
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, kind: Kind) -> Calibration:
     """From probabilities (R, N, classes) and labels (N,) of a classifier.
 
-    What is looked at is, for binary, the probability of class 1 and whether it is class 1, and, for multiclass, the
-    probability of the class that was decided for and whether it is right (Guo et al. 2017, section 2: the confidence).
+    binary: of the probability of class 1; multiclass: of the class that was decided for (Guo et al. 2017, section 2).
     """
     repeats, n, classes = probabilities.shape
     p = probabilities.reshape(repeats * n, classes)
@@ -69,42 +62,27 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, kind: Kind) -> Ca
 
 @dataclass(frozen=True, kw_only=True)
 class Theory:
-    """One ensemble on the dev set that it was chosen on. Classifiers and regressions fill in what is theirs."""
+    """One ensemble on the dev set that it was chosen on: of values, or of votes."""
 
-    size: int
-    """k."""
-    level: float
-    """regression: sigma^2, the mean over members of the variance of value - label. Classifiers: p, the mean of their
-    shares of wrong decisions."""
+    size: int  # k
+    level: float  # sigma^2, the mean of the members' variances of value - label; p, of their shares of wrong decisions
     rho: float
-    """The mean over pairs of members of the correlation of their errors (``similarity.features``, error), where it is
-    defined; NaN for a single member."""
+    """The mean over pairs of members of the correlation of their errors, where it is defined; NaN for a single one."""
     expected: float
-    """By the report: the variance of the ensemble's error (equation 2), or the probability that a majority is wrong.
-    NaN where the formula gives no number."""
-    independent: float
-    """The same if errors were independent: sigma^2 / k; the probability that more than half of k votes are wrong, each
-    with probability p (Condorcet's jury, ties not counted as wrong)."""
+    """By the report: the variance of the ensemble's error (equation 2), or the probability that a majority is wrong."""
+    independent: float  # the same if errors were independent; ties of votes are not counted as wrong (Condorcet)
     observed: float
-    """The variance of the error of the members' plain mean; the share of examples on which their majority is wrong,
-    with the paper's tie rule."""
+    """The variance of the error of the members' plain mean; how often their majority is wrong, by the paper's ties."""
 
 
 def theory(
-    logits: Iterable[np.ndarray],
-    labels: np.ndarray,
-    kind: Kind,
-    *,
-    outputs: int,
-    ranks: list[int | None],
-    scores: np.ndarray,
-    names: list[str],
+    logits: Iterable[np.ndarray], labels: np.ndarray, kind: Kind, *, outputs: int, order: Sequence[int]
 ) -> Theory:
-    """Of k members whose logits (N, C) come one by one, in the order of ``ranks``, ``scores`` and ``names`` (k,).
+    """Of k members whose logits (N, C) come one by one; C is ``outputs``, ``order`` (k,) that of ``tie_order``.
 
-    C is ``outputs``. Members are looked at one at a time; of classifiers the decisions (k, N) are kept, a byte each.
+    Members are looked at one at a time; of classifiers the decisions (k, N) are kept, a byte each.
     """
-    k, n = len(names), len(labels)
+    k, n = len(order), len(labels)
     votes = np.empty((0 if kind == "regression" else k, n), np.min_scalar_type(outputs))
     levels, errors, units, correlated = [], np.zeros(n), np.zeros(n), 0
     for i, member_logits in enumerate(logits):
@@ -118,29 +96,20 @@ def theory(
         unit = features(member_logits[None], kind=kind, similarity="error", labels=labels)[0]
         if not np.isnan(unit).any():  # a member that is never, or always, wrong has no correlation
             units, correlated = units + unit, correlated + 1
-    level, rho = float(np.mean(levels)), _mean_correlation(units, correlated)
+    # The mean of the products of all pairs of M unit vectors is (|sum|^2 - M) / (M (M - 1)): no need of M x M numbers.
+    pairs, level = correlated * (correlated - 1), float(np.mean(levels))
+    rho = float((np.square(units).sum() - correlated) / pairs) if pairs else float("nan")
     if kind == "regression":
         expected, independent, observed = ensemble_variance(level, rho, k), level / k, float(np.var(errors))
     else:
         expected, independent = majority_error(level, rho, k), independent_majority_error(level, k)
-        decided = majority(votes, tie_order(ranks, scores, names), max(outputs, 2))
+        decided = majority(votes, order, max(outputs, 2))
         observed = float(np.mean(decided != labels))
     return Theory(size=k, level=level, rho=rho, expected=expected, independent=independent, observed=observed)
 
 
-def _mean_correlation(total: np.ndarray, count: int) -> float:
-    """Mean of the products of all pairs of ``count`` unit vectors of sum ``total`` (N,); NaN for fewer than two.
-
-    It is (|sum|^2 - M) / (M (M - 1)): there is no need of M x M numbers.
-    """
-    return float((np.square(total).sum() - count) / (count * (count - 1))) if count > 1 else float("nan")
-
-
 def ensemble_variance(variance: float, rho: float, size: int) -> float:
-    """Tolkunov, equation 2: Var(ens) = sigma^2 / N + (N - 1) / N * rho * sigma^2, with N = ``size`` members.
-
-    Exact where all members have the same variance. A single member needs no ``rho``.
-    """
+    """Tolkunov, equation 2: Var(ens) = sigma^2 / N + (N - 1) / N * rho * sigma^2, with N = ``size`` members."""
     return variance / size + ((size - 1) / size * rho * variance if size > 1 else 0.0)
 
 
@@ -150,8 +119,6 @@ def majority_error(p: float, rho: float, size: int) -> float:
     p_eff = rho p + (1 - rho) p^2 and P = sum_{k = floor(N/2)}^{N} C(N,k) p_eff^k (1 - p_eff)^(N-k), as printed, faults
     included. NaN where ``rho`` is undefined or p_eff is no probability. For one member it is 1.
     """
-    from scipy.special import bdtrc  # late: the commands that need no scipy do not wait for it
-
     if size == 1:
         return 1.0
     effective = rho * p + (1 - rho) * p * p
@@ -160,6 +127,4 @@ def majority_error(p: float, rho: float, size: int) -> float:
 
 def independent_majority_error(p: float, size: int) -> float:
     """The probability that more than half of ``size`` votes are wrong, each independently with probability p."""
-    from scipy.special import bdtrc
-
     return float(bdtrc(size // 2, size, p))

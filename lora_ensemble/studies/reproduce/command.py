@@ -48,23 +48,20 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: Sequence[str]) -> int:
     """Run the command; returns the exit code. ``UserError`` for what the user can put right."""
-    try:
-        given = parser().parse_args(args)
-    except SystemExit as e:  # --help
-        return int(e.code or 0)
+    given = parser().parse_args(args)
     paper: Paper = PAPERS[given.paper]
     given.base_model = given.base_model or BASE_MODELS[given.scale]
     given.output = given.output or Path("checkpoints") / f"{given.paper}-{given.scale}"
     _check(given)
     import torch  # not for --help, like what is imported below
 
+    from lora_ensemble.bank.encode import computes_bf16
     from lora_ensemble.bank.lora import Member
-    from lora_ensemble.bank.precision import fast_precision
     from lora_ensemble.studies.reproduce.results import write_results
     from lora_ensemble.train.runs.progress import duration
 
     device = "cuda" if torch.cuda.is_available() and given.accelerator != "cpu" else "cpu"
-    given.precision = given.precision or fast_precision(device)
+    given.precision = given.precision or ("bf16-mixed" if computes_bf16(device) else "32-true")
     _say_plan(paper, given, device)
     if given.plan:
         return 0
