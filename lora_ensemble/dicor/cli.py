@@ -37,37 +37,49 @@ def _parser() -> Parser:
     )
     add_options(import_, Request)
 
-    settings = Parser(add_help=False)
+    settings, one_task, several = (Parser(add_help=False) for _ in range(3))
     settings.add_argument("--pool", type=Path, required=True, metavar="DIR", help="the folder that training wrote")
     add_options(settings, Options)
-
-    select = commands.add_parser(
-        "select", parents=[settings], help="choose an ensemble", description="Choose an ensemble and write its record."
+    one_task.add_argument("--task", required=True, help="a task of the pool: sst, quora, sts or your own")
+    one_task.add_argument("--output", type=Path, required=True, metavar="FILE", help="what to write")
+    several.add_argument(
+        "--method",
+        choices=METHODS,
+        action="append",
+        help="only this one; may be repeated, a report is about the first (default: all, about what select takes)",
     )
-    select.add_argument("--task", required=True, help="a task of the pool: sst, quora, sts or your own")
-    select.add_argument("--output", type=Path, required=True, metavar="FILE", help="the record to write: dicor.json")
-    select.add_argument("--method", choices=METHODS, help="how to choose (default: depends on the task)")
-
-    compare = commands.add_parser(
-        "compare",
-        parents=[settings],
-        help="all methods side by side, with honest estimates",
-        description="Scores of the single best member, of all members (Omni) and of each method, in-sample and honest.",
-    )
-    compare.add_argument("--task", help="one task only (default: all tasks of the pool)")
-    compare.add_argument(
-        "--method", choices=METHODS, action="append", help="only this one; may be repeated (default: all)"
-    )
-    compare.add_argument(
+    several.add_argument(
         "--split",
         choices=("dev", "test"),
         default="dev",
         help="test: also score what was chosen on dev on the labelled test split; do it once",
     )
-    compare.add_argument("--plots", type=Path, metavar="DIR", help="save the plots of dicor report as PNG and SVG")
+    several.add_argument("--plots", type=Path, metavar="DIR", help="save the plots of a report as PNG and SVG")
 
-    report_command.add_parser(commands, settings)
-
+    select = commands.add_parser(
+        "select",
+        parents=[settings, one_task],
+        help="choose an ensemble",
+        description="Choose an ensemble and write its record: dicor.json.",
+    )
+    select.add_argument("--method", choices=METHODS, help="how to choose (default: depends on the task)")
+    compare = commands.add_parser(
+        "compare",
+        parents=[settings, several],
+        help="all methods side by side, with honest estimates",
+        description="Scores of the single best member, of all members (Omni) and of each method, in-sample and honest.",
+    )
+    compare.add_argument("--task", help="one task only (default: all tasks of the pool)")
+    report = commands.add_parser(
+        "report",
+        parents=[settings, one_task, several],
+        help="one page about an ensemble and its pool",
+        description="Write one HTML file that opens without a network: the table of compare, plots, calibration, and "
+        "theory beside observation, about one method.",
+    )
+    report.add_argument(
+        "--wandb", action="store_true", help="log table and plots to Weights & Biases, in the group of the members' run"
+    )
     apply = commands.add_parser(
         "apply",
         help="predictions of a chosen ensemble",
@@ -110,9 +122,10 @@ def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
     from lora_ensemble.dicor.compare import compare
     from lora_ensemble.dicor.table import about, number, offsets, table, verdict
+    from lora_ensemble.files import writing
     from lora_ensemble.pool import TaskPool
 
-    with record.whole(given.output) as f:
+    with writing(given.output) as f:
         task_pool, options = TaskPool(given.pool, given.task), options_of(given, Options)
         method = given.method or DEFAULT_METHOD[task_pool.kind]
         refuse_unheard(options, [method])
@@ -168,18 +181,14 @@ def _compare(given: argparse.Namespace) -> None:
     print(about(estimates))
 
 
-def _report(given: argparse.Namespace) -> None:
-    report_command.run(given, options_of(given, Options))
-
-
 def _apply(given: argparse.Namespace) -> None:
-    from lora_ensemble.dicor import record
     from lora_ensemble.dicor.apply import predict, write_predictions
     from lora_ensemble.dicor.located import locate
     from lora_ensemble.dicor.table import IN_SAMPLE, number
+    from lora_ensemble.files import writing
     from lora_ensemble.scores import one_label
 
-    with record.whole(given.output) as f:
+    with writing(given.output) as f:
         located = locate(given.ensemble, given.pool)
         ensemble, prediction = located.ensemble, predict(located.ensemble, located.pool, given.split)
         write_predictions(f, ensemble, prediction.examples.ids, prediction.decided)
@@ -191,7 +200,7 @@ def _apply(given: argparse.Namespace) -> None:
     print(f"saved {len(prediction.decided)} predictions of {ensemble.size} members in {given.output}")
 
 
-_RUN = {"import": _import, "select": _select, "compare": _compare, "report": _report, "apply": _apply}
+_RUN = {"import": _import, "select": _select, "compare": _compare, "report": report_command.run, "apply": _apply}
 
 
 def main(args: list[str] | None = None) -> int:

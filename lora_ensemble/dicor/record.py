@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -21,7 +19,6 @@ from lora_ensemble.dicor.estimate.honest import Estimate
 from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
 from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
-from lora_ensemble.files import replacing
 from lora_ensemble.pool import MemberRecord, check_name, logits_file
 from lora_ensemble.tasks import Kind, check_task_name
 
@@ -253,24 +250,3 @@ def _check(raw: dict[str, Any]) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[TextIO]:
-    """Open a file for writing that appears under its name only when all went well.
-
-    Opened before the work, it tells at once that a path cannot be written (``UserError``) and not after it.
-    """
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the name of a file to write")
-    special = path.exists() and not path.is_file()  # /dev/stdout, a pipe: nothing to replace
-    if not special and path.exists() and not os.access(path, os.W_OK):
-        raise UserError(f"{path}: cannot be written: the file is there and read-only")
-    with contextlib.ExitStack() as stack:
-        try:
-            # What a symbolic link points to is replaced, not the link.
-            target = path if special else stack.enter_context(replacing(path.resolve()))
-            f = stack.enter_context(open(target, "w", encoding="utf-8", newline="\n"))
-        except OSError as e:
-            raise UserError(f"{path}: cannot be written: {e.strerror}; give a file in a folder that exists") from e
-        yield f

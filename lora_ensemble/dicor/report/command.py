@@ -1,4 +1,4 @@
-"""``dicor report``: its options, and what it prints. Nothing heavy is imported before it runs."""
+"""``dicor report``: what it does and prints. Nothing heavy is imported before it runs."""
 
 from __future__ import annotations
 
@@ -7,47 +7,13 @@ import importlib.util
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from lora_ensemble.dicor.choose.settings import MethodName
+from lora_ensemble.dicor.options import METHODS, Options, options_of, refuse_unheard
 from lora_ensemble.errors import UserError
 
 if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
     from lora_ensemble.dicor.compare import Comparison
-    from lora_ensemble.dicor.options import Options
-    from lora_ensemble.errors import Parser
-
-
-def add_parser(commands: _SubParsersAction[Parser], settings: Parser) -> None:
-    """Add the command to those of ``dicor``; ``settings`` has the options that it shares with ``compare``."""
-    parser = commands.add_parser(
-        "report",
-        parents=[settings],
-        help="one page about an ensemble and its pool",
-        description="Write one HTML file that opens without a network: the table of compare, plots, calibration, and "
-        "theory beside observation, about one method.",
-    )
-    add = parser.add_argument
-    add("--task", required=True, help="a task of the pool: sst, quora, sts or your own")
-    add("--output", type=Path, required=True, metavar="FILE", help="the page to write: report.html")
-    add(
-        "--method",
-        choices=get_args(MethodName),
-        action="append",
-        help="only this one; may be repeated, the page is about the first (default: all, about what select takes)",
-    )
-    add(
-        "--split",
-        choices=("dev", "test"),
-        default="dev",
-        help="test: also score what was chosen on dev on the labelled test split; do it once",
-    )
-    add("--plots", type=Path, metavar="DIR", help="save each plot as PNG and SVG too")
-    add(
-        "--wandb", action="store_true", help="log table and plots to Weights & Biases, in the group of the members' run"
-    )
 
 
 def check(what: str, *, folder: Path | None = None) -> None:
@@ -75,24 +41,23 @@ def save_plots(comparison: Comparison, method: str, folder: Path) -> None:
         print(f"saved {path}")
 
 
-def run(given: argparse.Namespace, options: Options) -> None:
+def run(given: argparse.Namespace) -> None:
     """Write the page, and say where it is."""
     check("dicor report", folder=given.plots)
-    from lora_ensemble.dicor import record
     from lora_ensemble.dicor.compare import compare, test_scores
-    from lora_ensemble.dicor.options import METHODS, refuse_unheard
     from lora_ensemble.dicor.report import page, to_wandb
     from lora_ensemble.dicor.report.charts import plots
     from lora_ensemble.dicor.report.facts import gather, method_shown
     from lora_ensemble.dicor.report.plot import save
     from lora_ensemble.dicor.table import verdict
+    from lora_ensemble.files import writing
     from lora_ensemble.pool import TaskPool
 
     if given.wandb:
         to_wandb.check()
-    methods = given.method or list(METHODS)
+    methods, options = given.method or list(METHODS), options_of(given, Options)
     refuse_unheard(options, methods)
-    with record.whole(given.output) as f:
+    with writing(given.output) as f:
         comparison = compare(TaskPool(given.pool, given.task), methods, options, probabilities=True)
         test = test_scores(comparison) if given.split == "test" else None
         for notice in comparison.notices:
