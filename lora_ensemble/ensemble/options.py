@@ -1,12 +1,14 @@
-"""What the commands have in common that let an ensemble answer."""
+"""What the commands are asked that let an ensemble answer."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_ensemble.dicor.options import option
 from lora_ensemble.errors import ANY_BASE
 
 if TYPE_CHECKING:
@@ -34,3 +36,15 @@ def load_ensemble(args: argparse.Namespace) -> Ensemble:
     if note := advice(args.precision, ensemble.device.type, instead="--precision 32"):
         print(note, file=sys.stderr)
     return ensemble
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the service takes on; more is refused, or waits. With the help of the command's options."""
+
+    texts: int = option("texts of a request", 64)
+    # Far more than an encoder reads, and still nothing to tokenise.
+    chars: int = option("characters of a text", 10_000)
+    bytes: int = option("bytes of a request's body", 1 << 20)
+    batch: int = option("texts of several requests that are answered in one call; 1: of one request", 64)
+    waiting: int = option("texts that may wait; beyond, requests must come again", 1024)

@@ -32,10 +32,10 @@ from test_ensemble import select
 from trained_pool import texts_of
 
 from lora_ensemble import Ensemble
+from lora_ensemble.ensemble.options import Limits
 from lora_ensemble.ensemble.serve.app import make_app
 from lora_ensemble.ensemble.serve.batching import Batcher, BusyError
 from lora_ensemble.ensemble.serve.command import columns_read
-from lora_ensemble.ensemble.serve.limits import Limits
 from lora_ensemble.errors import UserError
 from lora_ensemble.main import main
 

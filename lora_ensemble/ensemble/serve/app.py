@@ -23,14 +23,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from lora_ensemble import __version__
 from lora_ensemble.dicor.table import decides
+from lora_ensemble.ensemble.options import Limits
 from lora_ensemble.ensemble.restored import Ensemble
 from lora_ensemble.ensemble.serve import messages
-from lora_ensemble.ensemble.serve.answers import answers
 from lora_ensemble.ensemble.serve.batching import Batcher, BusyError
-from lora_ensemble.ensemble.serve.guard import Guard
-from lora_ensemble.ensemble.serve.limits import Limits
-from lora_ensemble.ensemble.serve.messages import Question
-from lora_ensemble.ensemble.serve.metrics import Metrics
+from lora_ensemble.ensemble.serve.guard import Guard, Metrics
+from lora_ensemble.ensemble.serve.messages import Question, answers
 
 _PAGE = Path(__file__).with_name("page")
 _GONE = 499  # nginx's number for a client that did not wait; nobody reads it but the metrics

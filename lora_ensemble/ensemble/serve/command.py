@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from lora_ensemble.ensemble.options import add_options, load_ensemble
-from lora_ensemble.ensemble.serve.limits import Limits
+from lora_ensemble.ensemble.options import Limits, add_options, load_ensemble
 from lora_ensemble.errors import Parser, UserError
 
 if TYPE_CHECKING:
