@@ -37,25 +37,7 @@ def _parser() -> Parser:
     )
     add_options(import_, Request)
 
-    settings, one_task, several = (Parser(add_help=False) for _ in range(3))
-    settings.add_argument("--pool", type=Path, required=True, metavar="DIR", help="the folder that training wrote")
-    add_options(settings, Options)
-    one_task.add_argument("--task", required=True, help="a task of the pool: sst, quora, sts or your own")
-    one_task.add_argument("--output", type=Path, required=True, metavar="FILE", help="what to write")
-    several.add_argument(
-        "--method",
-        choices=METHODS,
-        action="append",
-        help="only this one; may be repeated, a report is about the first (default: all, about what select takes)",
-    )
-    several.add_argument(
-        "--split",
-        choices=("dev", "test"),
-        default="dev",
-        help="test: also score what was chosen on dev on the labelled test split; do it once",
-    )
-    several.add_argument("--plots", type=Path, metavar="DIR", help="save the plots of a report as PNG and SVG")
-
+    settings, one_task, several = _shared()
     select = commands.add_parser(
         "select",
         parents=[settings, one_task],
@@ -90,6 +72,29 @@ def _parser() -> Parser:
     apply.add_argument("--output", type=Path, required=True, metavar="FILE", help="the predictions to write")
     apply.add_argument("--pool", type=Path, metavar="DIR", help="the pool, if it is no longer where the record says")
     return parser
+
+
+def _shared() -> tuple[Parser, Parser, Parser]:
+    """The options that several commands have: of the methods, about one task, and with several methods."""
+    settings, one_task, several = (Parser(add_help=False) for _ in range(3))
+    settings.add_argument("--pool", type=Path, required=True, metavar="DIR", help="the folder that training wrote")
+    add_options(settings, Options)
+    one_task.add_argument("--task", required=True, help="a task of the pool: sst, quora, sts or your own")
+    one_task.add_argument("--output", type=Path, required=True, metavar="FILE", help="what to write")
+    several.add_argument(
+        "--method",
+        choices=METHODS,
+        action="append",
+        help="only this one; may be repeated, a report is about the first (default: all, about what select takes)",
+    )
+    several.add_argument(
+        "--split",
+        choices=("dev", "test"),
+        default="dev",
+        help="test: also score what was chosen on dev on the labelled test split; do it once",
+    )
+    several.add_argument("--plots", type=Path, metavar="DIR", help="save the plots of a report as PNG and SVG")
+    return settings, one_task, several
 
 
 def _notify(notices: Iterable[str], task: str = "") -> None:

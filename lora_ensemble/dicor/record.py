@@ -35,38 +35,26 @@ _DEV = logits_file("dev")
 class Ensemble:
     """The content of ``dicor.json``."""
 
-    version: str
-    """Of the program that wrote it."""
+    version: str  # of the program that wrote it
     task: str
     kind: Kind
     labels: list[str]
     method: str
-    settings: dict[str, Any]
-    """The method's parameters."""
+    settings: dict[str, Any]  # the method's parameters
     members: list[MemberRecord]
     """In the order of choice, as they were then; the score is that of their dev logits. Of members that were read only
     what the file says is known: see ``rows``."""
-    choice: Choice
-    """How they decide together; it counts them as they stand in ``members``."""
-    estimate: dict[str, Any]
-    """Of the ensemble: see ``figures``."""
-    best: dict[str, Any]
-    """The single best member: its name and figures."""
-    omni: dict[str, Any]
-    """All members considered: their number, how they are combined, and figures."""
+    choice: Choice  # how they decide together; it counts them as they stand in ``members``
+    estimate: dict[str, Any]  # of the ensemble: see ``figures``
+    best: dict[str, Any]  # the single best member: its name and figures
+    omni: dict[str, Any]  # all members considered: their number, how they are combined, and figures
     folds: int
-    repeats: int
-    """How the estimates were made; 0 repeats: too few examples for one."""
-    considered: int
-    """M: the finished members of the pool that have a score, each once."""
-    left_out: dict[str, str]
-    """Name to reason of members that were not considered because they are not finished."""
-    notices: list[str]
-    """What else was left out, or is to be known of the members."""
-    examples: str
-    """Fingerprint of the dev examples."""
-    pool: str
-    """Path of the pool, relative to the folder of this file."""
+    repeats: int  # how the estimates were made; 0 repeats: too few examples for one
+    considered: int  # M: the finished members of the pool that have a score, each once
+    left_out: dict[str, str]  # name to reason of members that were not considered because they are not finished
+    notices: list[str]  # what else was left out, or is to be known of the members
+    examples: str  # fingerprint of the dev examples
+    pool: str  # path of the pool, relative to the folder of this file
 
     @property
     def size(self) -> int:

@@ -30,14 +30,11 @@ class Contents:
 
     form: Literal["ensemble", "peft", "merged"]
     task: Task
-    columns: list[str]
-    """What it reads; empty where that is not known."""
+    columns: list[str]  # what it reads; empty where that is not known
     bases: list[Base]
     members: list[MemberRecord]
-    max_length: int
-    """Tokens after which it cuts a text."""
-    ensemble: record.Ensemble | None = None
-    """That of the members, in their order; None: there is one member."""
+    max_length: int  # tokens after which it cuts a text
+    ensemble: record.Ensemble | None = None  # that of the members, in their order; None: there is one member
     with_base: bool = False
     with_examples: bool = False
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ensemble.errors import ANY_BASE, Parser, UserError
+from lora_ensemble.ensemble.options import ANY_BASE
+from lora_ensemble.errors import Parser, UserError
 
 if TYPE_CHECKING:
     from lora_ensemble.ensemble.card import Contents
@@ -26,10 +27,17 @@ def run(argv: Sequence[str]) -> int:
     hub = _hub(args.push) if args.push else None
 
     from lora_ensemble.ensemble.card import write_card
-    from lora_ensemble.ensemble.folder import whole_folder
+    from lora_ensemble.ensemble.folder import whole_folder, write_ensemble
+    from lora_ensemble.ensemble.sources import read_source
 
     with whole_folder(args.output, overwrite=args.overwrite) as folder:
-        contents = _write_member(args, folder) if args.member else _write_ensemble(args, folder)
+        if args.member:
+            contents = _write_member(args, folder)
+        else:
+            source, base = read_source(args.ensemble, args.pool), not args.without_base
+            contents = write_ensemble(
+                folder, source, with_base=base, with_examples=args.with_examples, any_base=args.any_base
+            )
         write_card(folder, args.output.name, contents)
     if ensemble := contents.ensemble:
         print(f"{ensemble.size} members of {ensemble.task}, chosen by {ensemble.method}")
@@ -80,15 +88,6 @@ def _check(args: argparse.Namespace) -> None:
                 raise UserError(f"--{name}: is for --{wanted}")
 
 
-def _write_ensemble(args: argparse.Namespace, folder: Path) -> Contents:
-    from lora_ensemble.ensemble.folder import write_ensemble
-    from lora_ensemble.ensemble.sources import read_source
-
-    source = read_source(args.ensemble, args.pool)
-    with_base, with_examples = not args.without_base, args.with_examples
-    return write_ensemble(folder, source, with_base=with_base, with_examples=with_examples, any_base=args.any_base)
-
-
 def _write_member(args: argparse.Namespace, folder: Path) -> Contents:
     from lora_ensemble import pool
     from lora_ensemble.ensemble.single import write_member
@@ -124,10 +123,7 @@ def _hub(repo: str) -> Any:
 
 
 def _push(hub: Any, folder: Path, repo: str, *, private: bool) -> str:
-    """Send a whole folder to ``repo``, made if need be; returns its address.
-
-    ``UserError`` where the hub refuses or cannot be reached; the folder stays.
-    """
+    """Send a folder to ``repo``, made if need be; returns its address. Where the hub refuses, the folder stays."""
     from huggingface_hub.errors import HTTPError
 
     try:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from lora_ensemble.ensemble.options import add_options, load_ensemble
 from lora_ensemble.errors import Parser, UserError
+from lora_ensemble.files import replacing
 from lora_ensemble.text.streams import Row, Rows
 from lora_ensemble.text.tables import DAMAGED, GZIP, Format, format_of
 
@@ -106,18 +107,13 @@ def _rows(args: argparse.Namespace, file: Any, reads: list[str]) -> Rows:
 
 @dataclass(kw_only=True)
 class _Output:
-    """Where the rows go: standard output, or a partial file that gets its name at the end.
-
-    What it holds is noted beside it after each block, so that the same command goes on behind it.
-    """
+    """Standard output, or a partial file that gets its name at the end; after each block is noted what it holds."""
 
     stream: BinaryIO
     partial: Path | None = None
     target: Path = Path()
-    rows: int = 0
-    """How many are there already."""
-    begun: bool = False
-    """Whether anything is."""
+    rows: int = 0  # how many are there already
+    begun: bool = False  # whether anything is
 
     @property
     def note(self) -> Path:
@@ -133,9 +129,8 @@ class _Output:
         self.stream.flush()
         self.begun = True
         if self.partial is not None:
-            new = self.note.with_name(self.note.name + ".new")
-            new.write_text(json.dumps({"rows": self.rows, "bytes": self.stream.tell()}), encoding="utf-8")
-            os.replace(new, self.note)
+            with replacing(self.note) as new:
+                new.write_text(json.dumps({"rows": self.rows, "bytes": self.stream.tell()}), encoding="utf-8")
 
     def go_on(self) -> None:
         """Put the end where the note says that the last whole block ended, or at the start."""

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_ensemble.dicor.options import option
-from lora_ensemble.errors import ANY_BASE
 
 if TYPE_CHECKING:
     from lora_ensemble.ensemble.restored import Ensemble
+
+
+ANY_BASE = "take the base model of this name that is here, though it be another than in training"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

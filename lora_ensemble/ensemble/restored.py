@@ -47,8 +47,7 @@ class _Part:
     bank: Bank
     tokenizer: Any
     max_length: int
-    places: list[int]
-    """Where the bank's members stand in the ensemble."""
+    places: list[int]  # where the bank's members stand in the ensemble
 
 
 class Ensemble:

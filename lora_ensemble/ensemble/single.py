@@ -19,7 +19,7 @@ from lora_ensemble.bank.member_files import load_base, read_weights
 from lora_ensemble.ensemble.card import Contents
 from lora_ensemble.ensemble.folder import copy_files, save_pretrained
 from lora_ensemble.ensemble.sources import Base, check_readers, find_bases, known_columns, longest_text
-from lora_ensemble.errors import UserError
+from lora_ensemble.errors import UserError, one_line
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
 
@@ -60,9 +60,8 @@ def _merged_member(classifier: Any, folder: Path, member: MemberRecord, base: Ba
     try:
         return merge(classifier, adapter, head | encoder, scaling=1.0 if member.scaling is None else member.scaling)
     except (KeyError, RuntimeError) as e:
-        reason = " ".join(str(e).split())
         raise UserError(
-            f"member {member.name}: its weights do not fit the base model {base.name} ({reason[:200]})"
+            f"member {member.name}: its weights do not fit the base model {base.name} ({one_line(e)})"
         ) from e
 
 

@@ -43,16 +43,11 @@ class Imported:
 
     name: str
     source: Source
-    logits: np.ndarray
-    """(N, C) float32 in the order of the pool's examples."""
-    form: Form
-    """What the file held."""
-    score: float | None
-    """The task's score on the split; None where labels are unknown, NaN where r is undefined."""
-    old: MemberRecord | None
-    """What was under the name."""
-    unchanged: bool
-    """Whether that had these very logits."""
+    logits: np.ndarray  # (N, C) float32 in the order of the pool's examples
+    form: Form  # what the file held
+    score: float | None  # the task's score on the split; None where labels are unknown, NaN where r is undefined
+    old: MemberRecord | None  # what was under the name
+    unchanged: bool  # whether that had these very logits
 
 
 def import_predictions(request: Request) -> tuple[list[Imported], Truth, list[str]]:

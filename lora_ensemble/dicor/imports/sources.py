@@ -35,11 +35,9 @@ class Source:
     path: Path
     columns: Mapping[str, Cells]
     """Cells as they stand, by column; of a file that is no table its arrays (N,) or (N, K), an .npy file's as ''."""
-    ids: list[str] | None
-    """None where the file has none."""
+    ids: list[str] | None  # None where the file has none
     table: Table | None = None
-    rows: Sequence[int] = ()
-    """Of a table: their numbers in it."""
+    rows: Sequence[int] = ()  # of a table: their numbers in it
     name: str = ""
     """What the file calls the model: its array, its column, or its entry in the column of models; '' if it is alone."""
 

@@ -26,13 +26,11 @@ from lora_ensemble.tasks import PRESETS, Kind, Task, number
 class Truth:
     """The examples that predictions must cover, in the order that the pool has or will have."""
 
-    task: Task
-    """Its kind and its labels; of its files nothing is known."""
+    task: Task  # its kind and its labels; of its files nothing is known
     examples: Examples
     row_ids: list[str]
     """The ids (N,) in the order of the rows of predictions that have none: that of the labels file if there is one."""
-    source: str
-    """What that order is called in a notice."""
+    source: str  # what that order is called in a notice
 
     @cached_property
     def fingerprint(self) -> str:
