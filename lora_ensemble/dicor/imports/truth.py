@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_ensemble.dicor.imports.layout import read_classes
+from lora_ensemble.dicor.imports.outputs import read_classes
 from lora_ensemble.dicor.imports.request import Request
 from lora_ensemble.dicor.imports.sources import Source, check_ids, read_source, vector
 from lora_ensemble.errors import UserError
