@@ -36,7 +36,6 @@ def _parser() -> Parser:
         "files", nargs="+", type=Path, metavar="FILE", help="predictions of one split, of one model or several"
     )
     add_options(import_, Request)
-
     settings, one_task, several = _shared()
     select = commands.add_parser(
         "select",
@@ -195,14 +194,15 @@ def _apply(given: argparse.Namespace) -> None:
 
     with writing(given.output) as f:
         located = locate(given.ensemble, given.pool)
-        ensemble, prediction = located.ensemble, predict(located.ensemble, located.pool, given.split)
-        write_predictions(f, ensemble, prediction.examples.ids, prediction.decided)
-    if prediction.score is not None:
-        _notify(one_label(prediction.examples.labels, ensemble.labels, f"{given.split} labels"), ensemble.task)
-        print(f"{ensemble.task} {given.split} {score_name(ensemble.kind)} {number(prediction.score)}")
+        ensemble = located.ensemble
+        examples, decided, score = predict(ensemble, located.pool, given.split)
+        write_predictions(f, ensemble, examples.ids, decided)
+    if score is not None:
+        _notify(one_label(examples.labels, ensemble.labels, f"{given.split} labels"), ensemble.task)
+        print(f"{ensemble.task} {given.split} {score_name(ensemble.kind)} {number(score)}")
         if given.split == "dev":
             print(IN_SAMPLE)
-    print(f"saved {len(prediction.decided)} predictions of {ensemble.size} members in {given.output}")
+    print(f"saved {len(decided)} predictions of {ensemble.size} members in {given.output}")
 
 
 _RUN = {"import": _import, "select": _select, "compare": _compare, "report": report_command.run, "apply": _apply}

@@ -1,7 +1,4 @@
-"""From what the user asked for to a method with every parameter decided.
-
-Nothing heavy is imported before a method is made: ``dicor --help`` needs the options.
-"""
+"""From what the user asked for to a method with every parameter decided; nothing heavy is imported before that."""
 
 from __future__ import annotations
 
@@ -98,10 +95,7 @@ class Options:
 
 
 def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> tuple[Method, list[str]]:
-    """The method of that name for a pool of M ``members``, and notices for the user.
-
-    Options that it does not listen to are not looked at here; that they make sense, ``check`` has seen.
-    """
+    """The method of that name for a pool of M ``members``, and notices; ``check`` has seen that the options fit."""
     from lora_ensemble.dicor.choose.greedy import Greedy
     from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Omni, Weighted
 

@@ -96,8 +96,7 @@ class Ensemble:
         ]
 
     def decide(self, logits: np.ndarray) -> np.ndarray:
-        """What its members' logits (M, N, C), in the order of ``members``, decide together: (N,), as
-        ``scores.decisions``."""
+        """What logits (M, N, C) of its members, in their order, decide together: (N,), as ``scores.decisions``."""
         names, ranks = [m.name for m in self.members], [m.rank for m in self.members]
         return decide(Members(logits, self.kind, names, ranks, np.array([m.score for m in self.members])), self.choice)
 

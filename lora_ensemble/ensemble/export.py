@@ -25,7 +25,6 @@ def run(argv: Sequence[str]) -> int:
     args = _parser().parse_args(list(argv))
     _check(args)
     hub = _hub(args.push) if args.push else None
-
     from lora_ensemble.ensemble.card import write_card
     from lora_ensemble.ensemble.folder import whole_folder, write_ensemble
     from lora_ensemble.ensemble.sources import read_source

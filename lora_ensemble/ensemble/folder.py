@@ -146,10 +146,7 @@ def _write_member(target: Path, source: Path, r: MemberRecord, base: Base) -> No
 
 
 def copy_files(source: Path, r: MemberRecord, names: list[str], target: Path, base: Base) -> dict[str, str]:
-    """Copy a member's files from the pool at ``source``; returns their checksums in the folder ``target``.
-
-    Its configuration then names its base model as the export does. ``UserError`` for a file that is missing or damaged.
-    """
+    """Copy a member's files from a pool, its base model named as the export does; returns checksums in ``target``."""
     folder, checksums = pool.member_folder(source, r.task, r.name), {}
     for name in names:
         try:

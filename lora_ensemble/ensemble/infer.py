@@ -209,7 +209,11 @@ class _Infer:
         with tqdm(total=size, unit="B", unit_scale=True, disable=not shown, leave=False) as bar:
             for read, block in self.rows:
                 head = "" if output.begun else self.rows.head(self.added)
-                self._report(block)
+                self.count += len(block)
+                for row in block:
+                    self.bad += bool(row.error)
+                    if row.error and self.bad <= _SHOWN:
+                        print(f"{self.rows.name}:{row.line}: {row.error}; no decision", file=sys.stderr)
                 new = block[skip:]
                 skip -= len(block) - len(new)
                 lines = self._answer(new, bar, read)
@@ -222,14 +226,6 @@ class _Infer:
             raise UserError(f"{self.rows.name}: none of its {self.count} rows could be read as {self.rows.kind}")
         if tail := self.rows.tail(self.added):
             output.write(tail)
-
-    def _report(self, block: list[Row]) -> None:
-        self.count += len(block)
-        for row in block:
-            if row.error:
-                self.bad += 1
-                if self.bad <= _SHOWN:
-                    print(f"{self.rows.name}:{row.line}: {row.error}; no decision", file=sys.stderr)
 
     def _answer(self, block: list[Row], bar: Any, size: int) -> list[str]:
         """A line for each row of the block, which was ``size`` bytes; the bar goes on with each pass."""

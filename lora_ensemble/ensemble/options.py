@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from lora_ensemble.dicor.options import option
 
 if TYPE_CHECKING:
     from lora_ensemble.ensemble.restored import Ensemble
@@ -44,9 +42,9 @@ def load_ensemble(args: argparse.Namespace) -> Ensemble:
 class Limits:
     """What the service takes on; more is refused, or waits. With the help of the command's options."""
 
-    texts: int = option("texts of a request", 64)
+    texts: int = field(default=64, metadata={"help": "texts of a request"})
     # Far more than an encoder reads, and still nothing to tokenise.
-    chars: int = option("characters of a text", 10_000)
-    bytes: int = option("bytes of a request's body", 1 << 20)
-    batch: int = option("texts of several requests that are answered in one call; 1: of one request", 64)
-    waiting: int = option("texts that may wait; beyond, requests must come again", 1024)
+    chars: int = field(default=10_000, metadata={"help": "characters of a text"})
+    bytes: int = field(default=1 << 20, metadata={"help": "bytes of a request's body"})
+    batch: int = field(default=64, metadata={"help": "texts of several requests in one call; 1: of one request"})
+    waiting: int = field(default=1024, metadata={"help": "texts that may wait; beyond, requests must come again"})

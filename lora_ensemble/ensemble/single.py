@@ -1,7 +1,4 @@
-"""One member out of the pool, without a bank: as a PEFT folder, or merged into a plain transformers model.
-
-Axes: C outputs of a head, H hidden width, r rank.
-"""
+"""One member out of the pool, without a bank: as a PEFT folder, or merged into a plain transformers model."""
 
 from __future__ import annotations
 
@@ -98,8 +95,8 @@ def _with_labels(model: Any, task: Task) -> Any:
 
 @torch.no_grad()
 def _give_two_outputs(model: Any) -> None:
-    """Change a binary model of one logit z into one of two, (0, z): softmax gives what sigmoid(z) gave, and argmax
-    decides the same. transformers has no head of one output that means a class."""
+    """Change a binary model of one logit z into one of two, (0, z), for which softmax says what sigmoid said of z."""
+    # transformers has no head of one output that means a class.
     encoder = model.base_model_prefix + "."
     linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(encoder)]
     path, one = linear[-1]

@@ -1,7 +1,4 @@
-"""The service: its routes, and what they answer.
-
-Axes: M members, N texts of a question, C outputs of a head.
-"""
+"""The service: its routes, and what they answer."""
 
 from __future__ import annotations
 
@@ -43,10 +40,7 @@ _PROBLEMS = {
 
 
 def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: Sequence[str] = ("*",)) -> Guard:
-    """The ASGI application.
-
-    ``columns``: names of what is read, two for a pair. ``hosts``: Host headers that are answered to.
-    """
+    """The ASGI application for texts of ``columns``, two for pairs; ``hosts``: Host headers that are answered to."""
     record = ensemble.record
     metrics = Metrics()
     batcher = Batcher(ensemble.logits, batch=limits.batch, waiting=limits.waiting, taken=metrics.batches.observe)

@@ -103,10 +103,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def columns_read(ensemble: Ensemble, given: list[str] | None) -> list[str]:
-    """Names of what the members read: as they say, else as ``given``, else those of the preset of this name.
-
-    ``UserError`` where nobody says, or one says otherwise.
-    """
+    """What the members read: as they say, else as ``given``, else the preset's. ``UserError`` where it is unclear."""
     from lora_ensemble.ensemble.sources import known_columns
 
     record = ensemble.record

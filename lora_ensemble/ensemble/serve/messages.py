@@ -1,7 +1,4 @@
-"""What is asked and what is answered, from logits too; the OpenAPI description is made of it.
-
-Axes: M members, N texts of a question, C outputs of a head.
-"""
+"""What is asked and what is answered, of which the OpenAPI description is made. Axes: M members, N texts, C outputs."""
 
 from __future__ import annotations
 
