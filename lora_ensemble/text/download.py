@@ -51,10 +51,7 @@ def run(args: Sequence[str]) -> int:
     )
     options.add_argument("--root", type=Path, required=True, metavar="DIR", help="where the files go")
     options.add_argument("--tasks", nargs="+", choices=list(SOURCES), default=list(SOURCES), help="default: all three")
-    try:
-        given = parser.parse_args(args)
-    except SystemExit as e:  # --help
-        return int(e.code or 0)
+    given = parser.parse_args(args)
     download(given.root, given.tasks)
     return 0
 

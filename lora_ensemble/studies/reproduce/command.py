@@ -48,10 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: Sequence[str]) -> int:
     """Run the command; returns the exit code. ``UserError`` for what the user can put right."""
-    try:
-        given = parser().parse_args(args)
-    except SystemExit as e:  # --help
-        return int(e.code or 0)
+    given = parser().parse_args(args)
     paper: Paper = PAPERS[given.paper]
     given.base_model = given.base_model or BASE_MODELS[given.scale]
     given.output = given.output or Path("checkpoints") / f"{given.paper}-{given.scale}"
