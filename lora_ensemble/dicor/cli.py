@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +17,6 @@ from lora_ensemble import __version__
 from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
 from lora_ensemble.dicor.imports.request import Request
 from lora_ensemble.dicor.options import METHODS, Options, add_options, options_of, refuse_unheard
-from lora_ensemble.dicor.report import command as report_command
 from lora_ensemble.errors import Parser, UserError
 from lora_ensemble.tasks import score_name
 
@@ -157,7 +158,10 @@ def _compare(given: argparse.Namespace) -> None:
     from lora_ensemble.pool import TaskPool, task_names
 
     if given.plots:
-        report_command.check("--plots", folder=given.plots)
+        _check_report("--plots", given.plots)
+        from lora_ensemble.dicor.report.charts import plots
+        from lora_ensemble.dicor.report.facts import gather
+        from lora_ensemble.dicor.report.plot import save
     tasks = [given.task] if given.task is not None else task_names(given.pool)
     if not tasks:
         raise UserError(f"{given.pool}: no task in this folder; give the folder that training wrote")
@@ -175,7 +179,8 @@ def _compare(given: argparse.Namespace) -> None:
         method = default if default in estimates.of else list(estimates.of)[-1]
         print(verdict(method, estimates.of[method]))
         if given.plots:
-            report_command.save_plots(comparison, method, given.plots)
+            for path in save(plots(gather(comparison, method)).values(), task, given.plots):
+                print(f"saved {path}")
         print()
     if scores := overall(comparisons):
         print(f"overall: the mean of sst, quora and (sts + 1) / 2\n{'':<17} {'in-sample':>9} {'honest':>9}")
@@ -183,6 +188,53 @@ def _compare(given: argparse.Namespace) -> None:
             print(f"{method:<17} {number(in_sample):>9} {number(honest):>9}")
         print()
     print(about(estimates))
+
+
+def _check_report(what: str, folder: Path | None) -> None:
+    """Before the work: ``UserError`` where ``what`` needs what is not installed, or cannot write plots to ``folder``."""
+    needed = {"altair": "altair", "vl_convert": "vl-convert-python", "jinja2": "jinja2"}
+    absent = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if absent:
+        raise UserError(f"{what} needs {' and '.join(absent)}; run: pip install 'lora-ensemble[report]'")
+    if folder:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as e:
+            raise UserError(f"{folder}: plots cannot be written: {e.strerror}; give another folder with --plots") from e
+
+
+def _report(given: argparse.Namespace) -> None:
+    """Write the page, and say where it is."""
+    _check_report("dicor report", given.plots)
+    from lora_ensemble.dicor.compare import compare, test_scores
+    from lora_ensemble.dicor.report import page, to_wandb
+    from lora_ensemble.dicor.report.charts import plots
+    from lora_ensemble.dicor.report.facts import gather, method_shown
+    from lora_ensemble.dicor.report.plot import save
+    from lora_ensemble.dicor.table import verdict
+    from lora_ensemble.files import writing
+    from lora_ensemble.pool import TaskPool
+
+    if given.wandb:
+        to_wandb.check()
+    methods, options = given.method or list(METHODS), options_of(given, Options)
+    refuse_unheard(options, methods)
+    with writing(given.output) as f:
+        comparison = compare(TaskPool(given.pool, given.task), methods, options, probabilities=True)
+        test = test_scores(comparison) if given.split == "test" else None
+        _notify(comparison.notices, given.task)
+        facts = gather(comparison, method_shown(comparison, given.method), test=test)
+        shown = plots(facts)
+        text = page.page(facts, shown, options)
+        f.write(text)
+    print(verdict(facts.method, facts.estimate))
+    print(f"saved {given.output}")
+    for path in save(shown.values(), given.task, given.plots) if given.plots else ():
+        print(f"saved {path}")
+    if given.wandb:
+        print(to_wandb.log(facts, shown.values(), text, given.output.resolve().parent))
 
 
 def _apply(given: argparse.Namespace) -> None:
@@ -205,7 +257,7 @@ def _apply(given: argparse.Namespace) -> None:
     print(f"saved {len(decided)} predictions of {ensemble.size} members in {given.output}")
 
 
-_RUN = {"import": _import, "select": _select, "compare": _compare, "report": report_command.run, "apply": _apply}
+_RUN = {"import": _import, "select": _select, "compare": _compare, "report": _report, "apply": _apply}
 
 
 def main(args: list[str] | None = None) -> int:
