@@ -12,7 +12,7 @@ from lora_ensemble.ensemble.options import ANY_BASE
 from lora_ensemble.errors import Parser, UserError
 
 if TYPE_CHECKING:
-    from lora_ensemble.ensemble.card import Contents
+    from lora_ensemble.ensemble.folder import Contents
 
 
 def run(argv: Sequence[str]) -> int:
@@ -25,8 +25,7 @@ def run(argv: Sequence[str]) -> int:
     args = _parser().parse_args(list(argv))
     _check(args)
     hub = _hub(args.push) if args.push else None
-    from lora_ensemble.ensemble.card import write_card
-    from lora_ensemble.ensemble.folder import whole_folder, write_ensemble
+    from lora_ensemble.ensemble.folder import whole_folder, write_card, write_ensemble
     from lora_ensemble.ensemble.sources import read_source
 
     with whole_folder(args.output, overwrite=args.overwrite) as folder:

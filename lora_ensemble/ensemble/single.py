@@ -13,8 +13,7 @@ from lora_ensemble import pool
 from lora_ensemble.bank.families import accepts_token_types
 from lora_ensemble.bank.lora import Adapter, linear_layers
 from lora_ensemble.bank.member_files import load_base, read_weights
-from lora_ensemble.ensemble.card import Contents
-from lora_ensemble.ensemble.folder import copy_files, save_pretrained
+from lora_ensemble.ensemble.folder import Contents, copy_files, save_pretrained
 from lora_ensemble.ensemble.sources import Base, check_readers, find_bases, known_columns, longest_text
 from lora_ensemble.errors import UserError, one_line
 from lora_ensemble.pool import MemberRecord
