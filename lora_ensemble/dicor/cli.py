@@ -191,7 +191,7 @@ def _compare(given: argparse.Namespace) -> None:
 
 
 def _check_report(what: str, folder: Path | None) -> None:
-    """Before the work: ``UserError`` where a report's packages are not there, or plots cannot be written to ``folder``."""
+    """Before the work: ``UserError`` where a report's packages are missing, or ``folder`` takes no plots."""
     needed = {"altair": "altair", "vl_convert": "vl-convert-python", "jinja2": "jinja2"}
     absent = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if absent:

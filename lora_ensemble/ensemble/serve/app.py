@@ -43,7 +43,7 @@ def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: S
     """The ASGI application for texts of ``columns``, two for pairs; ``hosts``: Host headers that are answered to."""
     record = ensemble.record
     metrics = Metrics()
-    batcher = Batcher(ensemble.logits, batch=limits.batch, waiting=limits.waiting, taken=metrics.batches.observe)
+    batcher = Batcher(ensemble.logits, limits, metrics.batches.observe)
     metrics.waiting.set_function(lambda: batcher.waiting)
 
     @asynccontextmanager
@@ -62,7 +62,7 @@ def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: S
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
         exception_handlers={RequestValidationError: _mistakes, Exception: _failed},
     )
-    _add_predict(app, ensemble, batcher, messages.question(columns, max_texts=limits.texts, max_chars=limits.chars))
+    _add_predict(app, ensemble, batcher, messages.question(columns, limits))
 
     @app.get("/ensemble", response_model=messages.About)
     async def about() -> dict[str, Any]:

@@ -24,12 +24,12 @@ class Question(BaseModel):
     members: bool = Field(False, strict=True, description="Whether to say as well what each member says.")
 
 
-def question(columns: list[str], *, max_texts: int, max_chars: int) -> type[Question]:
+def question(columns: list[str], limits: Limits) -> type[Question]:
     """``Question`` for a task that reads these columns, one or two, with its limits."""
-    text: Any = Annotated[str, StringConstraints(max_length=max_chars)]
+    text: Any = Annotated[str, StringConstraints(max_length=limits.chars)]
     if len(columns) == 2:
         text = Annotated[list[text], Field(min_length=2, max_length=2, description=f"A pair: {', '.join(columns)}.")]
-    texts = Annotated[list[text], Field(min_length=1, max_length=max_texts)]
+    texts = Annotated[list[text], Field(min_length=1, max_length=limits.texts)]
     return create_model("Question", __base__=Question, __doc__=Question.__doc__, texts=(texts, ...))
 
 
