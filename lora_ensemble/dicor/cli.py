@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 from lora_ensemble import __version__
 from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
-from lora_ensemble.dicor.imports.request import Request
-from lora_ensemble.dicor.options import METHODS, Options, add_options, options_of, refuse_unheard
+from lora_ensemble.dicor.options import METHODS, Options, Request, add_options, options_of, refuse_unheard
 from lora_ensemble.errors import Parser, UserError
 from lora_ensemble.tasks import score_name
 

@@ -59,9 +59,8 @@ class Contents:
 def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new folder to fill, which appears as ``target`` only when all went well.
 
-    A kill leaves the old one, or the new one, or nothing under that name; what is beside it then (``.<name>.new``,
-    ``.<name>.old``) the next call puts right. ``UserError`` where there is something already: with ``overwrite``, where
-    it is not an exported folder.
+    What a kill leaves beside it (``.<name>.new``, ``.<name>.old``) the next call puts right. ``UserError`` where there
+    is something already: with ``overwrite``, where it is not an exported folder.
     """
     target = target.resolve()
     new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))

@@ -23,10 +23,9 @@ from lora_ensemble.tasks import Task
 def write_member(target: Path, folder: Path, member: MemberRecord, *, merged: bool, any_base: bool) -> Contents:
     """Fill the empty folder ``target`` with a member of the pool at ``folder``, but for its card.
 
-    ``merged``: a plain transformers folder that ``pipeline("text-classification", target)`` answers from with the
-    task's labels; a regression's score is its value. Otherwise a PEFT folder for ``AutoModelForSequenceClassification``
-    with C outputs. Both with a tokeniser. ``UserError`` where weights or base model cannot be had, unless ``any_base``
-    for another base model than in training, and for PEFT where the member was fully fine-tuned.
+    ``merged``: a plain transformers folder for ``pipeline("text-classification", target)``; a regression's score is its
+    value. Otherwise a PEFT folder for ``AutoModelForSequenceClassification``. ``UserError`` where weights or base model
+    cannot be had, unless ``any_base`` for another one than in training, and for PEFT of a fully fine-tuned member.
     """
     check_readers([member], folder)
     (base,) = find_bases([member], {}, any_base=any_base).values()

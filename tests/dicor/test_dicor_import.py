@@ -31,7 +31,7 @@ from pool_factory import add_member, make_pool, random_labels
 from scipy.special import expit, log_softmax, logit, softmax
 
 from lora_ensemble.dicor.cli import main
-from lora_ensemble.dicor.imports.request import Form
+from lora_ensemble.dicor.options import Form
 from lora_ensemble.pool import TaskPool, read_record
 from lora_ensemble.tasks import PRESETS
 

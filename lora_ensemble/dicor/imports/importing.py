@@ -16,9 +16,9 @@ import numpy as np
 from lora_ensemble import __version__
 from lora_ensemble.dicor.choose.probabilities import soft_votes
 from lora_ensemble.dicor.imports.outputs import to_logits
-from lora_ensemble.dicor.imports.request import Form, Request
 from lora_ensemble.dicor.imports.sources import Source, read_models
 from lora_ensemble.dicor.imports.truth import Truth, find_truth, rows_of_examples
+from lora_ensemble.dicor.options import Form, Request
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import (
     MemberRecord,

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_ensemble.dicor.imports.request import Form, Request
 from lora_ensemble.dicor.imports.sources import Cells, Source
+from lora_ensemble.dicor.options import Form, Request
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task, class_reader, number
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lora_ensemble.dicor.imports.request import Request
+from lora_ensemble.dicor.options import Request
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import number
 from lora_ensemble.text.tables import DAMAGED, GZIP, Table, one_line, read_table

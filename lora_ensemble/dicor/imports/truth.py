@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from lora_ensemble.dicor.imports.outputs import read_classes
-from lora_ensemble.dicor.imports.request import Request
 from lora_ensemble.dicor.imports.sources import Source, check_ids, read_source, vector
+from lora_ensemble.dicor.options import Request
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import Examples, MemberRecord, examples_fingerprint, read_examples
 from lora_ensemble.tasks import PRESETS, Kind, Task, number
