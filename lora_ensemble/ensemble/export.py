@@ -76,14 +76,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("export: expected either --ensemble FILE, or --member NAME with --pool DIR and --task T")
     if args.member and not (args.pool and args.task):
         raise UserError(f"--member {args.member}: also needs --pool DIR and --task T")
-    for names, wanted in (
-        (("without-base", "with-examples"), "ensemble"),
-        (("task", "format"), "member"),
-        (("private",), "push"),
-    ):
-        for name in names:
-            if getattr(args, name.replace("-", "_")) and not getattr(args, wanted):
-                raise UserError(f"--{name}: is for --{wanted}")
+    needs = {"without_base": "ensemble", "with_examples": "ensemble", "task": "member", "format": "member"}
+    for name, wanted in {**needs, "private": "push"}.items():
+        if getattr(args, name) and not getattr(args, wanted):
+            raise UserError(f"--{name.replace('_', '-')}: is for --{wanted}")
 
 
 def _write_member(args: argparse.Namespace, folder: Path) -> Contents:
