@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-ANY_BASE = "take the base model of this name that is here, though it be another than in training"
-"""The help of --any-base, which several commands have."""
-
 
 class UserError(Exception):
     """A mistake in the user's input, told in one line: where, what was found, what was expected, what to do.

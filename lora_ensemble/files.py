@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from filelock import lock_descriptor
 
@@ -35,6 +35,27 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # what went wrong counts, not that nothing can be removed
             beside.unlink()
         raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[TextIO]:
+    """Open a file for text that appears under its name only where the block ends well.
+
+    Opened before the work, it tells at once that a path cannot be written (``UserError``) and not after it.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file to write")
+    special = path.exists() and not path.is_file()  # /dev/stdout, a pipe: nothing to replace
+    if not special and path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"{path}: cannot be written: the file is there and read-only")
+    with contextlib.ExitStack() as stack:
+        try:
+            # What a symbolic link points to is replaced, not the link.
+            target = path if special else stack.enter_context(replacing(path.resolve()))
+            f = stack.enter_context(open(target, "w", encoding="utf-8", newline="\n"))
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written: {e.strerror}; give a file in a folder that exists") from e
+        yield f
 
 
 def _lock(file: IO[Any], *, wait: bool) -> bool | None:

@@ -76,11 +76,8 @@ def main(args: Sequence[str] | None = None) -> int:
         distils = "distill" in argv[:1] or (argv[0].startswith("-") and "distill" in argv)
         module = "lora_ensemble.studies.distill_command" if distils else "lora_ensemble.train.cli"
         return int(importlib.import_module(module).run(argv))
-    except UserError as e:
-        print(f"lora-ensemble: error: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
-        if e.errno not in _NOT_OURS:
+    except (UserError, OSError) as e:
+        if isinstance(e, OSError) and e.errno not in _NOT_OURS:
             raise
         print(f"lora-ensemble: error: {e}", file=sys.stderr)
         return 2

@@ -1,12 +1,8 @@
-"""A chosen ensemble on a split: its decisions, and the file of them.
-
-Axes: N examples of a split, C outputs of a head, and M members of the ensemble.
-"""
+"""A chosen ensemble on a split: its decisions, and the file of them. Axis: N examples of the split."""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -20,20 +16,11 @@ from lora_ensemble.scores import score_decisions
 from lora_ensemble.tasks import PRESETS
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Decisions (N,) of an ensemble on a split's examples; score is None where the labels are unknown."""
+def predict(ensemble: Ensemble, pool: Path, split: str) -> tuple[Examples, np.ndarray, float | None]:
+    """A split's examples, what the ensemble decides on them (N,), and the score; None where labels are unknown.
 
-    examples: Examples
-    decided: np.ndarray
-    score: float | None
-
-
-def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
-    """What the ensemble decides on a split, from the logits in the pool.
-
-    Only its own members are looked at. Raises ``UserError`` naming the member that is missing, that was trained again
-    since the selection, that has no logits for the split, or whose logits were damaged or belong to other examples.
+    Only its own members are looked at. ``UserError`` naming the member that is missing, that was trained again since
+    the selection, that has no logits for the split, or whose logits were damaged or belong to other examples.
     """
     records, file = chosen_records(ensemble, pool), logits_file(split)
     folders = [member_folder(pool, ensemble.task, r.name) for r in records]
@@ -59,7 +46,7 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> Prediction:
             raise UserError(f"{folder / file}: shape {array.shape}; expected {expected}")
     decided = ensemble.decide(np.stack(logits))
     score = None if examples.labels is None else score_decisions(decided, examples.labels, ensemble.kind)
-    return Prediction(examples, decided, score)
+    return examples, decided, score
 
 
 def write_predictions(f: TextIO, ensemble: Ensemble, ids: np.ndarray, decided: np.ndarray) -> None:

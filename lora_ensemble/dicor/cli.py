@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,9 +15,7 @@ from typing import TYPE_CHECKING
 
 from lora_ensemble import __version__
 from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
-from lora_ensemble.dicor.imports.request import Request
-from lora_ensemble.dicor.options import METHODS, Options, add_options, options_of, refuse_unheard
-from lora_ensemble.dicor.report import command as report_command
+from lora_ensemble.dicor.options import METHODS, Options, Request, add_options, options_of, refuse_unheard
 from lora_ensemble.errors import Parser, UserError
 from lora_ensemble.tasks import score_name
 
@@ -36,38 +36,31 @@ def _parser() -> Parser:
         "files", nargs="+", type=Path, metavar="FILE", help="predictions of one split, of one model or several"
     )
     add_options(import_, Request)
-
-    settings = Parser(add_help=False)
-    settings.add_argument("--pool", type=Path, required=True, metavar="DIR", help="the folder that training wrote")
-    add_options(settings, Options)
-
+    settings, one_task, several = _shared()
     select = commands.add_parser(
-        "select", parents=[settings], help="choose an ensemble", description="Choose an ensemble and write its record."
+        "select",
+        parents=[settings, one_task],
+        help="choose an ensemble",
+        description="Choose an ensemble and write its record: dicor.json.",
     )
-    select.add_argument("--task", required=True, help="a task of the pool: sst, quora, sts or your own")
-    select.add_argument("--output", type=Path, required=True, metavar="FILE", help="the record to write: dicor.json")
     select.add_argument("--method", choices=METHODS, help="how to choose (default: depends on the task)")
-
     compare = commands.add_parser(
         "compare",
-        parents=[settings],
+        parents=[settings, several],
         help="all methods side by side, with honest estimates",
         description="Scores of the single best member, of all members (Omni) and of each method, in-sample and honest.",
     )
     compare.add_argument("--task", help="one task only (default: all tasks of the pool)")
-    compare.add_argument(
-        "--method", choices=METHODS, action="append", help="only this one; may be repeated (default: all)"
+    report = commands.add_parser(
+        "report",
+        parents=[settings, one_task, several],
+        help="one page about an ensemble and its pool",
+        description="Write one HTML file that opens without a network: the table of compare, plots, calibration, and "
+        "theory beside observation, about one method.",
     )
-    compare.add_argument(
-        "--split",
-        choices=("dev", "test"),
-        default="dev",
-        help="test: also score what was chosen on dev on the labelled test split; do it once",
+    report.add_argument(
+        "--wandb", action="store_true", help="log table and plots to Weights & Biases, in the group of the members' run"
     )
-    compare.add_argument("--plots", type=Path, metavar="DIR", help="save the plots of dicor report as PNG and SVG")
-
-    report_command.add_parser(commands, settings)
-
     apply = commands.add_parser(
         "apply",
         help="predictions of a chosen ensemble",
@@ -78,6 +71,29 @@ def _parser() -> Parser:
     apply.add_argument("--output", type=Path, required=True, metavar="FILE", help="the predictions to write")
     apply.add_argument("--pool", type=Path, metavar="DIR", help="the pool, if it is no longer where the record says")
     return parser
+
+
+def _shared() -> tuple[Parser, Parser, Parser]:
+    """The options that several commands have: of the methods, about one task, and with several methods."""
+    settings, one_task, several = (Parser(add_help=False) for _ in range(3))
+    settings.add_argument("--pool", type=Path, required=True, metavar="DIR", help="the folder that training wrote")
+    add_options(settings, Options)
+    one_task.add_argument("--task", required=True, help="a task of the pool: sst, quora, sts or your own")
+    one_task.add_argument("--output", type=Path, required=True, metavar="FILE", help="what to write")
+    several.add_argument(
+        "--method",
+        choices=METHODS,
+        action="append",
+        help="only this one; may be repeated, a report is about the first (default: all, about what select takes)",
+    )
+    several.add_argument(
+        "--split",
+        choices=("dev", "test"),
+        default="dev",
+        help="test: also score what was chosen on dev on the labelled test split; do it once",
+    )
+    several.add_argument("--plots", type=Path, metavar="DIR", help="save the plots of a report as PNG and SVG")
+    return settings, one_task, several
 
 
 def _notify(notices: Iterable[str], task: str = "") -> None:
@@ -110,9 +126,10 @@ def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
     from lora_ensemble.dicor.compare import compare
     from lora_ensemble.dicor.table import about, number, offsets, table, verdict
+    from lora_ensemble.files import writing
     from lora_ensemble.pool import TaskPool
 
-    with record.whole(given.output) as f:
+    with writing(given.output) as f:
         task_pool, options = TaskPool(given.pool, given.task), options_of(given, Options)
         method = given.method or DEFAULT_METHOD[task_pool.kind]
         refuse_unheard(options, [method])
@@ -140,7 +157,10 @@ def _compare(given: argparse.Namespace) -> None:
     from lora_ensemble.pool import TaskPool, task_names
 
     if given.plots:
-        report_command.check("--plots", folder=given.plots)
+        _check_report("--plots", given.plots)
+        from lora_ensemble.dicor.report.charts import plots
+        from lora_ensemble.dicor.report.facts import gather
+        from lora_ensemble.dicor.report.plot import save
     tasks = [given.task] if given.task is not None else task_names(given.pool)
     if not tasks:
         raise UserError(f"{given.pool}: no task in this folder; give the folder that training wrote")
@@ -158,7 +178,8 @@ def _compare(given: argparse.Namespace) -> None:
         method = default if default in estimates.of else list(estimates.of)[-1]
         print(verdict(method, estimates.of[method]))
         if given.plots:
-            report_command.save_plots(comparison, method, given.plots)
+            for path in save(plots(gather(comparison, method)).values(), task, given.plots):
+                print(f"saved {path}")
         print()
     if scores := overall(comparisons):
         print(f"overall: the mean of sst, quora and (sts + 1) / 2\n{'':<17} {'in-sample':>9} {'honest':>9}")
@@ -168,27 +189,71 @@ def _compare(given: argparse.Namespace) -> None:
     print(about(estimates))
 
 
+def _check_report(what: str, folder: Path | None) -> None:
+    """Before the work: ``UserError`` where a report's packages are missing, or ``folder`` takes no plots."""
+    needed = {"altair": "altair", "vl_convert": "vl-convert-python", "jinja2": "jinja2"}
+    absent = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if absent:
+        raise UserError(f"{what} needs {' and '.join(absent)}; run: pip install 'lora-ensemble[report]'")
+    if folder:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as e:
+            raise UserError(f"{folder}: plots cannot be written: {e.strerror}; give another folder with --plots") from e
+
+
 def _report(given: argparse.Namespace) -> None:
-    report_command.run(given, options_of(given, Options))
+    """Write the page, and say where it is."""
+    _check_report("dicor report", given.plots)
+    from lora_ensemble.dicor.compare import compare, test_scores
+    from lora_ensemble.dicor.report import page, to_wandb
+    from lora_ensemble.dicor.report.charts import plots
+    from lora_ensemble.dicor.report.facts import gather, method_shown
+    from lora_ensemble.dicor.report.plot import save
+    from lora_ensemble.dicor.table import verdict
+    from lora_ensemble.files import writing
+    from lora_ensemble.pool import TaskPool
+
+    if given.wandb:
+        to_wandb.check()
+    methods, options = given.method or list(METHODS), options_of(given, Options)
+    refuse_unheard(options, methods)
+    with writing(given.output) as f:
+        comparison = compare(TaskPool(given.pool, given.task), methods, options, probabilities=True)
+        test = test_scores(comparison) if given.split == "test" else None
+        _notify(comparison.notices, given.task)
+        facts = gather(comparison, method_shown(comparison, given.method), test=test)
+        shown = plots(facts)
+        text = page.page(facts, shown, options)
+        f.write(text)
+    print(verdict(facts.method, facts.estimate))
+    print(f"saved {given.output}")
+    for path in save(shown.values(), given.task, given.plots) if given.plots else ():
+        print(f"saved {path}")
+    if given.wandb:
+        print(to_wandb.log(facts, shown.values(), text, given.output.resolve().parent))
 
 
 def _apply(given: argparse.Namespace) -> None:
-    from lora_ensemble.dicor import record
     from lora_ensemble.dicor.apply import predict, write_predictions
     from lora_ensemble.dicor.located import locate
     from lora_ensemble.dicor.table import IN_SAMPLE, number
+    from lora_ensemble.files import writing
     from lora_ensemble.scores import one_label
 
-    with record.whole(given.output) as f:
+    with writing(given.output) as f:
         located = locate(given.ensemble, given.pool)
-        ensemble, prediction = located.ensemble, predict(located.ensemble, located.pool, given.split)
-        write_predictions(f, ensemble, prediction.examples.ids, prediction.decided)
-    if prediction.score is not None:
-        _notify(one_label(prediction.examples.labels, ensemble.labels, f"{given.split} labels"), ensemble.task)
-        print(f"{ensemble.task} {given.split} {score_name(ensemble.kind)} {number(prediction.score)}")
+        ensemble = located.ensemble
+        examples, decided, score = predict(ensemble, located.pool, given.split)
+        write_predictions(f, ensemble, examples.ids, decided)
+    if score is not None:
+        _notify(one_label(examples.labels, ensemble.labels, f"{given.split} labels"), ensemble.task)
+        print(f"{ensemble.task} {given.split} {score_name(ensemble.kind)} {number(score)}")
         if given.split == "dev":
             print(IN_SAMPLE)
-    print(f"saved {len(prediction.decided)} predictions of {ensemble.size} members in {given.output}")
+    print(f"saved {len(decided)} predictions of {ensemble.size} members in {given.output}")
 
 
 _RUN = {"import": _import, "select": _select, "compare": _compare, "report": _report, "apply": _apply}

@@ -29,13 +29,10 @@ class Located:
     """A record, and what lies where."""
 
     ensemble: Ensemble
-    home: Path
-    """The folder that the record is in."""
+    home: Path  # the folder that the record is in
     pool: Path
-    config: dict[str, Any] | None
-    """``config.json`` of an exported folder; None where the record is in no such folder."""
-    inside: bool
-    """Whether the members are those of an exported folder."""
+    config: dict[str, Any] | None  # ``config.json`` of an exported folder; None where the record is in no such folder
+    inside: bool  # whether the members are those of an exported folder
 
 
 def locate(path: Path, pool: Path | None = None) -> Located:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -21,7 +19,6 @@ from lora_ensemble.dicor.estimate.honest import Estimate
 from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
 from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
-from lora_ensemble.files import replacing
 from lora_ensemble.pool import MemberRecord, check_name, logits_file
 from lora_ensemble.tasks import Kind, check_task_name
 
@@ -38,38 +35,26 @@ _DEV = logits_file("dev")
 class Ensemble:
     """The content of ``dicor.json``."""
 
-    version: str
-    """Of the program that wrote it."""
+    version: str  # of the program that wrote it
     task: str
     kind: Kind
     labels: list[str]
     method: str
-    settings: dict[str, Any]
-    """The method's parameters."""
+    settings: dict[str, Any]  # the method's parameters
     members: list[MemberRecord]
     """In the order of choice, as they were then; the score is that of their dev logits. Of members that were read only
     what the file says is known: see ``rows``."""
-    choice: Choice
-    """How they decide together; it counts them as they stand in ``members``."""
-    estimate: dict[str, Any]
-    """Of the ensemble: see ``figures``."""
-    best: dict[str, Any]
-    """The single best member: its name and figures."""
-    omni: dict[str, Any]
-    """All members considered: their number, how they are combined, and figures."""
+    choice: Choice  # how they decide together; it counts them as they stand in ``members``
+    estimate: dict[str, Any]  # of the ensemble: see ``figures``
+    best: dict[str, Any]  # the single best member: its name and figures
+    omni: dict[str, Any]  # all members considered: their number, how they are combined, and figures
     folds: int
-    repeats: int
-    """How the estimates were made; 0 repeats: too few examples for one."""
-    considered: int
-    """M: the finished members of the pool that have a score, each once."""
-    left_out: dict[str, str]
-    """Name to reason of members that were not considered because they are not finished."""
-    notices: list[str]
-    """What else was left out, or is to be known of the members."""
-    examples: str
-    """Fingerprint of the dev examples."""
-    pool: str
-    """Path of the pool, relative to the folder of this file."""
+    repeats: int  # how the estimates were made; 0 repeats: too few examples for one
+    considered: int  # M: the finished members of the pool that have a score, each once
+    left_out: dict[str, str]  # name to reason of members that were not considered because they are not finished
+    notices: list[str]  # what else was left out, or is to be known of the members
+    examples: str  # fingerprint of the dev examples
+    pool: str  # path of the pool, relative to the folder of this file
 
     @property
     def size(self) -> int:
@@ -111,8 +96,7 @@ class Ensemble:
         ]
 
     def decide(self, logits: np.ndarray) -> np.ndarray:
-        """What its members' logits (M, N, C), in the order of ``members``, decide together: (N,), as
-        ``scores.decisions``."""
+        """What logits (M, N, C) of its members, in their order, decide together: (N,), as ``scores.decisions``."""
         names, ranks = [m.name for m in self.members], [m.rank for m in self.members]
         return decide(Members(logits, self.kind, names, ranks, np.array([m.score for m in self.members])), self.choice)
 
@@ -253,24 +237,3 @@ def _check(raw: dict[str, Any]) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[TextIO]:
-    """Open a file for writing that appears under its name only when all went well.
-
-    Opened before the work, it tells at once that a path cannot be written (``UserError``) and not after it.
-    """
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the name of a file to write")
-    special = path.exists() and not path.is_file()  # /dev/stdout, a pipe: nothing to replace
-    if not special and path.exists() and not os.access(path, os.W_OK):
-        raise UserError(f"{path}: cannot be written: the file is there and read-only")
-    with contextlib.ExitStack() as stack:
-        try:
-            # What a symbolic link points to is replaced, not the link.
-            target = path if special else stack.enter_context(replacing(path.resolve()))
-            f = stack.enter_context(open(target, "w", encoding="utf-8", newline="\n"))
-        except OSError as e:
-            raise UserError(f"{path}: cannot be written: {e.strerror}; give a file in a folder that exists") from e
-        yield f

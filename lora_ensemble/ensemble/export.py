@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ensemble.errors import ANY_BASE, Parser, UserError
+from lora_ensemble.ensemble.options import ANY_BASE
+from lora_ensemble.errors import Parser, UserError
 
 if TYPE_CHECKING:
-    from lora_ensemble.ensemble.card import Contents
+    from lora_ensemble.ensemble.folder import Contents
 
 
 def run(argv: Sequence[str]) -> int:
@@ -24,12 +25,17 @@ def run(argv: Sequence[str]) -> int:
     args = _parser().parse_args(list(argv))
     _check(args)
     hub = _hub(args.push) if args.push else None
-
-    from lora_ensemble.ensemble.card import write_card
-    from lora_ensemble.ensemble.folder import whole_folder
+    from lora_ensemble.ensemble.folder import whole_folder, write_card, write_ensemble
+    from lora_ensemble.ensemble.sources import read_source
 
     with whole_folder(args.output, overwrite=args.overwrite) as folder:
-        contents = _write_member(args, folder) if args.member else _write_ensemble(args, folder)
+        if args.member:
+            contents = _write_member(args, folder)
+        else:
+            source, base = read_source(args.ensemble, args.pool), not args.without_base
+            contents = write_ensemble(
+                folder, source, with_base=base, with_examples=args.with_examples, any_base=args.any_base
+            )
         write_card(folder, args.output.name, contents)
     if ensemble := contents.ensemble:
         print(f"{ensemble.size} members of {ensemble.task}, chosen by {ensemble.method}")
@@ -70,23 +76,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("export: expected either --ensemble FILE, or --member NAME with --pool DIR and --task T")
     if args.member and not (args.pool and args.task):
         raise UserError(f"--member {args.member}: also needs --pool DIR and --task T")
-    for names, wanted in (
-        (("without-base", "with-examples"), "ensemble"),
-        (("task", "format"), "member"),
-        (("private",), "push"),
-    ):
-        for name in names:
-            if getattr(args, name.replace("-", "_")) and not getattr(args, wanted):
-                raise UserError(f"--{name}: is for --{wanted}")
-
-
-def _write_ensemble(args: argparse.Namespace, folder: Path) -> Contents:
-    from lora_ensemble.ensemble.folder import write_ensemble
-    from lora_ensemble.ensemble.sources import read_source
-
-    source = read_source(args.ensemble, args.pool)
-    with_base, with_examples = not args.without_base, args.with_examples
-    return write_ensemble(folder, source, with_base=with_base, with_examples=with_examples, any_base=args.any_base)
+    needs = {"without_base": "ensemble", "with_examples": "ensemble", "task": "member", "format": "member"}
+    for name, wanted in {**needs, "private": "push"}.items():
+        if getattr(args, name) and not getattr(args, wanted):
+            raise UserError(f"--{name.replace('_', '-')}: is for --{wanted}")
 
 
 def _write_member(args: argparse.Namespace, folder: Path) -> Contents:
@@ -124,10 +117,7 @@ def _hub(repo: str) -> Any:
 
 
 def _push(hub: Any, folder: Path, repo: str, *, private: bool) -> str:
-    """Send a whole folder to ``repo``, made if need be; returns its address.
-
-    ``UserError`` where the hub refuses or cannot be reached; the folder stays.
-    """
+    """Send a folder to ``repo``, made if need be; returns its address. Where the hub refuses, the folder stays."""
     from huggingface_hub.errors import HTTPError
 
     try:

@@ -10,33 +10,57 @@ README.md         the model card
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_ensemble import __version__, pool
 from lora_ensemble.bank.member_files import load_base
+from lora_ensemble.dicor import record
 from lora_ensemble.dicor.located import CONFIG, FORMAT, RECORD
-from lora_ensemble.ensemble.card import CARD, SIGNED, Contents
+from lora_ensemble.dicor.table import decides, offsets
 from lora_ensemble.ensemble.sources import VERSION, Base, Source, find_bases, known_columns, longest_text, told_apart
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
 
 MEMBERS, BASE = "members", "base"
+CARD = "README.md"
+SIGNED = "lora-ensemble export"
+"""Stands in every card: a folder whose card lacks it is never overwritten."""
+_HUB = {
+    "ensemble": ("lora-ensemble", ["lora", "ensemble", "peft"]),
+    "peft": ("peft", ["lora", "lora-ensemble"]),
+    "merged": ("transformers", ["lora", "lora-ensemble"]),
+}
+"""The hub's name for the library that loads it, and its tags."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What is in an exported folder."""
+
+    form: Literal["ensemble", "peft", "merged"]
+    task: Task
+    columns: list[str]  # what it reads; empty where that is not known
+    bases: list[Base]
+    members: list[MemberRecord]
+    max_length: int  # tokens after which it cuts a text
+    ensemble: record.Ensemble | None = None  # that of the members, in their order; None: there is one member
+    with_base: bool = False
+    with_examples: bool = False
 
 
 @contextlib.contextmanager
 def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new folder to fill, which appears as ``target`` only when all went well.
 
-    A kill leaves the old one, or the new one, or nothing under that name; what is beside it then (``.<name>.new``,
-    ``.<name>.old``) the next call puts right. ``UserError`` where there is something already: with ``overwrite``, where
-    it is not an exported folder.
+    What a kill leaves beside it (``.<name>.new``, ``.<name>.old``) the next call puts right. ``UserError`` where there
+    is something already: with ``overwrite``, where it is not an exported folder.
     """
     target = target.resolve()
     new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
@@ -96,7 +120,7 @@ def write_ensemble(target: Path, source: Source, *, with_base: bool, with_exampl
             inside = told_apart(f"{BASE}/{base.name.split('/')[-1]}", taken)
             _write_base(target / inside, base, over, source.pool, any_base=any_base)
         entries[base.name] = {"folder": inside, "on_hub": base.on_hub, "revision": base.revision}
-    moved = dataclasses.replace(ensemble, pool=MEMBERS)
+    moved = replace(ensemble, pool=MEMBERS)
     (target / RECORD).write_text(moved.to_json(), encoding="utf-8")
     columns = known_columns(ensemble.task, ensemble.kind, source.text)
     pairs = [(r, bases[str(r.base_model)]) for r in source.members]
@@ -141,15 +165,12 @@ def _write_member(target: Path, source: Path, r: MemberRecord, base: Base) -> No
     home.mkdir(parents=True)
     names = (pool.ADAPTER_CONFIG, pool.ADAPTER, pool.FULL_CONFIG, pool.FULL, pool.logits_file("dev"))
     files = copy_files(source, r, [name for name in names if name in r.files], home, base)
-    kept = dataclasses.replace(r, files=files, base_model=base.name, examples={"dev": r.examples["dev"]})
+    kept = replace(r, files=files, base_model=base.name, examples={"dev": r.examples["dev"]})
     (home / pool.RECORD).write_text(kept.to_json(), encoding="utf-8")
 
 
 def copy_files(source: Path, r: MemberRecord, names: list[str], target: Path, base: Base) -> dict[str, str]:
-    """Copy a member's files from the pool at ``source``; returns their checksums in the folder ``target``.
-
-    Its configuration then names its base model as the export does. ``UserError`` for a file that is missing or damaged.
-    """
+    """Copy a member's files from a pool, its base model named as the export does; returns checksums in ``target``."""
     folder, checksums = pool.member_folder(source, r.task, r.name), {}
     for name in names:
         try:
@@ -188,3 +209,57 @@ def save_pretrained(model: Any, folder: Path) -> None:
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+def write_card(folder: Path, name: str, contents: Contents) -> None:
+    """Write the card of what is in ``folder``, which will be called ``name``."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    library, tags = _HUB[contents.form]
+    ensemble, members = contents.ensemble, contents.members
+    results = _results(contents)
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag="text-classification",
+        tags=tags,
+        base_model=[base.name for base in contents.bases if base.on_hub] or None,  # the hub takes its own names only
+        model_name=name if results else None,
+        eval_results=results,
+    )
+    versions = {", ".join(f"{k} {v}" for k, v in sorted(r.versions.items())) for r in members if r.versions}
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("card.md.jinja")),
+        **vars(contents),
+        name=name,
+        rows=ensemble.rows() if ensemble else [],
+        score=contents.task.score_name,
+        decides=decides,
+        offsets=offsets,
+        train=sorted({r.train_fingerprint for r in members if r.train_fingerprint}),
+        trained_with=sorted(versions),
+        signed=SIGNED,
+        version=__version__,
+    )
+    (folder / CARD).write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+
+
+def _results(contents: Contents) -> list[Any] | None:
+    """The honest estimate as the hub lists it; in-sample figures flatter, and are for the page alone."""
+    from huggingface_hub import EvalResult
+
+    task, estimate = contents.task, contents.ensemble.estimate if contents.ensemble else {}
+    if (honest := estimate.get("honest")) is None:
+        return None
+    interval = f"{estimate['level']:.0%} interval {honest['low']:.4f} to {honest['high']:.4f}"
+    return [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=task.name,
+            dataset_name=task.name,
+            dataset_split="dev",
+            metric_type="pearsonr" if task.kind == "regression" else "accuracy",
+            metric_name=f"{task.score_name}, honest estimate ({interval})",
+            metric_value=round(honest["value"], 4),
+        )
+    ]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from lora_ensemble.ensemble.options import add_options, load_ensemble
 from lora_ensemble.errors import Parser, UserError
+from lora_ensemble.files import replacing
 from lora_ensemble.text.streams import Row, Rows
 from lora_ensemble.text.tables import DAMAGED, GZIP, Format, format_of
 
@@ -106,18 +107,13 @@ def _rows(args: argparse.Namespace, file: Any, reads: list[str]) -> Rows:
 
 @dataclass(kw_only=True)
 class _Output:
-    """Where the rows go: standard output, or a partial file that gets its name at the end.
-
-    What it holds is noted beside it after each block, so that the same command goes on behind it.
-    """
+    """Standard output, or a partial file that gets its name at the end; after each block is noted what it holds."""
 
     stream: BinaryIO
     partial: Path | None = None
     target: Path = Path()
-    rows: int = 0
-    """How many are there already."""
-    begun: bool = False
-    """Whether anything is."""
+    rows: int = 0  # how many are there already
+    begun: bool = False  # whether anything is
 
     @property
     def note(self) -> Path:
@@ -133,9 +129,8 @@ class _Output:
         self.stream.flush()
         self.begun = True
         if self.partial is not None:
-            new = self.note.with_name(self.note.name + ".new")
-            new.write_text(json.dumps({"rows": self.rows, "bytes": self.stream.tell()}), encoding="utf-8")
-            os.replace(new, self.note)
+            with replacing(self.note) as new:
+                new.write_text(json.dumps({"rows": self.rows, "bytes": self.stream.tell()}), encoding="utf-8")
 
     def go_on(self) -> None:
         """Put the end where the note says that the last whole block ended, or at the start."""
@@ -214,7 +209,11 @@ class _Infer:
         with tqdm(total=size, unit="B", unit_scale=True, disable=not shown, leave=False) as bar:
             for read, block in self.rows:
                 head = "" if output.begun else self.rows.head(self.added)
-                self._report(block)
+                self.count += len(block)
+                for row in block:
+                    self.bad += bool(row.error)
+                    if row.error and self.bad <= _SHOWN:
+                        print(f"{self.rows.name}:{row.line}: {row.error}; no decision", file=sys.stderr)
                 new = block[skip:]
                 skip -= len(block) - len(new)
                 lines = self._answer(new, bar, read)
@@ -227,14 +226,6 @@ class _Infer:
             raise UserError(f"{self.rows.name}: none of its {self.count} rows could be read as {self.rows.kind}")
         if tail := self.rows.tail(self.added):
             output.write(tail)
-
-    def _report(self, block: list[Row]) -> None:
-        self.count += len(block)
-        for row in block:
-            if row.error:
-                self.bad += 1
-                if self.bad <= _SHOWN:
-                    print(f"{self.rows.name}:{row.line}: {row.error}; no decision", file=sys.stderr)
 
     def _answer(self, block: list[Row], bar: Any, size: int) -> list[str]:
         """A line for each row of the block, which was ``size`` bytes; the bar goes on with each pass."""

@@ -1,16 +1,18 @@
-"""What the commands have in common that let an ensemble answer."""
+"""What the commands are asked that let an ensemble answer."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_ensemble.errors import ANY_BASE
-
 if TYPE_CHECKING:
     from lora_ensemble.ensemble.restored import Ensemble
+
+
+ANY_BASE = "take the base model of this name that is here, though it be another than in training"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,3 +36,15 @@ def load_ensemble(args: argparse.Namespace) -> Ensemble:
     if note := bf16_advice(args.precision, ensemble.device.type, instead="--precision 32"):
         print(note, file=sys.stderr)
     return ensemble
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the service takes on; more is refused, or waits. With the help of the command's options."""
+
+    texts: int = field(default=64, metadata={"help": "texts of a request"})
+    # Far more than an encoder reads, and still nothing to tokenise.
+    chars: int = field(default=10_000, metadata={"help": "characters of a text"})
+    bytes: int = field(default=1 << 20, metadata={"help": "bytes of a request's body"})
+    batch: int = field(default=64, metadata={"help": "texts of several requests in one call; 1: of one request"})
+    waiting: int = field(default=1024, metadata={"help": "texts that may wait; beyond, requests must come again"})

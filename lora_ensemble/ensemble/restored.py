@@ -47,8 +47,7 @@ class _Part:
     bank: Bank
     tokenizer: Any
     max_length: int
-    places: list[int]
-    """Where the bank's members stand in the ensemble."""
+    places: list[int]  # where the bank's members stand in the ensemble
 
 
 class Ensemble:
@@ -77,14 +76,13 @@ class Ensemble:
     ) -> Ensemble:
         """Restore the members that ``dicor select`` chose.
 
-        ``path``: the record that it wrote, or a folder that ``lora-ensemble export`` wrote, which brings its members
-        and base models along. ``pool``: where the members are, if no longer where the record says.
-        ``device``: cpu, cuda, cuda:1, ...; auto: a GPU where there is one. ``precision``: 32 or bf16, of the matrix
-        products. Members trained in bf16 have seen their dev logits in bf16; both answer the same but for rounding.
-        ``any_base``: take the base model that is here, though its weights or tokeniser be others than in training.
+        ``path``: the record that it wrote, or a folder that ``lora-ensemble export`` wrote, with members and base
+        models. ``pool``: where the members are, if no longer where the record says. ``device``: cpu, cuda, cuda:1, ...;
+        auto: a GPU where there is one. ``precision``: 32 or bf16, of the matrix products; but for rounding, both answer
+        the same. ``any_base``: take the base model that is here, though it be another than in training.
 
-        Raises ``UserError`` naming what is missing: a member, its weights (predictions made elsewhere have none), its
-        base model, the device; and for another base model than a member was trained over.
+        ``UserError`` naming what is missing: a member, its weights, its base model, the device; and for another base
+        model than in training.
         """
         if precision not in get_args(Precision):
             raise UserError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")

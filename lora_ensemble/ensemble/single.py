@@ -1,7 +1,4 @@
-"""One member out of the pool, without a bank: as a PEFT folder, or merged into a plain transformers model.
-
-Axes: C outputs of a head, H hidden width, r rank.
-"""
+"""One member out of the pool, without a bank: as a PEFT folder, or merged into a plain transformers model."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ from lora_ensemble import pool
 from lora_ensemble.bank.families import accepts_token_types
 from lora_ensemble.bank.lora import Adapter, linear_layers
 from lora_ensemble.bank.member_files import load_base, read_weights
-from lora_ensemble.ensemble.card import Contents
-from lora_ensemble.ensemble.folder import copy_files, save_pretrained
+from lora_ensemble.ensemble.folder import Contents, copy_files, save_pretrained
 from lora_ensemble.ensemble.sources import Base, check_readers, find_bases, known_columns, longest_text
 from lora_ensemble.errors import UserError, one_line
 from lora_ensemble.pool import MemberRecord
@@ -27,10 +23,9 @@ from lora_ensemble.tasks import Task
 def write_member(target: Path, folder: Path, member: MemberRecord, *, merged: bool, any_base: bool) -> Contents:
     """Fill the empty folder ``target`` with a member of the pool at ``folder``, but for its card.
 
-    ``merged``: a plain transformers folder that ``pipeline("text-classification", target)`` answers from with the
-    task's labels; a regression's score is its value. Otherwise a PEFT folder for ``AutoModelForSequenceClassification``
-    with C outputs. Both with a tokeniser. ``UserError`` where weights or base model cannot be had, unless ``any_base``
-    for another base model than in training, and for PEFT where the member was fully fine-tuned.
+    ``merged``: a plain transformers folder for ``pipeline("text-classification", target)``; a regression's score is its
+    value. Otherwise a PEFT folder for ``AutoModelForSequenceClassification``. ``UserError`` where weights or base model
+    cannot be had, unless ``any_base`` for another one than in training, and for PEFT of a fully fine-tuned member.
     """
     check_readers([member], folder)
     (base,) = find_bases([member], {}, any_base=any_base).values()
@@ -96,8 +91,8 @@ def _with_labels(model: Any, task: Task) -> Any:
 
 @torch.no_grad()
 def _give_two_outputs(model: Any) -> None:
-    """Change a binary model of one logit z into one of two, (0, z): softmax gives what sigmoid(z) gave, and argmax
-    decides the same. transformers has no head of one output that means a class."""
+    """Change a binary model of one logit z into one of two, (0, z), for which softmax says what sigmoid said of z."""
+    # transformers has no head of one output that means a class.
     encoder = model.base_model_prefix + "."
     linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(encoder)]
     path, one = linear[-1]

@@ -23,10 +23,8 @@ VERSION = 1
 class Base:
     """A base model: what files call it, and where it is here."""
 
-    name: str
-    """A hub id, or the name of a folder; never a path."""
-    where: str
-    """What ``load_classifier`` gets."""
+    name: str  # a hub id, or the name of a folder; never a path
+    where: str  # what ``load_classifier`` gets
     on_hub: bool
     revision: str | None = None
 
@@ -37,12 +35,9 @@ class Source:
 
     ensemble: record.Ensemble
     pool: Path
-    members: list[MemberRecord]
-    """In the order of the ensemble's."""
-    bases: dict[str, Base]
-    """Those of an exported folder, by the name that its members have for them; of a pool, none."""
-    text: list[str]
-    """The columns that all members read; none where they do not say."""
+    members: list[MemberRecord]  # in the order of the ensemble's
+    bases: dict[str, Base]  # those of an exported folder, by the name that its members have for them; of a pool, none
+    text: list[str]  # the columns that all members read; none where they do not say
 
 
 def read_source(path: Path, pool: Path | None) -> Source:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -166,19 +166,25 @@ def _usable_rows(task: Task, table: Table, texts: list[list[str]], what: str, sk
 
 
 def _ids(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray:
-    """(N,) unicode ids. ``UserError`` for one that is empty, endless or there twice."""
+    """(N,) unicode ids, checked."""
     if task.id is None:
         return np.array([str(row) for row in rows])
-    seen: dict[str, int] = {}
-    for row in rows:
-        name = _string(table, row, task.id, table.columns[task.id][row])
+    ids = [_string(table, row, task.id, table.columns[task.id][row]) for row in rows]
+    check_ids(ids, lambda i: table.at(rows[i]), what=f"the id in column {task.id!r}")
+    return np.array(ids)
+
+
+def check_ids(
+    ids: Sequence[str], at: Callable[[int], str], *, what: str = "the id", advice: str = "ids must be unique"
+) -> None:
+    """``UserError`` for an id that is empty, endless or there twice; ``at``: where the i-th is."""
+    first: dict[str, int] = {}
+    for i, name in enumerate(ids):
         if not name or len(name) > _LONGEST_ID or "\0" in name:
-            what = "one with a NUL character" if "\0" in name else "longer than 1000 characters" if name else "empty"
-            raise UserError(f"{table.at(row)}: the id in column {task.id!r} is {what}; each example needs its own")
-        if name in seen:
-            raise UserError(f"{table.at(row)}: id {name!r} is already at {table.at(seen[name])}; ids must be unique")
-        seen[name] = row
-    return np.array(list(seen))
+            why = "one with a NUL character" if "\0" in name else "longer than 1000 characters" if name else "empty"
+            raise UserError(f"{at(i)}: {what} is {why}; each example needs its own")
+        if first.setdefault(name, i) != i:
+            raise UserError(f"{at(i)}: id {name!r} is already at {at(first[name])}; {advice}")
 
 
 def _labels(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray | None:

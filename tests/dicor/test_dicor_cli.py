@@ -385,7 +385,7 @@ def test_a_record_with_offsets_applies_as_the_method_predicts(task, pool, tmp_pa
         logits["dev"], examples.labels, kind=pool_of.kind, names=names, ranks=ranks, ids=examples.ids.tolist()
     )
     for split, each in logits.items():
-        found = predict(ensemble, pool, split).decided
+        _, found, _ = predict(ensemble, pool, split)
         if task == "sts":
             np.testing.assert_allclose(found, fitted.predict(each), rtol=1e-9)
         else:

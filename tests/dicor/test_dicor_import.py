@@ -31,7 +31,7 @@ from pool_factory import add_member, make_pool, random_labels
 from scipy.special import expit, log_softmax, logit, softmax
 
 from lora_ensemble.dicor.cli import main
-from lora_ensemble.dicor.imports.request import Form
+from lora_ensemble.dicor.options import Form
 from lora_ensemble.pool import TaskPool, read_record
 from lora_ensemble.tasks import PRESETS
 
@@ -616,7 +616,7 @@ GOOD = [f"{i},{p}" for i, p in zip(IDS, P, strict=True)]
          "give labels that have it (2 such rows)"),
         (lines("id,p", "a,0.5", "b,0.4"), "m.csv: none of its ids is one of the 5 dev examples: 'a' here, 'q7' there"),
         (lines("id,p", *GOOD, "q9,0.5"), "m.csv:7: id 'q9' is already at"),
-        (lines("id,p", *GOOD, ",0.5"), "m.csv:7: the id is ''; each row needs its own"),
+        (lines("id,p", *GOOD, ",0.5"), "m.csv:7: the id is empty; each example needs its own"),
         (lines("id,p", *GOOD[:4], "é5,nan"), "m.csv:6: column 'p' is 'nan'; expected a finite number"),
         (lines("id,p", *GOOD[:4], "é5,inf"), "m.csv:6: column 'p' is 'inf'; expected a finite number"),
         (lines("id,p", *GOOD[:4], "é5,"), "m.csv:6: column 'p' is empty; expected a finite number"),

@@ -21,8 +21,7 @@ from trained_pool import ENTRIES, peft_logits, texts_of, write_pool
 from lora_ensemble import Ensemble
 from lora_ensemble.bank.lora import Member
 from lora_ensemble.ensemble import export
-from lora_ensemble.ensemble.card import SIGNED
-from lora_ensemble.ensemble.folder import whole_folder
+from lora_ensemble.ensemble.folder import SIGNED, whole_folder
 from lora_ensemble.errors import UserError
 from lora_ensemble.main import main
 from lora_ensemble.tasks import Kind

@@ -32,10 +32,10 @@ from test_ensemble import select
 from trained_pool import texts_of
 
 from lora_ensemble import Ensemble
+from lora_ensemble.ensemble.options import Limits
 from lora_ensemble.ensemble.serve.app import make_app
 from lora_ensemble.ensemble.serve.batching import Batcher, BusyError
 from lora_ensemble.ensemble.serve.command import columns_read
-from lora_ensemble.ensemble.serve.limits import Limits
 from lora_ensemble.errors import UserError
 from lora_ensemble.main import main
 
@@ -239,7 +239,7 @@ def test_a_batcher_that_stops_takes_nothing_more() -> None:
         return np.array([[[float(t)] for t in texts]])
 
     async def stop() -> list[Any]:
-        async with Batcher(logits, batch=3, waiting=100, taken=lambda n: None) as batcher:
+        async with Batcher(logits, Limits(batch=3, waiting=100), lambda n: None) as batcher:
             asked = [asyncio.create_task(batcher.ask(texts)) for texts in questions]
             await asyncio.sleep(0.01)
         with pytest.raises(BusyError):

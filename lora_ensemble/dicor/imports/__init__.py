@@ -1,5 +1,5 @@
 """``dicor import``: what somebody else's models predicted, as members of a pool.
 
-``request`` is what was asked for; ``sources`` reads files as they stand; ``layout`` finds the columns of outputs,
-``outputs`` makes logits of them; ``truth`` knows ids and labels; ``importing`` writes the members.
+``sources`` reads files as they stand; ``outputs`` finds the columns of outputs and makes logits of them; ``truth``
+knows ids and labels; ``importing`` writes the members. What was asked for is a ``Request`` (``dicor/options.py``).
 """

@@ -16,9 +16,9 @@ import numpy as np
 from lora_ensemble import __version__
 from lora_ensemble.dicor.choose.probabilities import soft_votes
 from lora_ensemble.dicor.imports.outputs import to_logits
-from lora_ensemble.dicor.imports.request import Form, Request
 from lora_ensemble.dicor.imports.sources import Source, read_models
 from lora_ensemble.dicor.imports.truth import Truth, find_truth, rows_of_examples
+from lora_ensemble.dicor.options import Form, Request
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import (
     MemberRecord,
@@ -43,16 +43,11 @@ class Imported:
 
     name: str
     source: Source
-    logits: np.ndarray
-    """(N, C) float32 in the order of the pool's examples."""
-    form: Form
-    """What the file held."""
-    score: float | None
-    """The task's score on the split; None where labels are unknown, NaN where r is undefined."""
-    old: MemberRecord | None
-    """What was under the name."""
-    unchanged: bool
-    """Whether that had these very logits."""
+    logits: np.ndarray  # (N, C) float32 in the order of the pool's examples
+    form: Form  # what the file held
+    score: float | None  # the task's score on the split; None where labels are unknown, NaN where r is undefined
+    old: MemberRecord | None  # what was under the name
+    unchanged: bool  # whether that had these very logits
 
 
 def import_predictions(request: Request) -> tuple[list[Imported], Truth, list[str]]:
@@ -119,10 +114,9 @@ def _is_there(old: MemberRecord, logits: np.ndarray, truth: Truth, request: Requ
     """Whether a member has these very logits; ``UserError`` where it has others that may not be replaced."""
     split, folder = request.split, member_folder(request.pool, request.task, old.name)
     if split in old.examples and logits_file(split) in old.files:
+        same = (old.kind, old.labels, old.examples[split]) == (truth.task.kind, truth.task.labels, truth.fingerprint)
         # Compared as the numbers that they are, whatever file they came from.
-        there = read_array(request.pool, old, logits_file(split))
-        same_task = (old.kind, old.labels) == (truth.task.kind, truth.task.labels)
-        if same_task and old.examples[split] == truth.fingerprint and np.array_equal(there, logits):
+        if same and np.array_equal(read_array(request.pool, old, logits_file(split)), logits):
             return True
     elif split != "dev":
         return False

@@ -1,4 +1,4 @@
-"""From a file's columns to the logits that the pool keeps: logits, probabilities or decisions?
+"""From a file's columns to the logits that the pool keeps: which columns, and logits, probabilities or decisions?
 
 A probability p becomes a logit whose softmax or sigmoid gives it back: log p for each of several classes, for one
 log(p / (1 - p)). Axes: N examples, C outputs of the task (one per class; 1 for binary and regression), K columns of a
@@ -7,22 +7,28 @@ file.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from lora_ensemble.dicor.imports.layout import check_width, class_of, pick, read_classes, read_numbers
-from lora_ensemble.dicor.imports.request import Form, Request
 from lora_ensemble.dicor.imports.sources import Cells, Source
+from lora_ensemble.dicor.options import Form, Request
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import Task
+from lora_ensemble.tasks import Task, class_reader, number
 
 EPSILON = 1e-6
 """Probabilities are kept this far from 0 and 1: a forest's certain 0 is "none of my trees", not log 0, and files have
 about six digits. Its logit, 13.8, still outweighs any that BERT gives."""
 _PROBABILITY = re.compile(r"p(r|rob\w*)?([_\W\d]|$)")  # p, p1, p_1, pr.yes, prob, proba_1, probability
 _SLACK = 1e-6  # what rounding may add beyond 0 and 1
+_NAMES = ["p", "prob", "proba", "probs", "probability", "probabilities", "logit", "logits", "output", "pred"]
+# What a lone column of outputs may be called, and what may stand before a label: p_0, prob.neg, logit 3, class_2.
+_LONE = {*_NAMES, "preds", "prediction", "predictions", "predicted", "outputs"}
+_PREFIXES = {*_NAMES, "", "pr", "prediction", "score", "scores", "class", "label"}
 
 
 def to_logits(source: Source, task: Task, request: Request, notices: list[str]) -> tuple[np.ndarray, Form]:
@@ -33,14 +39,14 @@ def to_logits(source: Source, task: Task, request: Request, notices: list[str]) 
     form = request.from_
     if task.kind == "regression" and form not in ("auto", "logits"):
         raise UserError(f"--from {form}: a regression has values; leave it out")
-    picked = pick(source, task, request, notices)
+    picked = _pick(source, task, request, notices)
     cells = _one_each(source.columns[picked[0]]) if len(picked) == 1 else None
     if form == "decisions":
         return _decided(source, picked[0], cells, task, notices), form
     if form == "auto" and task.kind != "regression" and cells is not None:
         _refuse_decisions(source, picked[0], cells, task)
-    values = np.concatenate([read_numbers(source, name) for name in picked], axis=1)
-    check_width(source, values.shape[1], picked, task)
+    values = np.concatenate([_read_numbers(source, name) for name in picked], axis=1)
+    _check_width(source, values.shape[1], picked, task)
     if task.kind != "regression" and values.shape[1] > len(picked):  # columns without names
         notices.append(f"{source.where}: its columns are taken in the order of the labels: {', '.join(task.labels)}")
     if form == "auto":
@@ -68,7 +74,7 @@ def _one_each(cells: Cells) -> list | None:
 
 def _refuse_decisions(source: Source, name: str, cells: list, task: Task) -> None:
     """``UserError`` where the outputs can only be class labels: what is lost with them is for the user to accept."""
-    read = class_of(task)
+    read = _class_of(task)
     # A binary 0 or 1 may be a certain probability as well, which comes to the same; any other label may not.
     if all(read(cell) is not None for cell in cells):
         what = f"column {name!r} holds" if source.table else "it holds"
@@ -149,3 +155,144 @@ def _log_probabilities(source: Source, values: np.ndarray, picked: Sequence[str]
         )
     p = np.clip(p, EPSILON, 1 - EPSILON if alone else 1)
     return np.log(p) - np.log1p(-p) if alone else np.log(p)
+
+
+def _pick(source: Source, task: Task, request: Request, notices: list[str]) -> list[str]:
+    """The columns of the outputs, in the order of the labels: as asked, named after labels, or the one of numbers."""
+    asked = list(request.columns) or ([source.name] if request.member_columns else [])
+    source.require(asked)
+    if asked or source.table is None:
+        return asked or list(source.columns)
+    names = [name for name in source.columns if name != request.label_column]
+    decisions, labels = request.from_ == "decisions", ", ".join(task.labels)
+    if task.kind != "regression" and not decisions and (named := _named_after_labels(source, names, task, notices)):
+        return named
+    holds = _class_of(task) if decisions else _number
+    likely = [n for n in names if n.lower() in _LONE] or [n for n in names if holds(_first(source, n)) is not None]
+    if len(likely) != 1:
+        what = f"columns {', '.join(likely[:5])} may be outputs" if likely else "no column of outputs"
+        expected = f"one for each label ({labels})" if task.kind == "multiclass" else "one of predictions"
+        raise UserError(
+            f"{source.path}: {what}; expected {expected}; say which with --columns, or, where each is another model, "
+            f"with --member-columns; {source.shown}"
+        )
+    if task.kind == "binary" and likely[0] in [p + task.labels[0] for p in ("", "p_", "prob_", "proba_")]:
+        raise UserError(
+            f"{source.path}: the one column of numbers, {likely[0]!r}, is called after the negative label; give the "
+            f"positive one's ({task.labels[1]}), or, if that is what it holds, say --columns {likely[0]}"
+        )
+    return likely
+
+
+def _named_after_labels(source: Source, names: list[str], task: Task, notices: list[str]) -> list[str]:
+    """The one set of columns that are a usual prefix and a label or its number, if no others could be outputs too."""
+    labels, sets = ", ".join(task.labels), []
+    for endings in (task.labels, [str(i) for i in range(len(task.labels))]):
+        prefixes = [name.removesuffix(endings[0]) for name in names if name.endswith(endings[0])]
+        sets += [(prefix, [prefix + ending for ending in endings]) for prefix in prefixes]
+    sets = [(prefix, columns) for prefix, columns in sets if set(names).issuperset(columns)]
+    # What stands before the label tells outputs from other columns of numbers.
+    prefix, picked = next((s for s in sets if s[0].rstrip("_-.: ").lower() in _PREFIXES), ("", []))
+    if not picked:
+        return []
+    others = [name for name in names if name not in picked and _number(_first(source, name)) is not None]
+    for _, columns in sets:
+        if set(others).issuperset(columns):
+            both = f"columns {', '.join(picked)}, but also {', '.join(columns)}"
+            raise UserError(f"{source.path}: {both}; say which with --columns")
+    extra = [name for name in others if name.startswith(prefix) and _is_of_a_class(source, name, prefix)]
+    if extra:
+        what = f"column {extra[0]} is" if len(extra) == 1 else f"columns {', '.join(extra[:5])} are"
+        raise UserError(
+            f"{source.path}: {what} called after no label ({labels}); if there are other labels, name all with "
+            f"--label-names; if not, say --columns {shlex.join(picked)}"
+        )
+    if picked != [prefix + label for label in task.labels]:
+        order = f"columns {', '.join(picked)} are taken in the order of the labels: {labels}"
+        notices.append(f"{source.path.name}: {order}")
+    return picked
+
+
+def _is_of_a_class(source: Source, name: str, prefix: str) -> bool:
+    """Whether a column of numbers with the outputs' prefix may be of a class that the labels lack."""
+    # With nothing between prefix and label: p3, but not place. Lengths and folds are whole, outputs hardly ever.
+    apart = bool(prefix) and not prefix[-1].isalnum()
+    numbered = not math.isnan(number(name.removeprefix(prefix)))
+    return apart or numbered or any(number(str(cell)) % 1 > 0 for cell in source.columns[name])
+
+
+def _first(source: Source, name: str) -> Any:
+    """The first cell of a column that is not empty, by which the column is judged."""
+    return next((cell for cell in source.columns[name] if cell not in ("", None)), None)
+
+
+def _number(cell: Any) -> Any:
+    """A cell that is a number, or a list; None where it is neither."""
+    is_one = isinstance(cell, list | bool | int | float) or (isinstance(cell, str) and not math.isnan(number(cell)))
+    return cell if is_one else None
+
+
+def _class_of(task: Task) -> Callable[[Any], int | None]:
+    """From a cell to the number of its class, None where it is no label; of 0 and 1 also false and true."""
+    return class_reader(task.labels, truth=task.labels == ["0", "1"])
+
+
+def read_classes(source: Source, name: str, cells: Cells, task: Task) -> np.ndarray:
+    """Class numbers (N,) int64 of cells of a column; ``UserError`` for one that is none of the task's labels."""
+    read = _class_of(task)
+    classes = [read(cell) for cell in cells]
+    expected = f"one of {', '.join(task.labels)}"
+    if task.kind == "multiclass":
+        expected += "; if there are others, name all with --label-names"
+    source.refuse([c is None for c in classes], lambda row: f"{source.cell(name, cells[row])}; expected {expected}")
+    return np.array(classes, np.int64)
+
+
+def _read_numbers(source: Source, name: str) -> np.ndarray:
+    """A column's cells as finite numbers (N, K) float64; K is 1 unless its cells are lists or it is an array."""
+    cells = source.columns[name]
+    if isinstance(cells, np.ndarray):
+        if cells.dtype.kind not in "biuf":
+            raise UserError(f"{source.where}: it is an array of {cells.dtype}; expected numbers")
+        values = np.asarray(cells, np.float64).reshape(len(cells), -1)
+    elif isinstance(cells[0], list):
+        width = len(cells[0])
+
+        def fits(cell: Any) -> bool:
+            if not isinstance(cell, list) or len(cell) != width:
+                return False
+            # JSON's whole numbers have no end, float64 has.
+            return all(isinstance(v, float) or (isinstance(v, int) and abs(v) < 1e300) for v in cell)
+
+        source.refuse(
+            [not fits(cell) for cell in cells],
+            lambda row: f"{source.cell(name, cells[row])}; expected {width} numbers, as many as in the first row",
+        )
+        values = np.array(cells, np.float64).reshape(len(cells), width)
+    else:
+        try:
+            values = np.array(cells, np.float64).reshape(-1, 1)
+        except (TypeError, ValueError, OverflowError):
+            values = np.array([[number(str(cell).strip())] for cell in cells])
+
+    def wrong(row: int) -> str:
+        comma = "; write 0,5 as 0.5" if isinstance(cells[row], str) and "," in cells[row] else ""
+        expected = "finite numbers" if values.shape[1] > 1 else "a finite number"
+        return f"{source.cell(name, cells[row])}; expected {expected}{comma}"
+
+    source.refuse(~np.isfinite(values).all(axis=1), wrong)
+    return values
+
+
+def _check_width(source: Source, width: int, picked: Sequence[str], task: Task) -> None:
+    """``UserError`` unless there are as many columns of outputs as the kind can have."""
+    if width == task.num_outputs or (task.kind == "binary" and width == 2):
+        return
+    names = f" ({', '.join(picked[:8])})" if source.table else ""
+    expected = {
+        "multiclass": f"{len(task.labels)}, one for each label ({', '.join(task.labels)}); if there are others, name "
+        f"all with --label-names{'; class labels alone go in with --from decisions' if width == 1 else ''}",
+        "binary": "one of the positive class, or two: negative, positive",
+        "regression": "one of values",
+    }[task.kind]
+    raise UserError(f"{source.where}: {width} column{'s' * (width > 1)} of outputs{names}; expected {expected}")

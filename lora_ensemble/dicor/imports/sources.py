@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lora_ensemble.dicor.imports.request import Request
+from lora_ensemble.dicor.options import Request
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import number
+from lora_ensemble.text import readers
 from lora_ensemble.text.tables import DAMAGED, GZIP, Table, one_line, read_table
 
 Cells = Sequence[Any] | np.ndarray
-_LONGEST_ID = 1000  # ids are an array of fixed width: one endless id would cost its length for every row
 _NPY, _ZIP = b"\x93NUMPY", b"PK"
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt")
 
@@ -35,11 +35,9 @@ class Source:
     path: Path
     columns: Mapping[str, Cells]
     """Cells as they stand, by column; of a file that is no table its arrays (N,) or (N, K), an .npy file's as ''."""
-    ids: list[str] | None
-    """None where the file has none."""
+    ids: list[str] | None  # None where the file has none
     table: Table | None = None
-    rows: Sequence[int] = ()
-    """Of a table: their numbers in it."""
+    rows: Sequence[int] = ()  # of a table: their numbers in it
     name: str = ""
     """What the file calls the model: its array, its column, or its entry in the column of models; '' if it is alone."""
 
@@ -144,15 +142,8 @@ def check_ids(source: Source, request: Request) -> None:
             f"{source.path}: no column of ids; {source.shown}; name it with --id, or say --by-row if its rows are in "
             "the order of the labels"
         )
-    first: dict[str, int] = {}
-    for row, name in enumerate(source.ids or ()):
-        if not name or len(name) > _LONGEST_ID or "\0" in name:
-            raise UserError(f"{source.at(row)}: the id is {name[:40]!r}; each row needs its own, short and without NUL")
-        if first.setdefault(name, row) != row:
-            raise UserError(
-                f"{source.at(row)}: id {name!r} is already at {source.at(first[name])}; each example once"
-                + ("" if source.name else "; several models in one file: name their column with --model-column")
-            )
+    several = "" if source.name else "; several models in one file: name their column with --model-column"
+    readers.check_ids(source.ids or [], source.at, advice=f"each example once{several}")
 
 
 def read_source(path: Path, request: Request) -> Source:

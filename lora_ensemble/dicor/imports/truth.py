@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_ensemble.dicor.imports.layout import read_classes
-from lora_ensemble.dicor.imports.request import Request
+from lora_ensemble.dicor.imports.outputs import read_classes
 from lora_ensemble.dicor.imports.sources import Source, check_ids, read_source, vector
+from lora_ensemble.dicor.options import Request
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import Examples, MemberRecord, examples_fingerprint, read_examples
 from lora_ensemble.tasks import PRESETS, Kind, Task, number
@@ -26,13 +26,11 @@ from lora_ensemble.tasks import PRESETS, Kind, Task, number
 class Truth:
     """The examples that predictions must cover, in the order that the pool has or will have."""
 
-    task: Task
-    """Its kind and its labels; of its files nothing is known."""
+    task: Task  # its kind and its labels; of its files nothing is known
     examples: Examples
     row_ids: list[str]
     """The ids (N,) in the order of the rows of predictions that have none: that of the labels file if there is one."""
-    source: str
-    """What that order is called in a notice."""
+    source: str  # what that order is called in a notice
 
     @cached_property
     def fingerprint(self) -> str:
@@ -40,10 +38,7 @@ class Truth:
 
 
 def find_truth(request: Request, members: Sequence[MemberRecord], notices: list[str]) -> Truth:
-    """The truth about a split of a task, from the pool's ``members`` and from a file of labels, or from either.
-
-    ``UserError`` where nothing says it, or where what says it disagrees.
-    """
+    """The truth about a split, from ``members``, a file of labels or both; ``UserError`` where they differ."""
     members = [m for m in members if m.finished] or list(members)  # others are not selected, and may be left over
     kind, labels = _known(request, members)
     in_pool = _in_pool(request, members)
@@ -117,10 +112,7 @@ def _in_pool(request: Request, members: Sequence[MemberRecord]) -> Examples | No
 
 
 def _label_cells(source: Source, column: str, request: Request) -> Sequence[Any] | None:
-    """The true labels in a file as they stand; None where there are none at all.
-
-    ``UserError`` where a file that must have labels has none, where only some rows have one, and for its ids.
-    """
+    """The true labels in a file as they stand; None where there are none. ``UserError`` where they must be, or some."""
     if source.table is None and source.ids is None and column:
         raise UserError(f"{source.path}: no array 'ids'; {source.shown}; save ids and labels in it")
     check_ids(source, request)
@@ -213,10 +205,7 @@ def rows_of_examples(source: Source, truth: Truth, request: Request, notices: li
 def _rows_of(
     examples: Examples, source: Source, ids: Sequence[str], what: str, *, extra: str, missing: str
 ) -> np.ndarray:
-    """(N,) where each example's id stands among ``ids``, which has none twice.
-
-    ``UserError`` where ids are of no example (``extra``: what to do) or examples have no row (``missing``).
-    """
+    """(N,) where each example stands among ``ids``; ``extra``, ``missing``: what to do with ids too many or too few."""
     wanted, row_of = examples.ids.tolist(), {name: row for row, name in enumerate(ids)}
     known = set(wanted)
     if known.isdisjoint(ids):

@@ -61,17 +61,11 @@ def log(facts: Facts, plots: Iterable[Plot], page: str, folder: Path) -> str:
                     f"--wandb: Weights & Biases did not start ({type(e).__name__}: {e}); the page is written"
                 ) from e
     header = ["method", "members", "in_sample", "honest", "low", "high", "optimism", "to_best", "to_omni"]
-    rows = [
-        [
-            method,
-            len(e.names),
-            e.in_sample,
-            *((e.honest.value, e.honest.low, e.honest.high) if e.honest else (None, None, None)),
-            e.optimism,
-            *(d.value if d else None for d in (e.against_best, e.against_omni)),
-        ]
-        for method, e in facts.comparison.estimates.of.items()
-    ]
+    rows = []
+    for method, about in facts.comparison.estimates.of.items():
+        honest = (about.honest.value, about.honest.low, about.honest.high) if about.honest else (None, None, None)
+        differences = (d.value if d else None for d in (about.against_best, about.against_omni))
+        rows.append([method, len(about.names), about.in_sample, *honest, about.optimism, *differences])
     logged: dict[str, Any] = {"methods": wandb.Table(columns=header, data=rows)}
     for plot in plots:
         logged[f"plots/{plot.name}"] = wandb.Html(plot.file(f"{facts.task}: {plot.title}"), inject=False)

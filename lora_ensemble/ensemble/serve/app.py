@@ -1,7 +1,4 @@
-"""The service: its routes, and what they answer.
-
-Axes: M members, N texts of a question, C outputs of a head.
-"""
+"""The service: its routes, and what they answer."""
 
 from __future__ import annotations
 
@@ -23,14 +20,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from lora_ensemble import __version__
 from lora_ensemble.dicor.table import decides
+from lora_ensemble.ensemble.options import Limits
 from lora_ensemble.ensemble.restored import Ensemble
 from lora_ensemble.ensemble.serve import messages
-from lora_ensemble.ensemble.serve.answers import answers
 from lora_ensemble.ensemble.serve.batching import Batcher, BusyError
-from lora_ensemble.ensemble.serve.guard import Guard
-from lora_ensemble.ensemble.serve.limits import Limits
-from lora_ensemble.ensemble.serve.messages import Question
-from lora_ensemble.ensemble.serve.metrics import Metrics
+from lora_ensemble.ensemble.serve.guard import Guard, Metrics
+from lora_ensemble.ensemble.serve.messages import Question, answers
 
 _PAGE = Path(__file__).with_name("page")
 _GONE = 499  # nginx's number for a client that did not wait; nobody reads it but the metrics
@@ -45,13 +40,10 @@ _PROBLEMS = {
 
 
 def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: Sequence[str] = ("*",)) -> Guard:
-    """The ASGI application.
-
-    ``columns``: names of what is read, two for a pair. ``hosts``: Host headers that are answered to.
-    """
+    """The ASGI application for texts of ``columns``, two for pairs; ``hosts``: Host headers that are answered to."""
     record = ensemble.record
     metrics = Metrics()
-    batcher = Batcher(ensemble.logits, batch=limits.batch, waiting=limits.waiting, taken=metrics.batches.observe)
+    batcher = Batcher(ensemble.logits, limits, metrics.batches.observe)
     metrics.waiting.set_function(lambda: batcher.waiting)
 
     @asynccontextmanager
@@ -70,7 +62,7 @@ def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: S
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
         exception_handlers={RequestValidationError: _mistakes, Exception: _failed},
     )
-    _add_predict(app, ensemble, batcher, messages.question(columns, max_texts=limits.texts, max_chars=limits.chars))
+    _add_predict(app, ensemble, batcher, messages.question(columns, limits))
 
     @app.get("/ensemble", response_model=messages.About)
     async def about() -> dict[str, Any]:

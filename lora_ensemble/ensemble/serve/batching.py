@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_ensemble.ensemble.options import Limits
+
 if TYPE_CHECKING:
     from lora_ensemble.ensemble.restored import Text
 
@@ -31,20 +33,13 @@ class _Question:
 class Batcher:
     """One call at a time, in a thread of its own; ``async with`` starts it, and at the end answers what still waits.
 
-    ``logits``: N texts to (M, N, C), each text's answer its own. ``batch``: texts that a call takes, unless one
-    question has more. ``waiting``: texts that may wait; one question may always, however long. ``taken``: told the
-    texts of each call. No call is put off to let more come together: with many clients, the last call was wait enough.
+    ``logits``: N texts to (M, N, C), each text's answer its own. ``limits``: of a call, unless one question has more,
+    and of what may wait; one question may always, however long. ``taken``: told the texts of each call. No call is put
+    off to let more come together: with many clients, the last call was wait enough.
     """
 
-    def __init__(
-        self,
-        logits: Callable[[Sequence[Text]], np.ndarray],
-        *,
-        batch: int,
-        waiting: int,
-        taken: Callable[[int], object],
-    ) -> None:
-        self._logits, self._batch, self._most_waiting, self._taken = logits, batch, waiting, taken
+    def __init__(self, logits: Callable[[Sequence[Text]], np.ndarray], limits: Limits, taken: Callable[[int], object]):
+        self._logits, self._limits, self._taken = logits, limits, taken
         self._queue: deque[_Question] = deque()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -58,11 +53,11 @@ class Batcher:
     @property
     def ready(self) -> bool:
         """Whether a question would be taken now."""
-        return self._task is not None and not self._stopping and self.waiting < self._most_waiting
+        return self._task is not None and not self._stopping and self.waiting < self._limits.waiting
 
     async def ask(self, texts: Sequence[Text]) -> np.ndarray:
         """(M, N, C) for these texts; whoever is cancelled meanwhile no longer waits. ``BusyError`` at once or never."""
-        if not self.ready or (self._queue and self.waiting + len(texts) > self._most_waiting):
+        if not self.ready or (self._queue and self.waiting + len(texts) > self._limits.waiting):
             raise BusyError
         question = _Question(texts, asyncio.get_running_loop().create_future())
         self._queue.append(question)
@@ -96,7 +91,7 @@ class Batcher:
         """The questions of the next call."""
         taken = [self._queue.popleft()]
         n = len(taken[0].texts)
-        while self._queue and (n := n + len(self._queue[0].texts)) <= self._batch:
+        while self._queue and (n := n + len(self._queue[0].texts)) <= self._limits.batch:
             taken.append(self._queue.popleft())
         return taken
 

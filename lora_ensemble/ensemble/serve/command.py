@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from lora_ensemble.ensemble.options import add_options, load_ensemble
-from lora_ensemble.ensemble.serve.limits import Limits
+from lora_ensemble.ensemble.options import Limits, add_options, load_ensemble
 from lora_ensemble.errors import Parser, UserError
 
 if TYPE_CHECKING:
@@ -104,10 +103,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def columns_read(ensemble: Ensemble, given: list[str] | None) -> list[str]:
-    """Names of what the members read: as they say, else as ``given``, else those of the preset of this name.
-
-    ``UserError`` where nobody says, or one says otherwise.
-    """
+    """What the members read: as they say, else as ``given``, else the preset's. ``UserError`` where it is unclear."""
     from lora_ensemble.ensemble.sources import known_columns
 
     record = ensemble.record

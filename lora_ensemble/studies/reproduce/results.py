@@ -23,7 +23,7 @@ from lora_ensemble.dicor.estimate.honest import Estimate
 from lora_ensemble.dicor.options import Options
 from lora_ensemble.dicor.table import about, verdict
 from lora_ensemble.errors import UserError
-from lora_ensemble.files import replacing
+from lora_ensemble.files import replacing, writing
 from lora_ensemble.pool import MemberRecord, TaskPool, read_record
 from lora_ensemble.scores import overall_score
 from lora_ensemble.studies.reproduce.papers import PAPERS, SMALL_SIZE, SMALL_TOP_K, TASKS, Paper, PaperName, Scale
@@ -152,13 +152,13 @@ def _test_predictions(
     if lacking := [r for r in chosen if r is not None and "test" not in r.examples]:
         predict(pool.name, task, lacking)
     ensemble = record.make(comparison, method, folder=output.resolve())
-    with replacing(output / f"{name}.json") as new:
-        new.write_text(ensemble.to_json(), encoding="utf-8")
-    prediction = decide(ensemble, pool, "test")
+    with writing(output / f"{name}.json") as f:
+        f.write(ensemble.to_json())
+    examples, decided, score = decide(ensemble, pool, "test")
     file = output / f"{name}-test.csv"
-    with replacing(file) as new, new.open("w", encoding="utf-8") as f:
-        write_predictions(f, ensemble, prediction.examples.ids, prediction.decided)
-    return file, "not known" if prediction.score is None else _text(prediction.score)
+    with writing(file) as f:
+        write_predictions(f, ensemble, examples.ids, decided)
+    return file, "not known" if score is None else _text(score)
 
 
 def _oyeniyi(paper: Paper, scale: Scale, output: Path, predict: Predict) -> tuple[list[str], list[Path]]:
