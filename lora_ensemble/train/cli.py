@@ -156,11 +156,7 @@ class CLI(LightningCLI):
     # The commands, which LightningCLI looks for by name
 
     def fit(
-        self,
-        model: BankModule,
-        datamodule: BankData,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
+        self, model: BankModule, datamodule: BankData, ckpt_path: str | None = None, weights_only: bool | None = None
     ) -> None:
         """Train all members, in as many banks as it takes."""
         self._run(BankRun, model, datamodule).fit(ckpt_path, weights_only)

@@ -148,10 +148,7 @@ class PoolRecords:
                     continue
                 diverged = history.diverged[index]
                 record = dataclasses.replace(
-                    record,
-                    **history.results(task, index),
-                    finished=finished and not diverged,
-                    examples=before.examples,
+                    record, **history.results(task, index), finished=finished and not diverged, examples=before.examples
                 )
                 # One that improved in the last evaluation has them all.
                 has_all = best == record.epochs_done == before.epochs_done
