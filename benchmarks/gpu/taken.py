@@ -24,7 +24,7 @@ from lora_ensemble import pool
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.pool_writer import PoolWriter
-from lora_ensemble.train.records import PoolOptions
+from lora_ensemble.train.records import PoolOptions, PoolRecords
 from lora_ensemble.train.restart import BankTrainer, RunCheckpoint
 from lora_ensemble.train.runs import probe
 from lora_ensemble.train.runs.banks import BankRun
@@ -182,7 +182,7 @@ class _Run:
 
     def _trainer(self, folder: Path, resumed: bool) -> pl.Trainer:
         options = PoolOptions(str(self.folder / "pool"))
-        writer = PoolWriter(options, run=self.folder.name, resumed=resumed, summarise=False)
+        writer = PoolWriter(PoolRecords(options, self.folder.name, resumed=resumed), summarise=False)
         return BankTrainer(**_settings(self.work, epochs=2), callbacks=[writer, self._fails, RunCheckpoint(folder)])
 
     def fit(self, size: Any, *, free: int | None = None) -> dict[str, Any]:

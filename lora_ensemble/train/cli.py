@@ -26,7 +26,7 @@ from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import default_loggers, say, unfailing
 from lora_ensemble.train.options import OneLineParser, SaveConfig, check_settings, plain, quieten, run_name
 from lora_ensemble.train.pool_writer import PoolUser, PoolWriter, missing_members
-from lora_ensemble.train.records import PoolOptions
+from lora_ensemble.train.records import PoolOptions, PoolRecords
 from lora_ensemble.train.restart import BankTrainer, RunCheckpoint
 from lora_ensemble.train.runs import ray_sweep
 from lora_ensemble.train.runs.banks import BankRun, release
@@ -143,7 +143,8 @@ class CLI(LightningCLI):
         writer: pl.Callback = PoolUser(options, from_checkpoint=resumed)
         if self._trains:
             replaced = self.run_dir / "replaced" if self._saves else None
-            writer = PoolWriter(options, run=self.run_dir.name, resumed=resumed, replaced=replaced, summarise=whole)
+            records = PoolRecords(options, self.run_dir.name, resumed=resumed, replaced=replaced)
+            writer = PoolWriter(records, summarise=whole)
         settings["callbacks"] = [*as_list(settings["callbacks"] or []), writer]
         trainer = super().instantiate_trainer(**settings, logger=self._logger)
         # Lightning's own default would write beside the logger's files, where --ckpt_path last never finds them.

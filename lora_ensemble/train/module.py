@@ -79,10 +79,8 @@ class BankModule(pl.LightningModule):
             "schedule": schedule,
             "warmup": warmup,
         }
-        self.any_base = False
-        """Whether to go on from a checkpoint over another base model."""
-        self.evaluations: dict[str, Evaluation] = {}
-        """Task name to what the last validation, test or prediction gave."""
+        self.any_base = False  # whether to go on from a checkpoint over another base model
+        self.evaluations: dict[str, Evaluation] = {}  # task name to what the last validation, test or prediction gave
         self._collected: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
         self._loss_sum: Tensor | None = None
         self._loss_steps = self._logged_step = 0
@@ -212,7 +210,8 @@ class BankModule(pl.LightningModule):
 
     # Evaluation
 
-    def _split(self) -> str:
+    @property
+    def split(self) -> str:
         """The split that is evaluated now."""
         if self.trainer.predicting:
             return self.trainer.datamodule.predict_split
@@ -220,14 +219,14 @@ class BankModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> None:
         """Keep the logits on the device until the end."""
-        for name, logits in self.bank(batch, self._read_frozen(batch, self._split())).items():
+        for name, logits in self.bank(batch, self._read_frozen(batch, self.split)).items():
             self._collected.setdefault(name, []).append((batch[name]["rows"], logits.float()))
 
     test_step = predict_step = validation_step
 
     def on_test_epoch_end(self) -> None:
         """Gather every row once, on all devices, and score it. A collective."""
-        examples = self.trainer.datamodule.splits[self._split()]
+        examples = self.trainer.datamodule.splits[self.split]
         self.evaluations = {
             task.name: evaluate(
                 self._collected.get(task.name, []),

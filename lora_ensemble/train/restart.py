@@ -24,8 +24,7 @@ from lora_ensemble.bank.member_files import say_unknown_base
 from lora_ensemble.errors import Interrupted, UserError
 from lora_ensemble.files import replacing
 
-SAVE_EVERY_S = 600.0
-"""An epoch may take hours."""
+SAVE_EVERY_S = 600.0  # an epoch may take hours
 
 
 def whole_epoch(trainer: pl.Trainer) -> bool:
@@ -72,8 +71,7 @@ class BankTrainer(pl.Trainer):
 
     evaluates_the_rest: Callable[[pl.Trainer], bool] | None = None
     """Asked at the end of training whether that is to be done."""
-    evaluates_now = False
-    """Whether it is being done."""
+    evaluates_now = False  # whether it is being done
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -104,8 +102,7 @@ class RunCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "last.ckpt"
-        self.saved = ""
-        """How far training was when this run last saved, in words; empty if it never did."""
+        self.saved = ""  # how far training was when this run last saved, in words; empty if it never did
         self._told = 0
         self._saved_at = time.monotonic()
 

@@ -18,9 +18,9 @@ from lora_ensemble import pool
 from lora_ensemble.errors import UserError
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
-from lora_ensemble.train.notices import log_member_table, print_summary, say
+from lora_ensemble.train.notices import say
 from lora_ensemble.train.pool_writer import PoolWriter
-from lora_ensemble.train.records import with_metrics
+from lora_ensemble.train.records import tell_members
 from lora_ensemble.train.restart import RunCheckpoint, write_checkpoint
 from lora_ensemble.train.runs.memory import is_out_of_memory
 from lora_ensemble.train.runs.plan import FILE, BankSize, Finished, Plan, PlannedBank, banks_of, read_plan, write_plan
@@ -51,27 +51,24 @@ def release(module: BankModule) -> None:
 class BankRun:
     """Trains a run's members in banks that fit, one bank after another."""
 
-    module: BankModule
-    """Of all members; consumed, like ``trainer``: both are used if one bank holds them all."""
+    module: BankModule  # of all members; consumed, like ``trainer``: both are used if one bank holds them all
     data: BankData
     trainer: pl.Trainer | None
     make_trainer: MakeTrainer
     _: KW_ONLY
     run_dir: Path
     size: BankSize
-    keep: bool
-    """Whether anything is written to ``run_dir``."""
+    keep: bool  # whether anything is written to ``run_dir``
 
     def __post_init__(self) -> None:
         assert self.trainer is not None
         self.plan = Plan()
         self._names = [m.name for m in self.module.members]
         self._limits: dict[str, Any] = {"max_epochs": self.trainer.max_epochs, "max_steps": self.trainer.max_steps}
-        self._loggers, self._pool = list(self.trainer.loggers), writer_of(self.trainer).dir
+        self._loggers, self._pool = list(self.trainer.loggers), writer_of(self.trainer).records.dir
         self._resumes, self._checkpoint_given = False, ""
         self._weights_only: bool | None = True
-        self._made: set[str] = set()
-        """Keys of banks whose checkpoint was made in this process."""
+        self._made: set[str] = set()  # keys of banks whose checkpoint was made in this process
 
     def fit(self, ckpt_path: str | None, weights_only: bool | None) -> None:
         """Train every bank to its end. ``ckpt_path``: ``last`` goes on where a run of several banks stopped.
@@ -218,12 +215,12 @@ class BankRun:
             halves = self._halves(bank, module, trainer, checkpoint)
             self.plan = self.plan.replaced(bank, halves, f"{len(bank.members)} members: out of memory")
             return
-        if writer.all_diverged and self._is_alone():
+        if (nobody_left := writer.history.all_diverged) and self._is_alone():
             raise UserError(_ALL_DIVERGED)
-        if writer.all_diverged:
+        if nobody_left:
             say("every member of this bank has diverged (NaN or infinity)")
-        if not self._was_stopped(bank, module) and (writer.finished or writer.all_diverged):
-            header, rows = writer.summary(module)
+        if not self._was_stopped(bank, module) and (writer.finished or nobody_left):
+            header, rows = writer.history.summary()
             rows = [[None if cell != cell else cell for cell in row] for row in rows]
             end = Finished(header=header, rows=rows, **self._limits)
             self.plan = self.plan.replaced(bank, [replace(bank, finished=end)])
@@ -274,9 +271,6 @@ class BankRun:
         for name, records in self._records(names).items():
             scores = [math.nan if r is None or r.score is None else r.score for r in records]
             rows.append([name, states.get(name, "-" if records[0] is None else records[0].best_epoch), *scores])
-        header = ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in self.module.tasks)]
         if self.keep and rank_zero_only.rank == 0:
-            header, table = with_metrics(header, rows, self._pool, self.module)
-            log_member_table(self._loggers, header, table)
-            print_summary(header, table, folder=self._pool, tasks=[t.name for t in self.module.tasks])
+            tell_members(rows, self.module, self._pool, self._loggers, printed=True)
         return rows

@@ -97,12 +97,12 @@ class Gate(pl.Callback):
         self._decide(trainer, trainer.current_epoch + 1)
 
     def _decide(self, trainer: pl.Trainer, epochs: int) -> None:
-        done = self._writer.evaluations
-        rung = max((r for r in self._rule.rungs if r <= done), default=0)
+        history = self._writer.history
+        rung = max((r for r in self._rule.rungs if r <= len(history)), default=0)
         if rung <= self.rung or epochs == trainer.max_epochs:
             return
-        scores, logits = self._writer.at(rung)
-        stay = survivors(scores, self._others(rung), logits, keep=self._rule.keep, reserve=self._rule.reserve)
+        scores, rule = history.overall_at(rung), self._rule
+        stay = survivors(scores, self._others(rung), history.logits_at(rung), keep=rule.keep, reserve=rule.reserve)
         self.rung = rung
         if len(stay) < len(scores):
             self.stayed, self.epochs = stay, epochs

@@ -26,8 +26,7 @@ from lora_ensemble.train.runs.progress import SweepProgress, duration
 Train = Callable[[Plan, list[int], Callable[[PlannedBank], Path]], None]
 """From a plan, the numbers of the banks to train and a bank's folder to nothing: has others train them, or only says
 what there is to train."""
-_WAIT = 60.0
-"""Seconds to wait for a process that is about to die with its node."""
+_WAIT = 60.0  # seconds to wait for a process that is about to die with its node
 
 
 @dataclass(eq=False)
@@ -109,9 +108,7 @@ class Sweep(BankRun):
         assert self.trainer is not None
         self.data.trainer = self.trainer
         self.data.setup("fit")
-        there = writer_of(self.trainer).records.existing(
-            self.trainer, self.data, self.module, resumed=saved is not None
-        )
+        there = writer_of(self.trainer).records.existing(self.data, self.module, resumed=saved is not None)
         finished = {name for name, (record, whole) in there.items() if whole and self._long_enough(record)}
         if saved is not None:
             plan = self._checked(self._with_plans_of_banks(saved), finished, set(there))
