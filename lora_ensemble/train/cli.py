@@ -198,15 +198,8 @@ class CLI(LightningCLI):
     def _run(self, kind: type[Run], model: BankModule, datamodule: BankData) -> Run:
         config, trainer = self.config[self.subcommand], self.trainer
         del self.trainer  # or it would keep the first bank's state
-        return kind(
-            model,
-            datamodule,
-            trainer,
-            lambda folder, resumed: self._trainer(folder, resumed, whole=False),
-            run_dir=self.run_dir,
-            size=config.bank_size,
-            keep=not config.trainer.fast_dev_run,
-        )
+        make, keep = partial(self._trainer, whole=False), not config.trainer.fast_dev_run
+        return kind(model, datamodule, trainer, make, run_dir=self.run_dir, size=config.bank_size, keep=keep)
 
     def _evaluate(self, verb: str, model: BankModule, datamodule: BankData, **options: Any) -> None:
         """Score the members on dev or test, or add a split's logits to the pool."""

@@ -71,13 +71,8 @@ class BankModule(pl.LightningModule):
         self._metrics_of_all = metrics
         self.members = expand_members([Member()] if members is None else members, finetune=finetune)
         self.training_settings: dict[str, Any] = {
-            "init_std": init_std,
-            "head_dropout": head_dropout,
-            "encoder_dropout": encoder_dropout,
-            "frozen_dropout": frozen_dropout,
-            "weight_decay": weight_decay,
-            "schedule": schedule,
-            "warmup": warmup,
+            **{"init_std": init_std, "head_dropout": head_dropout, "encoder_dropout": encoder_dropout},
+            **{"frozen_dropout": frozen_dropout, "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup},
         }
         self.any_base = False  # whether to go on from a checkpoint over another base model
         self.evaluations: dict[str, Evaluation] = {}  # task name to what the last validation, test or prediction gave
@@ -98,10 +93,9 @@ class BankModule(pl.LightningModule):
         base = self.base_model
         if revision is not None and not on_hub(base):
             raise UserError(f"model.revision: {revision}; {base} is a folder here, which has none; leave it out")
+        # Task name to names of further metrics on dev.
         self.metrics = {t.name: check_metrics([*t.metrics, *self._metrics_of_all], t) for t in self.tasks}
-        """Task name to names of further metrics on dev."""
-        self.revision = commit_of(base, revision)
-        """The hub's commit of the base model, where it has one: what all banks of the run get."""
+        self.revision = commit_of(base, revision)  # the hub's, where it has one: what all banks of the run get
         full, dropout = self.finetune == "full", {key: given[key] for key in ("head_dropout", "encoder_dropout")}
         classifier, fresh = load_classifier(
             base, num_labels=self.tasks[0].num_outputs, revision=self.revision, frozen=not full, **dropout
