@@ -107,16 +107,10 @@ class BankModule(pl.LightningModule):
 
     def with_members(self, members: Sequence[Member]) -> BankModule:
         """A new module with the same settings for other members."""
-        made = BankModule(
-            self.tasks,
-            self.base_model,
-            members=tuple(members),
-            finetune=self.finetune,
-            seed=self.seed,
-            revision=self.revision,
-            metrics=self._metrics_of_all,
-            **self.training_settings,
-        )
+        same: dict[str, Any] = {
+            key: getattr(self, key) for key in ("tasks", "base_model", "finetune", "seed", "revision")
+        }
+        made = BankModule(**same, **self.training_settings, members=tuple(members), metrics=self._metrics_of_all)
         made.any_base = self.any_base
         return made
 
@@ -221,18 +215,12 @@ class BankModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Gather every row once, on all devices, and score it. A collective."""
         examples = self.trainer.datamodule.splits[self.split]
-        self.evaluations = {
-            task.name: evaluate(
-                self._collected.get(task.name, []),
-                examples[task.name],
-                task,
-                members=len(self.members),
-                metrics=self.metrics[task.name],
-                strategy=self.trainer.strategy,
+        for task in self.tasks:
+            parts, metrics = self._collected.pop(task.name, []), self.metrics[task.name]
+            strategy, members = self.trainer.strategy, len(self.members)
+            self.evaluations[task.name] = evaluate(
+                parts, examples[task.name], task, members=members, metrics=metrics, strategy=strategy
             )
-            for task in self.tasks
-        }
-        self._collected = {}
 
     on_predict_epoch_end = on_test_epoch_end
 

@@ -105,7 +105,7 @@ class PoolRecords:
 
         ``at_a_cut``: it is undone where the run goes on, so what they replace is kept.
         """
-        new = []
+        new, base_model = [], hub_id(module.base_model)
         for task in module.tasks if improved else ():
             dev = module.trainer.datamodule.splits["dev"][task.name]
             pool.write_examples(self.dir, task.name, "dev", dev.ids, dev.labels)
@@ -114,9 +114,7 @@ class PoolRecords:
                 files: dict[str, Any] = {
                     pool.logits_file("dev"): module.evaluations[task.name].logits[index],
                     pool.EPOCHS: history.logits_of(task.name, index),
-                    **weight_files(
-                        module.bank, index, task, base_model=hub_id(module.base_model), revision=record.revision
-                    ),
+                    **weight_files(module.bank, index, task, base_model=base_model, revision=record.revision),
                 }
                 record = dataclasses.replace(record, **history.results(task.name, index))
                 keep = self.replaced and pool.member_folder(self.replaced, task.name, record.name) if at_a_cut else None
@@ -228,24 +226,15 @@ def described(data: BankData, module: BankModule, *, run: str) -> dict[str, list
         **({"overfit_batches": overfit} if overfit else {}),
         **data.taught,
     }
-    common: dict[str, Any] = {
-        "base_model": hub_id(module.base_model),
-        "revision": module.revision,
-        "base_fingerprint": module.base_fingerprint(data),
-        "finetune": module.finetune,
-        "settings": settings,
-        "run": run,
-        "versions": _versions(),
-    }
     records = {}
     for task in module.tasks:
-        common |= {
-            "task": task.name,
-            "kind": task.kind,
-            "labels": task.labels,
-            "text": task.text,
+        common: dict[str, Any] = {
+            **{"task": task.name, "kind": task.kind, "labels": task.labels, "text": task.text},
+            **{"base_model": hub_id(module.base_model), "revision": module.revision, "finetune": module.finetune},
+            "base_fingerprint": module.base_fingerprint(data),
             "examples": {"dev": pool.examples_fingerprint(dev[task.name].ids, dev[task.name].labels)},
             "train_fingerprint": train[task.name].fingerprint,
+            **{"settings": settings, "run": run, "versions": _versions()},
         }
         records[task.name] = [pool.MemberRecord(**member.recorded(), **common) for member in module.members]
     return records

@@ -177,8 +177,7 @@ def _begun(validation: dict[str, Any]) -> dict[str, Any]:
 def what_is_missing(trainer: pl.Trainer, *, evaluated: bool, up_to_date: bool, finished: bool, goes_on: str) -> str:
     """After training, in a line: what is not in the pool or not finished, and how to go on; empty where all is.
 
-    ``evaluated``: whether dev was, ever; ``up_to_date``: after the last step; ``goes_on``: what has to be added to the
-    command.
+    ``evaluated``: whether dev was, ever; ``up_to_date``: after the last step; ``goes_on``: to be added to the command.
     """
     saved = any(isinstance(c, RunCheckpoint) for c in trainer.callbacks)
     again = f"the same command{goes_on} and " if saved else "nothing was saved to go on from; once more "

@@ -186,15 +186,12 @@ class BankRun:
         """The bank is finished in the plan afterwards; or, when memory ran out, its halves stand in its place."""
         last, whole, trainer, self.trainer = self._last(bank), len(bank.members) == len(self._names), self.trainer, None
         begun = last.is_file() and (self._resumes or bank.key in self._made)
-        if whole and trainer is not None:
-            module = self.module
-        else:
-            release(self.module)
-            module = self.module.with_members([m for m in self.module.members if m.name in bank.members])
+        module = self.module
+        if not whole or trainer is None:
+            release(module)
+            module = module.with_members([m for m in module.members if m.name in bank.members])
             trainer = self.make_trainer(last.parent, begun)
-        checkpoint = str(last) if begun else None
-        if whole:
-            checkpoint = self._checkpoint_given or checkpoint
+        checkpoint = (self._checkpoint_given if whole else "") or (str(last) if begun else None)
         writer, failed = writer_of(trainer), False
         self._watch(bank, trainer)
         try:
@@ -228,10 +225,7 @@ class BankRun:
     def _halves(
         self, bank: PlannedBank, module: BankModule, trainer: pl.Trainer, checkpoint: str | None
     ) -> list[PlannedBank]:
-        """Two banks in the place of one that ran out of memory, which leaves nothing on the device.
-
-        They go on from its last checkpoint, or from the one that it began with.
-        """
+        """Two in the place of one that ran out of memory: from its last checkpoint, or from where it began."""
         m, epoch = len(bank.members), trainer.current_epoch + 1
         if m == 1:
             raise UserError(f"out of memory with a single member ({bank.members[0]}) in epoch {epoch}; {TOO_LARGE}")

@@ -77,16 +77,13 @@ def _correlation(logits: Mapping[str, np.ndarray]) -> np.ndarray:
 class Gate(pl.Callback):
     """Stops a bank where members have to leave it, at the end of an epoch, after its checkpoint was written.
 
-    ``rung``: the last one that the bank has been through. ``others``: from a rung to the scores that members elsewhere
-    had there.
+    ``rung``: the last one that the bank has been through. ``others``: from a rung to other members' scores there.
     """
 
     def __init__(self, rule: EarlyExit, writer: PoolWriter, *, rung: int, others: Callable[[int], list[float]]) -> None:
         self._rule, self._writer, self._others, self.rung = rule, writer, others, rung
-        self.stayed: list[int] | None = None
-        """Indices of the members that stay, once the bank was stopped."""
-        self.epochs = 0
-        """Epochs that were trained until then."""
+        self.stayed: list[int] | None = None  # indices of the members that stay, once the bank was stopped
+        self.epochs = 0  # that were trained until then
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A kill may have come after the checkpoint and before the members left."""

@@ -75,9 +75,7 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     """How many of ``module``'s members train together on the trainer's device, and why, in words.
 
     0 only if one was tried and ran out of memory; where arithmetic alone says that one is too many, it is 1.
-
-    ``module`` has at least two members; ``data`` is set up for fit and knows the trainer. No random state is changed,
-    nor any result.
+    ``module`` has at least two; ``data`` is set up for fit and knows the trainer. No random state or result is changed.
     """
     device, m, bank = trainer.strategy.root_device, len(module.members), module.bank
     free, batches = usable_memory(device), data.train_dataloader()

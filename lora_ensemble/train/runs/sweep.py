@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -33,8 +34,7 @@ _WAIT = 60.0  # seconds to wait for a process that is about to die with its node
 class Sweep(BankRun):
     """A ``BankRun`` that goes on by itself where it stopped, and trains no member that the pool has finished.
 
-    What is finished is read from the pool: the same settings, the same data, and ``finished``. The plan of banks is
-    written first and used again.
+    That is: the same settings, the same data, and ``finished``. The plan of banks is written first and used again.
     """
 
     def __post_init__(self) -> None:
@@ -186,9 +186,7 @@ class Sweep(BankRun):
         self._gate = None
         if self._early_exit is not None:
             others = self._others(bank)
-            self._gate = Gate(
-                self._early_exit, writer, rung=bank.rung, others=lambda rung: self._scores_at(others, rung)
-            )
+            self._gate = Gate(self._early_exit, writer, rung=bank.rung, others=partial(self._scores_at, others))
             trainer.callbacks.insert(0, self._gate)
         # After the pool's writer, whose scores it shows.
         progress = SweepProgress(self.plan, bank, writer, self.module.tasks)
