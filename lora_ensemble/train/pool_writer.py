@@ -13,18 +13,11 @@ from lora_ensemble import pool
 from lora_ensemble.bank.base_model import hub_id
 from lora_ensemble.bank.member_files import restore_members
 from lora_ensemble.errors import Interrupted
+from lora_ensemble.train import restart
 from lora_ensemble.train.evaluation import History
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import say, table
 from lora_ensemble.train.records import PoolOptions, PoolRecords, add_logits, tell_members
-from lora_ensemble.train.restart import (
-    BankTrainer,
-    RunCheckpoint,
-    evaluation_is_due,
-    limit_on_dev,
-    planned_end,
-    what_is_missing,
-)
 
 _EACH_EPOCH = -1
 """Steps before the last evaluation, as a checkpoint of an earlier version has it: it was at the end of the epoch."""
@@ -67,7 +60,7 @@ class PoolWriter(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Where the run goes on from a checkpoint, hold the pool against it."""
-        if isinstance(trainer, BankTrainer):
+        if isinstance(trainer, restart.BankTrainer):
             trainer.evaluates_the_rest = self._is_to_be_evaluated
         goes_on = self.records.resumed and not trainer.fast_dev_run
         if goes_on and (anew := self.records.agree_with(self.history, writes=trainer.is_global_zero)):
@@ -93,7 +86,7 @@ class PoolWriter(pl.Callback):
             return
         self._tried = trainer.global_step
         if not all(e.complete for e in pl_module.evaluations.values()):
-            say(f"dev was evaluated in part only ({limit_on_dev(trainer)}), so nothing goes into the pool")
+            say(f"dev was evaluated in part only ({restart.limit_on_dev(trainer)}), so nothing goes into the pool")
             return
         self._evaluated = trainer.global_step
         improved, diverged = self.history.add(pl_module.evaluations, pl_module.alive())
@@ -104,8 +97,8 @@ class PoolWriter(pl.Callback):
             )
         if trainer.is_global_zero:
             # An evaluation that is only made because training ends here is undone where it goes on.
-            now = isinstance(trainer, BankTrainer) and trainer.evaluates_now
-            at_a_cut = now or (trainer.should_stop and not evaluation_is_due(trainer))
+            now = isinstance(trainer, restart.BankTrainer) and trainer.evaluates_now
+            at_a_cut = now or (trainer.should_stop and not restart.evaluation_is_due(trainer))
             self.records.write(pl_module, self.history, improved, at_a_cut=at_a_cut)
         if self.history.all_diverged:
             trainer.should_stop = True
@@ -118,12 +111,12 @@ class PoolWriter(pl.Callback):
             return
         evaluated = len(self.history) > 0
         up_to_date = evaluated and self._evaluated in (_EACH_EPOCH, trainer.global_step)
-        self.finished = up_to_date and planned_end(trainer)
+        self.finished = up_to_date and restart.planned_end(trainer)
         if not trainer.is_global_zero:
             return
         for gone in self.records.write_results(self.history, finished=self.finished):
             say(f"{gone.task}: {gone.name} is not in the pool: deleted, or written by another run meanwhile")
-        missing = what_is_missing(
+        missing = restart.what_is_missing(
             trainer, evaluated=evaluated, up_to_date=up_to_date, finished=self.finished, goes_on=self.goes_on
         )
         if missing and not self.history.all_diverged:
@@ -136,7 +129,7 @@ class PoolWriter(pl.Callback):
         """Say how an interrupted run goes on."""
         if not isinstance(exception, KeyboardInterrupt | SIGTERMException | Interrupted) or trainer.state.fn != "fit":
             return
-        saved = next((c.saved for c in trainer.callbacks if isinstance(c, RunCheckpoint)), "")
+        saved = next((c.saved for c in trainer.callbacks if isinstance(c, restart.RunCheckpoint)), "")
         if not saved and self.records.resumed:
             saved = "the checkpoint that this run began with"
         if not saved:
