@@ -174,14 +174,14 @@ class History:
             "diverged": self.diverged[index],
         }
 
-    def summary(self) -> tuple[list[str], list[list[Any]]]:
-        """Header and a row per member: name, best epoch, and dev score of each task at that epoch."""
+    def summary(self) -> list[list[Any]]:
+        """A row per member, below ``summary_header``: name, best epoch, and dev score of each task at that epoch."""
         rows = []
         for index, name in enumerate(self.members):
             best = self.best_epoch[index]
             scores = [self._scores[t.name][best - 1][index] if best else math.nan for t in self.tasks]
             rows.append([name, "diverged" if self.diverged[index] else best or "-", *scores])
-        return summary_header(self.tasks), rows
+        return rows
 
 
 def summary_header(tasks: Sequence[Task]) -> list[str]:

@@ -122,7 +122,7 @@ class PoolWriter(pl.Callback):
         if missing and not self.history.all_diverged:
             say(missing)
         if self._summarise:
-            rows, printed = self.history.summary()[1], evaluated and not self.history.all_diverged
+            rows, printed = self.history.summary(), evaluated and not self.history.all_diverged
             tell_members(rows, pl_module, self.records.dir, trainer.loggers, printed=printed)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:

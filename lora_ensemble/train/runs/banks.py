@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lora_ensemble import pool
 from lora_ensemble.errors import UserError
 from lora_ensemble.train.data import BankData
+from lora_ensemble.train.evaluation import summary_header
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import say
 from lora_ensemble.train.pool_writer import PoolWriter
@@ -68,6 +69,10 @@ class BankRun:
         self._loggers, self._pool = list(self.trainer.loggers), writer_of(self.trainer).records.dir
         self._resumes, self._checkpoint_given = False, ""
         self._weights_only: bool | None = True
+        self._all_banks: Plan | None = (
+            None  # the run's plan, where one bank of it is trained by itself, with its own plan
+        )
+        self._plan_folder = self.run_dir
         self._made: set[str] = set()  # keys of banks whose checkpoint was made in this process
 
     def fit(self, ckpt_path: str | None, weights_only: bool | None) -> None:
@@ -112,10 +117,6 @@ class BankRun:
         """Whether a bank need not be trained again. One bank alone is Lightning's to go on with, or to do nothing."""
         return len(self.plan.banks) > 1 and self._is_finished(bank)
 
-    def _is_alone(self) -> bool:
-        """Whether one bank is the whole run."""
-        return len(self.plan.banks) == 1
-
     def _watch(self, bank: PlannedBank, trainer: pl.Trainer) -> None:
         """Before a bank's training starts."""
 
@@ -144,7 +145,7 @@ class BankRun:
 
     def _write(self, plan: Plan | None = None) -> None:
         if self.keep and rank_zero_only.rank == 0:
-            write_plan(self.run_dir, plan or self.plan)
+            write_plan(self._plan_folder, plan or self.plan)
 
     def _with_banks(self, plan: Plan, names: Sequence[str]) -> Plan:
         """The plan with further banks for these members."""
@@ -212,14 +213,13 @@ class BankRun:
             halves = self._halves(bank, module, trainer, checkpoint)
             self.plan = self.plan.replaced(bank, halves, f"{len(bank.members)} members: out of memory")
             return
-        if (nobody_left := writer.history.all_diverged) and self._is_alone():
+        if (nobody_left := writer.history.all_diverged) and len((self._all_banks or self.plan).banks) == 1:
             raise UserError(_ALL_DIVERGED)
         if nobody_left:
             say("every member of this bank has diverged (NaN or infinity)")
         if not self._was_stopped(bank, module) and (writer.finished or nobody_left):
-            header, rows = writer.history.summary()
-            rows = [[None if cell != cell else cell for cell in row] for row in rows]
-            end = Finished(header=header, rows=rows, **self._limits)
+            rows = [[None if cell != cell else cell for cell in row] for row in writer.history.summary()]
+            end = Finished(header=summary_header(module.tasks), rows=rows, **self._limits)
             self.plan = self.plan.replaced(bank, [replace(bank, finished=end)])
 
     def _halves(

@@ -61,7 +61,7 @@ class SweepProgress(pl.Callback):
         for bank in plan.banks:
             scored, epoch = _NONE, "waits"
             if bank is own:
-                scored = best_of(self._writer.history.summary()[1], self._tasks)
+                scored = best_of(self._writer.history.summary(), self._tasks)
                 epoch = f"{done:g}/{most}" if most else f"{done:g}"
             elif bank.finished:
                 scored, epoch = best_of(bank.finished.rows, self._tasks), "done"

@@ -21,7 +21,7 @@ from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import say
 from lora_ensemble.train.runs.banks import BankRun, writer_of
 from lora_ensemble.train.runs.halving import EarlyExit, Gate
-from lora_ensemble.train.runs.plan import Plan, PlannedBank, read_plan, write_plan
+from lora_ensemble.train.runs.plan import Plan, PlannedBank, read_plan
 from lora_ensemble.train.runs.progress import SweepProgress, duration
 
 Train = Callable[[Plan, list[int], Callable[[PlannedBank], Path]], None]
@@ -42,8 +42,6 @@ class Sweep(BankRun):
         self._resumes = True
         self._early_exit: EarlyExit | None = None
         self._gate: Gate | None = None
-        self._all_banks: Plan | None = None
-        """The run's plan, where one bank of it is trained, whose own plan is ``plan``."""
 
     def sweep(
         self, early_exit: EarlyExit | None = None, *, bank: int | None = None, train: Train | None = None
@@ -83,8 +81,8 @@ class Sweep(BankRun):
         if not 1 <= number <= len(plan.banks):
             raise UserError(f"--bank {number}: the plan has {len(plan.banks)} banks")
         self._all_banks, bank = plan, plan.banks[number - 1]
-        self._own_folder = self._folder(bank)
-        return read_plan(self._own_folder, bank.members) or Plan(banks=[bank])
+        self._plan_folder = self._folder(bank)
+        return read_plan(self._plan_folder, bank.members) or Plan(banks=[bank])
 
     def _with_plans_of_banks(self, plan: Plan) -> Plan:
         """The plan, with what became of banks that were trained by processes of their own."""
@@ -94,12 +92,6 @@ class Sweep(BankRun):
                 left = {**plan.left, **own.left}
                 plan = replace(plan.replaced(bank, own.banks), splits=[*plan.splits, *own.splits], left=left)
         return plan
-
-    def _write(self, plan: Plan | None = None) -> None:
-        if self._all_banks is None:
-            super()._write(plan)
-        elif self.keep and rank_zero_only.rank == 0:
-            write_plan(self._own_folder, plan or self.plan)
 
     def _made_plan(self) -> Plan:
         saved = read_plan(self.run_dir, self._names) if self.keep else None
@@ -176,9 +168,6 @@ class Sweep(BankRun):
 
     def _is_done(self, bank: PlannedBank) -> bool:
         return self._is_finished(bank)
-
-    def _is_alone(self) -> bool:
-        return len((self._all_banks or self.plan).banks) == 1
 
     def _watch(self, bank: PlannedBank, trainer: pl.Trainer) -> None:
         writer = writer_of(trainer)
