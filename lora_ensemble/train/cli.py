@@ -25,7 +25,7 @@ from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import default_loggers, say, unfailing
 from lora_ensemble.train.options import OneLineParser, SaveConfig, check_settings, plain, quieten, run_name
-from lora_ensemble.train.pool_writer import PoolUser, PoolWriter, missing_members
+from lora_ensemble.train.pool_writer import PoolUser, PoolWriter
 from lora_ensemble.train.records import PoolOptions, PoolRecords
 from lora_ensemble.train.restart import BankTrainer, RunCheckpoint
 from lora_ensemble.train.runs import ray_sweep
@@ -211,7 +211,9 @@ class CLI(LightningCLI):
             options["ckpt_path"] = str(last)
         # A checkpoint is of one bank.
         banks = [] if options.get("ckpt_path") else evaluation_banks(model, config.bank_size, self.run_dir)
-        gone = missing_members(Path(config.pool.dir), model) if banks else []
+        # Members without a folder: their score was never defined, or they are not trained yet.
+        homes = [Path(config.pool.dir) / task.name for task in model.tasks]
+        gone = [m.name for m in model.members if banks and not any((home / m.name).is_dir() for home in homes)]
         gone = gone if len(gone) < len(model.members) else []  # nobody is there: an error that says so
         if len(banks) <= 1 and not gone:
             getattr(self.trainer, verb)(model=model, datamodule=datamodule, **options)

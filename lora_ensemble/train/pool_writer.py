@@ -15,7 +15,6 @@ from lora_ensemble.bank.member_files import restore_members
 from lora_ensemble.errors import Interrupted
 from lora_ensemble.train import restart
 from lora_ensemble.train.evaluation import History
-from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import say, table
 from lora_ensemble.train.records import PoolOptions, PoolRecords, add_logits, tell_members
 
@@ -177,9 +176,3 @@ class PoolUser(pl.Callback):
                 examples, logits = trainer.datamodule.splits[split][task.name], pl_module.evaluations[task.name].logits
                 add_logits(self.dir, task.name, split, examples, [m.name for m in pl_module.members], logits)
                 say(f"{task.name}: {split} logits of {len(logits)} members added to {self.dir / task.name}")
-
-
-def missing_members(folder: Path, module: BankModule) -> list[str]:
-    """Members of which the pool has nothing: their score was never defined, or they are not trained yet."""
-    homes = [folder / task.name for task in module.tasks]
-    return [m.name for m in module.members if not any((home / m.name).is_dir() for home in homes)]

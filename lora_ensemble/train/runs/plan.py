@@ -91,12 +91,6 @@ def arrange(orders: Sequence[Sequence[int]], size: int, *, width: Callable[[Sequ
     return min(cuts, key=lambda cut: sum(len(rows) * width(rows) for rows in cut))
 
 
-def check_bank_size(size: BankSize) -> None:
-    """``UserError`` for a bank of none."""
-    if isinstance(size, int) and size < 1:
-        raise UserError(f"--bank_size: {size}; expected auto, null, or a number of members of at least 1")
-
-
 def banks_of(module: BankModule, names: Sequence[str], size: int) -> list[PlannedBank]:
     """Some of the module's members in banks of at most ``size``, put together so that little is padded."""
     bank, members = module.bank, module.members
