@@ -11,6 +11,7 @@ Axes: M members, N labelled training texts, U unlabelled ones, C classes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -160,7 +161,10 @@ class Distillation:
         file = keep / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npy"
         # Of several processes on one machine, or several runs, one asks.
         with sole_process(keep, "asks an ensemble", wait=math.inf):
-            if (soft := _kept(file)) is None:
+            soft: np.ndarray | None = None
+            with contextlib.suppress(OSError, ValueError, EOFError):  # nothing whole was kept
+                soft = np.load(file, allow_pickle=False)
+            if soft is None:
                 soft = self._ask(texts, task, trainer, precision)
                 with replacing(file) as beside, open(beside, "wb") as f:
                     np.save(f, soft, allow_pickle=False)
@@ -226,11 +230,3 @@ def _settings(best: MemberRecord) -> dict[str, Any]:
     if "data_seed" in best.settings:
         options["data.seed"] = best.settings["data_seed"]
     return options
-
-
-def _kept(file: Path) -> np.ndarray | None:
-    """What was kept, or None where there is nothing whole."""
-    try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
