@@ -23,7 +23,7 @@ _EACH_EPOCH = -1
 
 
 class PoolWriter(pl.Callback):
-    """Puts a member that improved on dev into the pool: its ``history`` decides, its ``records`` write.
+    """Puts a member that improved on dev into the pool, on a ``BankTrainer``: ``history`` decides, ``records`` write.
 
     ``summarise``: whether to print the table at the end; not for one bank of several.
     """
@@ -57,10 +57,9 @@ class PoolWriter(pl.Callback):
         if trainer.is_global_zero and not pool.can_lock(self.records.dir):
             say(f"note: {self.records.dir}: its file system has no locks; let one program at a time write there")
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Where the run goes on from a checkpoint, hold the pool against it."""
-        if isinstance(trainer, restart.BankTrainer):
-            trainer.evaluates_the_rest = self._is_to_be_evaluated
+        trainer.evaluates_the_rest = self._is_to_be_evaluated
         goes_on = self.records.resumed and not trainer.fast_dev_run
         if goes_on and (anew := self.records.agree_with(self.history, writes=trainer.is_global_zero)):
             say(
@@ -79,7 +78,7 @@ class PoolWriter(pl.Callback):
             and trainer.enable_validation
         )
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep this epoch's dev logits, and write the members that improved."""
         if trainer.sanity_checking or trainer.fast_dev_run:
             return
@@ -96,8 +95,7 @@ class PoolWriter(pl.Callback):
             )
         if trainer.is_global_zero:
             # An evaluation that is only made because training ends here is undone where it goes on.
-            now = isinstance(trainer, restart.BankTrainer) and trainer.evaluates_now
-            at_a_cut = now or (trainer.should_stop and not restart.evaluation_is_due(trainer))
+            at_a_cut = trainer.evaluates_now or (trainer.should_stop and not restart.evaluation_is_due(trainer))
             self.records.write(pl_module, self.history, improved, at_a_cut=at_a_cut)
         if self.history.all_diverged:
             trainer.should_stop = True
