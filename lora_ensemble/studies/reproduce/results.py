@@ -56,12 +56,9 @@ def _is_number(cell: str) -> bool:
 
 
 class Systems:
-    """Scores of a report's systems, by name and task, on the dev set that they were chosen on, and honest estimates.
+    """Scores of a report's systems, by name and task, on the dev set that they were chosen on, and honest estimates."""
 
-    None where there is none.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str]) -> None:  # None: there is none
         self.in_sample: dict[str, dict[str, float | None]] = {name: dict.fromkeys(TASKS) for name in names}
         self.honest: dict[str, dict[str, float | None]] = {name: dict.fromkeys(TASKS) for name in names}
 

@@ -82,18 +82,13 @@ class BankRun:
         """
         self._resumes, self._weights_only = ckpt_path is not None, weights_only
         self.plan = self._made_plan()
-        banks = self.plan.banks
-        if ckpt_path == "last":
-            last = self._last(banks[0])
-            if len(banks) == 1 and not last.is_file():
-                say(f"--ckpt_path last: {last}: not there yet, so the run begins anew")
-        elif ckpt_path is not None and len(banks) > 1:
-            raise UserError(
-                f"--ckpt_path: {ckpt_path} with {len(banks)} banks; give last, which goes on with each bank from "
-                "its own checkpoint"
-            )
-        else:
-            self._checkpoint_given = ckpt_path or ""
+        banks, given = self.plan.banks, "" if ckpt_path in (None, "last") else str(ckpt_path)
+        if given and len(banks) > 1:
+            what = f"--ckpt_path: {given} with {len(banks)} banks"
+            raise UserError(f"{what}; give last, which goes on with each bank from its own checkpoint")
+        if ckpt_path == "last" and len(banks) == 1 and not self._last(banks[0]).is_file():
+            say(f"--ckpt_path last: {self._last(banks[0])}: not there yet, so the run begins anew")
+        self._checkpoint_given = given
         self._train_all()
         if len(self.plan.banks) > 1 and all(row[1] == "diverged" for row in self._summary(self._names)):
             raise UserError(_ALL_DIVERGED)

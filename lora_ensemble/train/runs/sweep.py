@@ -101,7 +101,8 @@ class Sweep(BankRun):
         self.data.trainer = self.trainer
         self.data.setup("fit")
         there = writer_of(self.trainer).records.existing(self.data, self.module, resumed=saved is not None)
-        finished = {name for name, (record, whole) in there.items() if whole and self._long_enough(record)}
+        ends = {name: {key: record.settings.get(key) for key in self._limits} for name, (record, _) in there.items()}
+        finished = {name for name, (_, whole) in there.items() if whole and ends[name] == self._limits}  # long enough
         if saved is not None:
             plan = self._checked(self._with_plans_of_banks(saved), finished, set(there))
         else:
@@ -113,9 +114,6 @@ class Sweep(BankRun):
             say(plan.describe())
         self._write(plan)
         return plan
-
-    def _long_enough(self, record: pool.MemberRecord) -> bool:
-        return all(record.settings.get(key) == value for key, value in self._limits.items())
 
     def _with_banks(self, plan: Plan, names: Sequence[str]) -> Plan:
         if not names:
@@ -160,10 +158,8 @@ class Sweep(BankRun):
     # One bank
 
     def _train(self, bank: PlannedBank) -> None:
-        if rank_zero_only.rank != 0 or not self.keep:
-            super()._train(bank)
-            return
-        with sole_process(self._folder(bank), "trains this bank", wait=_WAIT):
+        locks = self.keep and rank_zero_only.rank == 0
+        with sole_process(self._folder(bank), "trains this bank", wait=_WAIT) if locks else contextlib.nullcontext():
             super()._train(bank)
 
     def _is_done(self, bank: PlannedBank) -> bool:
