@@ -270,7 +270,7 @@ def answers(setting: Setting) -> list[dict[str, Any]]:
     work = _work(setting, "32")
     folder = setting.folder / "ensemble"
     folder.mkdir(exist_ok=True)
-    (sentences,) = work.data().texts("train", work.task.name).texts
+    (sentences,) = work.data().splits["train"][work.task.name].source.texts
     texts = list(sentences[:_ASKED])
     one_pass.make(folder, "sst", 3, 8, "qv", work.base_model)
     found = {}

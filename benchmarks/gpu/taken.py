@@ -24,9 +24,9 @@ from lora_ensemble import pool
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.pool_writer import PoolWriter
-from lora_ensemble.train.records import PoolOptions
+from lora_ensemble.train.records import PoolOptions, PoolRecords
 from lora_ensemble.train.restart import BankTrainer, RunCheckpoint
-from lora_ensemble.train.runs import probe
+from lora_ensemble.train.runs import memory, probe
 from lora_ensemble.train.runs.banks import BankRun
 from lora_ensemble.train.runs.memory import Need, peak_bytes, usable_memory
 from lora_ensemble.train.runs.plan import FILE as PLAN
@@ -182,7 +182,7 @@ class _Run:
 
     def _trainer(self, folder: Path, resumed: bool) -> pl.Trainer:
         options = PoolOptions(str(self.folder / "pool"))
-        writer = PoolWriter(options, run=self.folder.name, resumed=resumed, summarise=False)
+        writer = PoolWriter(PoolRecords(options, self.folder.name, resumed=resumed), summarise=False)
         return BankTrainer(**_settings(self.work, epochs=2), callbacks=[writer, self._fails, RunCheckpoint(folder)])
 
     def fit(self, size: Any, *, free: int | None = None) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class _Run:
             size=size,
             keep=True,
         )
-        told = patch.object(probe, "usable_memory", lambda device: free) if free else contextlib.nullcontext()
+        told = patch.object(memory, "usable_memory", lambda device: free) if free else contextlib.nullcontext()
         with told:
             run.fit(None, True)
         plan: dict[str, Any] = json.loads((self.folder / PLAN).read_text())

@@ -11,6 +11,7 @@ Axes: M members, N labelled training texts, U unlabelled ones, C classes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -38,8 +39,7 @@ from lora_ensemble.text.readers import Split, read_texts, shared_texts
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.notices import say
 
-_BLOCK = 8192
-"""Texts that the ensemble is asked about at once: what all its members say of them is kept in memory."""
+_BLOCK = 8192  # texts that the ensemble is asked about at once: what all its members say of them is kept in memory
 _SETTINGS = {
     "model": "init_std head_dropout encoder_dropout frozen_dropout weight_decay schedule warmup",
     "data": "batch_size max_length steps_per_epoch",
@@ -49,36 +49,28 @@ _SETTINGS = {
 """Those of a member's record that are options of a run, by the options' group."""
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Distillation:
-    """What the students of a run learn from.
+    """What the students of a run learn from. ``UserError`` where a file cannot be read or λ is not from 0 to 1."""
 
-    ``ensemble``: the record that ``dicor select`` wrote. ``ensemble_pool``: where its members are, if no longer where
-    it says. ``unlabelled``: files with the task's text columns. ``soft_weight``: λ. ``any_base``: as
-    ``Ensemble.load``. Raises ``UserError`` where a file cannot be read or λ is not from 0 to 1.
-    """
+    path: Path  # what ``dicor select`` wrote
+    elsewhere: Path | None  # where its members are, if no longer where it says
+    unlabelled: list[Path]  # files with the task's text columns
+    soft_weight: float  # λ
+    any_base: bool  # as ``Ensemble.load``
 
-    def __init__(
-        self,
-        ensemble: str,
-        *,
-        ensemble_pool: str | None,
-        unlabelled: Sequence[str],
-        soft_weight: float,
-        any_base: bool = False,
-    ) -> None:
-        if not 0 <= soft_weight <= 1:
-            raise UserError(f"--soft_weight: {soft_weight}; expected 0 (the labels alone) to 1 (the ensemble alone)")
-        self.path, self.unlabelled, self.soft_weight = Path(ensemble), [Path(u) for u in unlabelled], soft_weight
-        self._elsewhere, self.any_base = Path(ensemble_pool) if ensemble_pool else None, any_base
-        located = locate(self.path, self._elsewhere)
+    def __post_init__(self) -> None:
+        if not 0 <= self.soft_weight <= 1:
+            wrong = f"--soft_weight: {self.soft_weight}"
+            raise UserError(f"{wrong}; expected 0 (the labels alone) to 1 (the ensemble alone)")
+        located = locate(self.path, self.elsewhere)
         self.record, self.pool = located.ensemble, located.pool
         try:
             texts = [pool.checksum(path) for path in self.unlabelled]
         except OSError as e:
             raise UserError(f"--unlabelled: {e.filename}: {e.strerror}; expected a file of texts") from e
-        how = {"ensemble": _identity(self.record), "soft_weight": float(soft_weight), "unlabelled": texts}
-        self.how: dict[str, Any] = {pool.DISTILLED: how}
-        """What a student's record says of it."""
+        how = {"ensemble": _identity(self.record), "soft_weight": float(self.soft_weight), "unlabelled": texts}
+        self.how: dict[str, Any] = {pool.DISTILLED: how}  # what a student's record says of it
 
     # Before anything is loaded: the settings of the run
 
@@ -115,8 +107,8 @@ class Distillation:
         """
         task = self.task_of(data)
         data.setup("fit")
-        train = data.texts("train", task.name)
-        unlabelled = self._read(task, train, data.texts("dev", task.name))
+        train, dev = (data.splits[split][task.name].source for split in ("train", "dev"))
+        unlabelled = self._read(task, train, dev)
         texts = [*zip(*train.texts, strict=True), *zip(*unlabelled.texts, strict=True)]
         soft = self._asked(texts, task, trainer, keep)
         labels = mixed(soft, train.labels, task.kind, self.soft_weight)
@@ -169,7 +161,10 @@ class Distillation:
         file = keep / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npy"
         # Of several processes on one machine, or several runs, one asks.
         with sole_process(keep, "asks an ensemble", wait=math.inf):
-            if (soft := _kept(file)) is None:
+            soft: np.ndarray | None = None
+            with contextlib.suppress(OSError, ValueError, EOFError):  # nothing whole was kept
+                soft = np.load(file, allow_pickle=False)
+            if soft is None:
                 soft = self._ask(texts, task, trainer, precision)
                 with replacing(file) as beside, open(beside, "wb") as f:
                     np.save(f, soft, allow_pickle=False)
@@ -178,7 +173,7 @@ class Distillation:
     def _ask(self, texts: list[tuple[str, ...]], task: Task, trainer: pl.Trainer, precision: Any) -> np.ndarray:
         device = trainer.strategy.root_device
         ensemble = Ensemble.load(
-            self.path, pool=self._elsewhere, device=str(device), precision=precision, any_base=self.any_base
+            self.path, pool=self.elsewhere, device=str(device), precision=precision, any_base=self.any_base
         )
         if ensemble.text and ensemble.text != task.text:
             raise UserError(
@@ -235,11 +230,3 @@ def _settings(best: MemberRecord) -> dict[str, Any]:
     if "data_seed" in best.settings:
         options["data.seed"] = best.settings["data_seed"]
     return options
-
-
-def _kept(file: Path) -> np.ndarray | None:
-    """What was kept, or None where there is nothing whole."""
-    try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -29,9 +30,9 @@ class DistillCLI(cli.CLI):
         LightningCLI.parse_arguments(self, parser, args)
         given = self.config.distill
         self._distillation = Distillation(
-            given.ensemble,
-            ensemble_pool=given.ensemble_pool,
-            unlabelled=[given.unlabelled] if isinstance(given.unlabelled, str) else given.unlabelled or [],
+            path=Path(given.ensemble),
+            elsewhere=Path(given.ensemble_pool) if given.ensemble_pool else None,
+            unlabelled=[Path(file) for file in cli.as_list([] if given.unlabelled is None else given.unlabelled)],
             soft_weight=given.soft_weight,
             any_base=given.pool.any_base,
         )

@@ -1,7 +1,7 @@
 """Examples on their way into a bank: a split's tokens, what the frozen encoder reads of them, and the loaders.
 
-The loaders are plain iterables over arrays in memory, made for banks: a training batch holds ``batch_size`` examples of
-every task for all devices together, and every member of the bank sees the same ones.
+The loaders are plain iterables over arrays in memory: a training batch holds ``batch_size`` examples of every task for
+all devices together, and every member of the bank sees the same ones.
 
 Axes: N examples of a split, B examples in a batch, T tokens of all of them, H hidden width.
 """
@@ -23,8 +23,7 @@ from lora_ensemble.bank.model import Bank
 from lora_ensemble.text.packing import Tokens
 from lora_ensemble.text.readers import Split, fingerprint
 
-_BLOCK = 64
-"""Examples that the frozen encoder reads at once."""
+_BLOCK = 64  # examples that the frozen encoder reads at once
 
 
 class TokenisedSplit:
@@ -34,7 +33,7 @@ class TokenisedSplit:
     """
 
     def __init__(self, split: Split, tokenizer: Any, *, max_length: int) -> None:
-        self.ids, self.labels = split.ids, split.labels
+        self.source, self.ids, self.labels = split, split.ids, split.labels
         self.fingerprint = fingerprint(split)
         self._tokens = Tokens(split.texts, tokenizer, max_length=max_length)
         self.lengths = self._tokens.lengths
@@ -58,8 +57,7 @@ class TokenisedSplit:
 class FrozenReads:
     """What the untouched encoder gives the heads to read of each example, kept in memory (N·H numbers a split).
 
-    It is computed when first asked for, in blocks of examples of similar length that do not depend on who asks: a
-    resumed run gets the same bits.
+    Computed in blocks of similar length that do not depend on who asks first: a resumed run gets the same bits.
     """
 
     def __init__(self, bank: Bank) -> None:
@@ -104,10 +102,8 @@ class TrainBatches:
     seed: int
     rank: int
     world: int
-    epoch: Callable[[], int]
-    """Asked at the start of each pass, which begins with the epoch's first batch, wherever the last one was left."""
-    repeats: bool = False
-    """Whether all epochs have the first one's batches."""
+    epoch: Callable[[], int]  # asked at each pass, which begins with the epoch's first batch, wherever the last ended
+    repeats: bool = False  # whether all epochs have the first one's batches
 
     def __post_init__(self) -> None:
         self._passes = {name: math.ceil(len(split) / self.batch_size) for name, split in self.splits.items()}

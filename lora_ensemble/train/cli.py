@@ -25,8 +25,8 @@ from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import default_loggers, say, unfailing
 from lora_ensemble.train.options import OneLineParser, SaveConfig, check_settings, plain, quieten, run_name
-from lora_ensemble.train.pool_writer import PoolUser, PoolWriter, missing_members
-from lora_ensemble.train.records import PoolOptions
+from lora_ensemble.train.pool_writer import PoolUser, PoolWriter
+from lora_ensemble.train.records import PoolOptions, PoolRecords
 from lora_ensemble.train.restart import BankTrainer, RunCheckpoint
 from lora_ensemble.train.runs import ray_sweep
 from lora_ensemble.train.runs.banks import BankRun, release
@@ -144,7 +144,8 @@ class CLI(LightningCLI):
         writer: pl.Callback = PoolUser(options, from_checkpoint=resumed)
         if self._trains:
             replaced = self.run_dir / "replaced" if self._saves else None
-            writer = PoolWriter(options, run=self.run_dir.name, resumed=resumed, replaced=replaced, summarise=whole)
+            records = PoolRecords(options, self.run_dir.name, resumed=resumed, replaced=replaced)
+            writer = PoolWriter(records, summarise=whole)
         settings["callbacks"] = [*as_list(settings["callbacks"] or []), writer]
         trainer = super().instantiate_trainer(**settings, logger=self._logger)
         # Lightning's own default would write beside the logger's files, where --ckpt_path last never finds them.
@@ -157,11 +158,7 @@ class CLI(LightningCLI):
     # The commands, which LightningCLI looks for by name
 
     def fit(
-        self,
-        model: BankModule,
-        datamodule: BankData,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
+        self, model: BankModule, datamodule: BankData, ckpt_path: str | None = None, weights_only: bool | None = None
     ) -> None:
         """Train all members, in as many banks as it takes."""
         self._run(BankRun, model, datamodule).fit(ckpt_path, weights_only)
@@ -202,15 +199,8 @@ class CLI(LightningCLI):
     def _run(self, kind: type[Run], model: BankModule, datamodule: BankData) -> Run:
         config, trainer = self.config[self.subcommand], self.trainer
         del self.trainer  # or it would keep the first bank's state
-        return kind(
-            model,
-            datamodule,
-            trainer,
-            lambda folder, resumed: self._trainer(folder, resumed, whole=False),
-            run_dir=self.run_dir,
-            size=config.bank_size,
-            keep=not config.trainer.fast_dev_run,
-        )
+        make, keep = partial(self._trainer, whole=False), not config.trainer.fast_dev_run
+        return kind(model, datamodule, trainer, make, run_dir=self.run_dir, size=config.bank_size, keep=keep)
 
     def _evaluate(self, verb: str, model: BankModule, datamodule: BankData, **options: Any) -> None:
         """Score the members on dev or test, or add a split's logits to the pool."""
@@ -222,7 +212,9 @@ class CLI(LightningCLI):
             options["ckpt_path"] = str(last)
         # A checkpoint is of one bank.
         banks = [] if options.get("ckpt_path") else evaluation_banks(model, config.bank_size, self.run_dir)
-        gone = missing_members(Path(config.pool.dir), model) if banks else []
+        # Members without a folder: their score was never defined, or they are not trained yet.
+        homes = [Path(config.pool.dir) / task.name for task in model.tasks]
+        gone = [m.name for m in model.members if banks and not any((home / m.name).is_dir() for home in homes)]
         gone = gone if len(gone) < len(model.members) else []  # nobody is there: an error that says so
         if len(banks) <= 1 and not gone:
             getattr(self.trainer, verb)(model=model, datamodule=datamodule, **options)

@@ -65,12 +65,10 @@ class BankData(pl.LightningDataModule):
             raise UserError(f"data.max_length: {max_length}; expected at least 4 tokens")
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.steps_per_epoch, self.seed, self.predict_split = steps_per_epoch, seed, predict_split
-        self.splits: dict[str, dict[str, TokenisedSplit]] = {}
-        """Split name to task name to examples."""
+        self.splits: dict[str, dict[str, TokenisedSplit]] = {}  # split name to task name to examples
         self.taught: dict[str, Any] = {}
         """What :meth:`teach` was given, in words: it goes into the settings of the members that are trained here."""
         self._tokenizer: Any = None
-        self._texts: dict[str, dict[str, Split]] = {"train": {}, "dev": {}}
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the splits that a stage needs, once."""
@@ -91,10 +89,8 @@ class BankData(pl.LightningDataModule):
             self._tokenizer = load_tokenizer(self.base_model, self.revision)
         tokenised = TokenisedSplit(raw, self._tokenizer, max_length=self._limit())
         tokenised.notices += one_label(raw.labels, task.labels)
-        if split in self._texts:
-            self._texts[split][task.name] = raw
-        train = self._texts["train"].get(task.name)
-        if split == "dev" and train is not None and (shared := shared_texts(train, raw)):
+        train = self.splits.get("train", {}).get(task.name)
+        if split == "dev" and train is not None and (shared := shared_texts(train.source, raw)):
             tokenised.notices.append(f"{shared} of {len(raw.ids)} examples also stand in train")
         say("\n  ".join([f"{task.name} {split}: {len(tokenised)} examples", *tokenised.notices]))
         return tokenised
@@ -104,16 +100,13 @@ class BankData(pl.LightningDataModule):
         """What tells the tokeniser from others, once a split was read."""
         return tokenizer_fingerprint(self._tokenizer)
 
-    def texts(self, split: str, task: str) -> Split:
-        """The train or dev split of a task as it was read."""
-        return self._texts[split][task]
-
     def teach(self, task: str, labels: np.ndarray, unlabelled: Split, how: dict[str, Any]) -> None:
         """Train a task on other labels than its own, and on ``unlabelled`` texts (U of them) behind its own N.
 
         ``labels``: (N + U, C) probabilities of the classes, or (N + U,) of class 1 or values. ``how``: ``taught``.
         """
-        own, first = self.texts("train", task), self.splits["train"][task]
+        first = self.splits["train"][task]
+        own = first.source
         texts = [[*a, *b] for a, b in zip(own.texts, unlabelled.texts, strict=True)]
         whole = Split(np.concatenate([own.ids, unlabelled.ids]), texts, labels)
         taught = TokenisedSplit(whole, self._tokenizer, max_length=self._limit())

@@ -47,14 +47,10 @@ def member_losses(logits: Tensor, labels: Tensor, kind: Kind) -> Tensor:
 class Evaluation:
     """What the members said about a split of a task."""
 
-    logits: np.ndarray
-    """(M, N, C) float32, rows in the order of the split."""
-    scores: list[float] | None
-    """The task's score of each member; NaN where undefined; None without labels."""
-    metrics: dict[str, list[float]]
-    """The same by further metrics, by name; empty without labels."""
-    complete: bool
-    """False when a limit on batches left rows out; their logits are NaN."""
+    logits: np.ndarray  # (M, N, C) float32, rows in the order of the split
+    scores: list[float] | None  # the task's score of each member; NaN where undefined; None without labels
+    metrics: dict[str, list[float]]  # the same by further metrics, by name; empty without labels
+    complete: bool  # False when a limit on batches left rows out; their logits are NaN
 
 
 def evaluate(
@@ -101,8 +97,7 @@ class History:
     def __init__(self, members: Sequence[str], tasks: Sequence[Task]) -> None:
         self.members, self.tasks = list(members), list(tasks)
         self.diverged = [False] * len(members)
-        self.best_epoch = [0] * len(members)
-        """Each member's best evaluation, counted from 1; 0: none yet."""
+        self.best_epoch = [0] * len(members)  # each member's best evaluation, counted from 1; 0: none yet
         self._best = [-math.inf] * len(members)
         self._logits: dict[str, list[np.ndarray]] = {t.name: [] for t in tasks}  # E arrays (M, N, C) float16
         self._scores: dict[str, list[list[float]]] = {t.name: [] for t in tasks}  # E lists of M scores
@@ -145,6 +140,11 @@ class History:
                 improved.append(index)
         return improved, diverged
 
+    @property
+    def all_diverged(self) -> bool:
+        """Whether no member of the bank is left to train."""
+        return bool(self.diverged) and all(self.diverged)
+
     def forget_best(self, index: int) -> None:
         """Offer a member anew: its next evaluation is its best so far."""
         self._best[index], self.best_epoch[index] = -math.inf, 0
@@ -174,14 +174,19 @@ class History:
             "diverged": self.diverged[index],
         }
 
-    def summary(self) -> tuple[list[str], list[list[Any]]]:
-        """Header and a row per member: name, best epoch, and dev score of each task at that epoch."""
+    def summary(self) -> list[list[Any]]:
+        """A row per member, below ``summary_header``: name, best epoch, and dev score of each task at that epoch."""
         rows = []
         for index, name in enumerate(self.members):
             best = self.best_epoch[index]
             scores = [self._scores[t.name][best - 1][index] if best else math.nan for t in self.tasks]
             rows.append([name, "diverged" if self.diverged[index] else best or "-", *scores])
-        return ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in self.tasks)], rows
+        return rows
+
+
+def summary_header(tasks: Sequence[Task]) -> list[str]:
+    """Of the table of a run's members."""
+    return ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in tasks)]
 
 
 # Further metrics: torchmetrics' classes by name

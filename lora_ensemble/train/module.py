@@ -71,18 +71,11 @@ class BankModule(pl.LightningModule):
         self._metrics_of_all = metrics
         self.members = expand_members([Member()] if members is None else members, finetune=finetune)
         self.training_settings: dict[str, Any] = {
-            "init_std": init_std,
-            "head_dropout": head_dropout,
-            "encoder_dropout": encoder_dropout,
-            "frozen_dropout": frozen_dropout,
-            "weight_decay": weight_decay,
-            "schedule": schedule,
-            "warmup": warmup,
+            **{"init_std": init_std, "head_dropout": head_dropout, "encoder_dropout": encoder_dropout},
+            **{"frozen_dropout": frozen_dropout, "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup},
         }
-        self.any_base = False
-        """Whether to go on from a checkpoint over another base model."""
-        self.evaluations: dict[str, Evaluation] = {}
-        """Task name to what the last validation, test or prediction gave."""
+        self.any_base = False  # whether to go on from a checkpoint over another base model
+        self.evaluations: dict[str, Evaluation] = {}  # task name to what the last validation, test or prediction gave
         self._collected: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
         self._loss_sum: Tensor | None = None
         self._loss_steps = self._logged_step = 0
@@ -100,10 +93,9 @@ class BankModule(pl.LightningModule):
         base = self.base_model
         if revision is not None and not on_hub(base):
             raise UserError(f"model.revision: {revision}; {base} is a folder here, which has none; leave it out")
+        # Task name to names of further metrics on dev.
         self.metrics = {t.name: check_metrics([*t.metrics, *self._metrics_of_all], t) for t in self.tasks}
-        """Task name to names of further metrics on dev."""
-        self.revision = commit_of(base, revision)
-        """The hub's commit of the base model, where it has one: what all banks of the run get."""
+        self.revision = commit_of(base, revision)  # the hub's, where it has one: what all banks of the run get
         full, dropout = self.finetune == "full", {key: given[key] for key in ("head_dropout", "encoder_dropout")}
         classifier, fresh = load_classifier(
             base, num_labels=self.tasks[0].num_outputs, revision=self.revision, frozen=not full, **dropout
@@ -115,16 +107,10 @@ class BankModule(pl.LightningModule):
 
     def with_members(self, members: Sequence[Member]) -> BankModule:
         """A new module with the same settings for other members."""
-        made = BankModule(
-            self.tasks,
-            self.base_model,
-            members=tuple(members),
-            finetune=self.finetune,
-            seed=self.seed,
-            revision=self.revision,
-            metrics=self._metrics_of_all,
-            **self.training_settings,
-        )
+        same: dict[str, Any] = {
+            key: getattr(self, key) for key in ("tasks", "base_model", "finetune", "seed", "revision")
+        }
+        made = BankModule(**same, **self.training_settings, members=tuple(members), metrics=self._metrics_of_all)
         made.any_base = self.any_base
         return made
 
@@ -212,7 +198,8 @@ class BankModule(pl.LightningModule):
 
     # Evaluation
 
-    def _split(self) -> str:
+    @property
+    def split(self) -> str:
         """The split that is evaluated now."""
         if self.trainer.predicting:
             return self.trainer.datamodule.predict_split
@@ -220,26 +207,20 @@ class BankModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> None:
         """Keep the logits on the device until the end."""
-        for name, logits in self.bank(batch, self._read_frozen(batch, self._split())).items():
+        for name, logits in self.bank(batch, self._read_frozen(batch, self.split)).items():
             self._collected.setdefault(name, []).append((batch[name]["rows"], logits.float()))
 
     test_step = predict_step = validation_step
 
     def on_test_epoch_end(self) -> None:
         """Gather every row once, on all devices, and score it. A collective."""
-        examples = self.trainer.datamodule.splits[self._split()]
-        self.evaluations = {
-            task.name: evaluate(
-                self._collected.get(task.name, []),
-                examples[task.name],
-                task,
-                members=len(self.members),
-                metrics=self.metrics[task.name],
-                strategy=self.trainer.strategy,
+        examples = self.trainer.datamodule.splits[self.split]
+        for task in self.tasks:
+            parts, metrics = self._collected.pop(task.name, []), self.metrics[task.name]
+            strategy, members = self.trainer.strategy, len(self.members)
+            self.evaluations[task.name] = evaluate(
+                parts, examples[task.name], task, members=members, metrics=metrics, strategy=strategy
             )
-            for task in self.tasks
-        }
-        self._collected = {}
 
     on_predict_epoch_end = on_test_epoch_end
 

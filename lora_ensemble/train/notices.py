@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,9 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def print_summary(header: list[str], rows: list[list[Any]], *, folder: Path, tasks: list[str]) -> None:
-    """The table of ``PoolWriter.summary``, best members first by the tasks' scores, and what to do next."""
+    """The table of ``History.summary``, best members first by the tasks' scores, and what to do next."""
     say(table(header, sorted(rows, key=lambda r: [-s if s == s else math.inf for s in r[2 : 2 + len(tasks)]])))
     say(f"pool: {folder}\nnext:" + "".join(f"\n  dicor compare --pool {folder} --task {t}" for t in tasks))
-
-
-def log_member_table(loggers: Sequence[Logger], header: list[str], rows: list[list[Any]]) -> None:
-    """The table of ``PoolWriter.summary``, where a logger can take one."""
-    for logger in loggers:
-        log_table = getattr(logger, "log_table", None)
-        if log_table is not None:
-            # One type per column: W&B refuses a column of numbers and words.
-            log_table(key="members", columns=header, data=[[r[0], str(r[1]), *r[2:]] for r in rows])
 
 
 def default_loggers(run_dir: Path, *, experiment: str, resumed: bool) -> list[Logger]:

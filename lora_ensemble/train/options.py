@@ -22,7 +22,6 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
 from lora_ensemble.train.optimiser import check_precision
 from lora_ensemble.train.runs.halving import EarlyExit
-from lora_ensemble.train.runs.plan import check_bank_size
 from lora_ensemble.train.runs.ray_sweep import RayOptions
 
 NOT_THE_RUN = {
@@ -124,7 +123,9 @@ def check_settings(config: Namespace, *, sweep: bool) -> None:
             except UserError as e:
                 raise UserError(f"{files}: {e}") from e
     check_precision(config.trainer.precision)
-    check_bank_size(config.bank_size)
+    if isinstance(config.bank_size, int) and config.bank_size < 1:
+        wrong = f"--bank_size: {config.bank_size}"
+        raise UserError(f"{wrong}; expected auto, null, or a number of members of at least 1")
     if config.get("ckpt_path") not in (None, "last", "best", "hpc"):
         _check_checkpoint_file(config.ckpt_path)
     if config.get("early_exit") is not None:

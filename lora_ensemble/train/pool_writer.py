@@ -7,91 +7,65 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lora_ensemble import pool
 from lora_ensemble.bank.base_model import hub_id
 from lora_ensemble.bank.member_files import restore_members
 from lora_ensemble.errors import Interrupted
+from lora_ensemble.train import restart
 from lora_ensemble.train.evaluation import History
-from lora_ensemble.train.module import BankModule
-from lora_ensemble.train.notices import log_member_table, print_summary, say, table
-from lora_ensemble.train.records import PoolOptions, PoolRecords, add_logits, with_metrics
-from lora_ensemble.train.restart import (
-    BankTrainer,
-    RunCheckpoint,
-    evaluation_is_due,
-    limit_on_dev,
-    planned_end,
-    what_is_missing,
-)
+from lora_ensemble.train.notices import say, table
+from lora_ensemble.train.records import PoolOptions, PoolRecords, add_logits, tell_members
 
 _EACH_EPOCH = -1
 """Steps before the last evaluation, as a checkpoint of an earlier version has it: it was at the end of the epoch."""
 
 
 class PoolWriter(pl.Callback):
-    """Puts a member that improved on dev into the pool: what decides is in :class:`History`, what writes in
-    :class:`PoolRecords`.
+    """Puts a member that improved on dev into the pool, on a ``BankTrainer``: ``history`` decides, ``records`` write.
 
-    ``run``, ``resumed`` and ``replaced``: as ``PoolRecords``. ``summarise``: whether to print the table at the end; not
-    for one bank of several.
+    ``summarise``: whether to print the table at the end; not for one bank of several.
     """
 
-    def __init__(
-        self,
-        options: PoolOptions,
-        *,
-        run: str,
-        resumed: bool = False,
-        replaced: Path | None = None,
-        summarise: bool = True,
-    ) -> None:
-        self.records = PoolRecords(options, run, resumed=resumed, replaced=replaced)
-        self.dir, self.resumed, self._summarise = self.records.dir, resumed, summarise
-        self.goes_on = " with --ckpt_path last"
-        """What has to be added to the command after an interruption."""
-        self.paused = False
-        """Set where a bank stops before its end, to go on with fewer members: nobody is finished yet."""
-        self.finished = False
-        """Whether training has reached its planned end, and its members were evaluated there."""
-        self._history = History([], [])
+    def __init__(self, records: PoolRecords, *, summarise: bool = True) -> None:
+        self.records, self._summarise = records, summarise
+        self.history = History([], [])
+        self.goes_on = " with --ckpt_path last"  # what has to be added to the command after an interruption
+        self.paused = False  # whether the bank stops before its end, to go on with fewer members: nobody is finished
+        self.finished = False  # whether training has reached its planned end, and its members were evaluated there
         self._evaluated = self._tried = 0  # optimiser steps before the last evaluation, and before the last in part
 
     def state_dict(self) -> dict[str, Any]:
         """Best scores and epochs, and the dev logits of every epoch."""
-        return {**self._history.state_dict(), "evaluated": self._evaluated}
+        return {**self.history.state_dict(), "evaluated": self._evaluated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
-        self._history.load_state_dict(state)
+        self.history.load_state_dict(state)
         self._evaluated = int(state.get("evaluated", _EACH_EPOCH))
 
     # Before
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Check the pool before an hour is spent."""
-        assert isinstance(pl_module, BankModule)
-        self._history = History([m.name for m in pl_module.members], pl_module.tasks)
+        self.history = History([m.name for m in pl_module.members], pl_module.tasks)
         if trainer.fast_dev_run:
             return
-        there = self.records.existing(trainer, trainer.datamodule, pl_module, resumed=self.resumed)
+        there = self.records.existing(trainer.datamodule, pl_module, resumed=self.records.resumed)
         self.records.check_unfinished(record for record, _ in there.values())
-        if trainer.is_global_zero and not pool.can_lock(self.dir):
-            say(f"note: {self.dir}: its file system has no locks; let one program at a time write there")
+        if trainer.is_global_zero and not pool.can_lock(self.records.dir):
+            say(f"note: {self.records.dir}: its file system has no locks; let one program at a time write there")
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Where the run goes on from a checkpoint, hold the pool against it."""
-        if isinstance(trainer, BankTrainer):
-            trainer.evaluates_the_rest = self._is_to_be_evaluated
-        if self.resumed and not trainer.fast_dev_run:
-            anew = self.records.agree_with(self._history, writes=trainer.is_global_zero)
-            if anew:
-                say(
-                    f"{self.dir}: has not the best epoch of {len(anew)} members ({', '.join(anew[:3])}"
-                    f"{', ...' * (len(anew) > 3)}) that the checkpoint speaks of; they are offered anew from now on"
-                )
+        trainer.evaluates_the_rest = self._is_to_be_evaluated
+        goes_on = self.records.resumed and not trainer.fast_dev_run
+        if goes_on and (anew := self.records.agree_with(self.history, writes=trainer.is_global_zero)):
+            say(
+                f"{self.records.dir}: has not the best epoch of {len(anew)} members ({', '.join(anew[:3])}"
+                f"{', ...' * (len(anew) > 3)}) that the checkpoint speaks of; they are offered anew from now on"
+            )
 
     # During
 
@@ -100,65 +74,60 @@ class PoolWriter(pl.Callback):
         return (
             trainer.global_step not in (self._evaluated, self._tried)
             and self._evaluated != _EACH_EPOCH
-            and not (trainer.fast_dev_run or self.paused or self.all_diverged)
+            and not (trainer.fast_dev_run or self.paused or self.history.all_diverged)
             and trainer.enable_validation
         )
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep this epoch's dev logits, and write the members that improved."""
-        assert isinstance(pl_module, BankModule)
         if trainer.sanity_checking or trainer.fast_dev_run:
             return
         self._tried = trainer.global_step
         if not all(e.complete for e in pl_module.evaluations.values()):
-            say(f"dev was evaluated in part only ({limit_on_dev(trainer)}), so nothing goes into the pool")
+            say(f"dev was evaluated in part only ({restart.limit_on_dev(trainer)}), so nothing goes into the pool")
             return
         self._evaluated = trainer.global_step
-        improved, diverged = self._history.add(pl_module.evaluations, pl_module.alive())
+        improved, diverged = self.history.add(pl_module.evaluations, pl_module.alive())
         for index in diverged:
             say(
-                f"{self._history.members[index]} has diverged (NaN or infinity) by epoch {self.evaluations}: frozen, "
+                f"{self.history.members[index]} has diverged (NaN or infinity) by epoch {len(self.history)}: frozen, "
                 "and left out of the selection"
             )
         if trainer.is_global_zero:
             # An evaluation that is only made because training ends here is undone where it goes on.
-            now = isinstance(trainer, BankTrainer) and trainer.evaluates_now
-            at_a_cut = now or (trainer.should_stop and not evaluation_is_due(trainer))
-            self.records.write(trainer.datamodule, pl_module, self._history, improved, at_a_cut=at_a_cut)
-        if self.all_diverged:
+            at_a_cut = trainer.evaluates_now or (trainer.should_stop and not restart.evaluation_is_due(trainer))
+            self.records.write(pl_module, self.history, improved, at_a_cut=at_a_cut)
+        if self.history.all_diverged:
             trainer.should_stop = True
 
     # After
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Say what became of the members, in their records too. Not reached after an interruption."""
-        assert isinstance(pl_module, BankModule)
         if trainer.fast_dev_run or self.paused:
             return
-        evaluated = self.evaluations > 0
+        evaluated = len(self.history) > 0
         up_to_date = evaluated and self._evaluated in (_EACH_EPOCH, trainer.global_step)
-        self.finished = up_to_date and planned_end(trainer)
+        self.finished = up_to_date and restart.planned_end(trainer)
         if not trainer.is_global_zero:
             return
-        for gone in self.records.write_results(self._history, finished=self.finished):
+        for gone in self.records.write_results(self.history, finished=self.finished):
             say(f"{gone.task}: {gone.name} is not in the pool: deleted, or written by another run meanwhile")
-        missing = what_is_missing(
+        missing = restart.what_is_missing(
             trainer, evaluated=evaluated, up_to_date=up_to_date, finished=self.finished, goes_on=self.goes_on
         )
-        if missing and not self.all_diverged:
+        if missing and not self.history.all_diverged:
             say(missing)
         if self._summarise:
-            header, rows = with_metrics(*self._history.summary(), self.dir, pl_module)
-            log_member_table(trainer.loggers, header, rows)
-            if evaluated and not self.all_diverged:
-                print_summary(header, rows, folder=self.dir, tasks=[t.name for t in pl_module.tasks])
+            rows, printed = self.history.summary(), evaluated and not self.history.all_diverged
+            tell_members(rows, pl_module, self.records.dir, trainer.loggers, printed=printed)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Say how an interrupted run goes on."""
         if not isinstance(exception, KeyboardInterrupt | SIGTERMException | Interrupted) or trainer.state.fn != "fit":
             return
-        saved = next((c.saved for c in trainer.callbacks if isinstance(c, RunCheckpoint)), "")
-        if not saved and self.resumed:
+        saved = next((c.saved for c in trainer.callbacks if isinstance(c, restart.RunCheckpoint)), "")
+        if not saved and self.records.resumed:
             saved = "the checkpoint that this run began with"
         if not saved:
             say("\ninterrupted: nothing was saved, so the same command begins anew; what the pool holds is whole")
@@ -167,56 +136,34 @@ class PoolWriter(pl.Callback):
         since = f", but for {rest} step{'s' * (rest != 1)} since the last dev evaluation" if rest else ""
         say(f"\ninterrupted: the same command{self.goes_on} goes on from {saved}; what the pool holds is whole{since}")
 
-    # What runs of several banks ask
-
-    @property
-    def all_diverged(self) -> bool:
-        """Whether no member of the bank is left to train."""
-        return bool(self._history.diverged) and all(self._history.diverged)
-
-    @property
-    def evaluations(self) -> int:
-        """How many dev evaluations there were."""
-        return len(self._history)
-
-    def at(self, evaluation: int) -> tuple[list[float], dict[str, np.ndarray]]:
-        """Each member's overall score (M,) at a dev evaluation, counted from 1, and dev logits by task (M, N, C)."""
-        return self._history.overall_at(evaluation), self._history.logits_at(evaluation)
-
-    def summary(self, module: BankModule) -> tuple[list[str], list[list[Any]]]:
-        """As :meth:`History.summary`."""
-        return self._history.summary()
-
 
 class PoolUser(pl.Callback):
-    """For validate, test and predict: the members' best weights, unless a checkpoint was asked for, and their scores.
-
-    ``from_checkpoint``: use what the Trainer restores.
-    """
+    """For validate, test and predict: the members' best weights, or what the Trainer restores, and their scores."""
 
     def __init__(self, options: PoolOptions, *, from_checkpoint: bool) -> None:
         self.dir, self.any_base, self.from_checkpoint = Path(options.dir), options.any_base, from_checkpoint
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Restore the members where nothing else was asked for."""
-        assert isinstance(pl_module, BankModule)
         if not self.from_checkpoint:
             here = None if self.any_base else pl_module.base_fingerprint(trainer.datamodule)
             restore_members(pl_module.bank, self.dir, base_model=hub_id(pl_module.base_model), fingerprint=here)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Print the scores."""
-        assert isinstance(pl_module, BankModule)
-        self._print_scores(pl_module, "dev")
+        header, rows = ["member"], [list[Any]([m.name]) for m in pl_module.members]
+        for task in pl_module.tasks:
+            e = pl_module.evaluations[task.name]
+            for name, values in ((task.score_name, e.scores), *e.metrics.items()):
+                header.append(f"{task.name} {pl_module.split} ({name})")
+                for row, value in zip(rows, values or [math.nan] * len(rows), strict=True):
+                    row.append(value)
+        say(table(header, rows))
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the scores."""
-        assert isinstance(pl_module, BankModule)
-        self._print_scores(pl_module, "test")
+    on_test_end = on_validation_end
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Add the split's logits to the pool, where they are the pool's own members'."""
-        assert isinstance(pl_module, BankModule)
         split = trainer.datamodule.predict_split
         if self.from_checkpoint:
             say("predictions of --ckpt_path are not the pool's best weights, so they were not added to the pool")
@@ -227,19 +174,3 @@ class PoolUser(pl.Callback):
                 examples, logits = trainer.datamodule.splits[split][task.name], pl_module.evaluations[task.name].logits
                 add_logits(self.dir, task.name, split, examples, [m.name for m in pl_module.members], logits)
                 say(f"{task.name}: {split} logits of {len(logits)} members added to {self.dir / task.name}")
-
-    def _print_scores(self, module: BankModule, split: str) -> None:
-        header, rows = ["member"], [list[Any]([m.name]) for m in module.members]
-        for task in module.tasks:
-            e = module.evaluations[task.name]
-            for name, values in ((task.score_name, e.scores), *e.metrics.items()):
-                header.append(f"{task.name} {split} ({name})")
-                for row, value in zip(rows, values or [math.nan] * len(rows), strict=True):
-                    row.append(value)
-        say(table(header, rows))
-
-
-def missing_members(folder: Path, module: BankModule) -> list[str]:
-    """Members of which the pool has nothing: their score was never defined, or they are not trained yet."""
-    homes = [folder / task.name for task in module.tasks]
-    return [m.name for m in module.members if not any((home / m.name).is_dir() for home in homes)]

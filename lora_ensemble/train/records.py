@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.loggers import Logger
 
 from lora_ensemble import __version__, pool
 from lora_ensemble.bank.base_model import base_difference, hub_id
@@ -26,8 +26,9 @@ from lora_ensemble.bank.member_files import weight_files
 from lora_ensemble.errors import UserError
 from lora_ensemble.train.batches import TokenisedSplit
 from lora_ensemble.train.data import BankData
-from lora_ensemble.train.evaluation import History, metric
+from lora_ensemble.train.evaluation import History, metric, summary_header
 from lora_ensemble.train.module import BankModule
+from lora_ensemble.train.notices import print_summary
 
 # None of these changes what a member is: a run may be resumed for longer.
 _MAY_DIFFER_ON_RESUME = ("max_epochs", "max_steps")
@@ -54,20 +55,20 @@ class PoolOptions:
 
 
 class PoolRecords:
-    """The members of one bank of a run in the pool.
+    """The members of one bank of the run of this name, which ties one member's folders in several tasks, in the pool.
 
-    ``run``: the run's name; it ties one member's folders in several tasks. ``resumed``: whether it goes on from a
-    checkpoint. ``replaced``: where members go that an evaluation at a cut replaces; None: it cannot be gone on with.
+    ``resumed``: whether it goes on from a checkpoint. ``replaced``: where members go that an evaluation at a cut
+    replaces; None: it cannot be gone on with.
     """
 
-    def __init__(self, options: PoolOptions, run: str, *, resumed: bool, replaced: Path | None) -> None:
+    def __init__(self, options: PoolOptions, run: str, *, resumed: bool = False, replaced: Path | None = None) -> None:
         self.dir, self.options, self.run = Path(options.dir), options, run
         self.resumed, self.replaced = resumed, replaced
         self._records: dict[str, list[pool.MemberRecord]] = {}  # task -> a record per member, without results
         self._seen: dict[Path, dict[str, str]] = {}  # members that were there at the start: folder -> files
 
     def existing(
-        self, trainer: pl.Trainer, data: BankData, module: BankModule, *, resumed: bool
+        self, data: BankData, module: BankModule, *, resumed: bool
     ) -> dict[str, tuple[pool.MemberRecord, bool]]:
         """The module's members that the pool has: name to record, and whether all tasks have it finished.
 
@@ -75,15 +76,15 @@ class PoolRecords:
         this run is ``resumed``. Where members may be replaced (``overwrite``), none is there.
         """
         self.dir.mkdir(parents=True, exist_ok=True)
-        self._records = described(trainer, data, module, run=self.run)
+        self._records = described(data, module, run=self.run)
         there: dict[str, tuple[pool.MemberRecord, bool]] = {}
         finished: Counter[str] = Counter()
-        any_base = self.options.any_base
         for task, records in self._records.items() if not self.options.overwrite else ():
             expected = {record.name: record for record in records}
             for record in pool.read_records(self.dir, task, list(expected)):
-                where, longer = pool.member_folder(self.dir, task, record.name), resumed and record.run == self.run
-                if differs := difference(record, expected[record.name], resumed=longer, any_base=any_base):
+                where, wanted = pool.member_folder(self.dir, task, record.name), expected[record.name]
+                longer, any_base = resumed and record.run == self.run, self.options.any_base
+                if differs := difference(record, wanted, resumed=longer, any_base=any_base):
                     raise UserError(f"{where}: holds a member of this name with other settings ({differs}); {_WAY_OUT}")
                 self._seen[where] = record.files
                 finished[record.name] += record.finished
@@ -99,25 +100,21 @@ class PoolRecords:
                     f"settings and finished; use it, or {_WAY_OUT}"
                 )
 
-    def write(
-        self, data: BankData, module: BankModule, history: History, improved: Sequence[int], *, at_a_cut: bool
-    ) -> None:
+    def write(self, module: BankModule, history: History, improved: Sequence[int], *, at_a_cut: bool) -> None:
         """Write the members that improved in the last evaluation.
 
         ``at_a_cut``: it is undone where the run goes on, so what they replace is kept.
         """
-        new = []
+        new, base_model = [], hub_id(module.base_model)
         for task in module.tasks if improved else ():
-            dev = data.splits["dev"][task.name]
+            dev = module.trainer.datamodule.splits["dev"][task.name]
             pool.write_examples(self.dir, task.name, "dev", dev.ids, dev.labels)
             for index in improved:
                 record = self._records[task.name][index]
                 files: dict[str, Any] = {
                     pool.logits_file("dev"): module.evaluations[task.name].logits[index],
                     pool.EPOCHS: history.logits_of(task.name, index),
-                    **weight_files(
-                        module.bank, index, task, base_model=hub_id(module.base_model), revision=record.revision
-                    ),
+                    **weight_files(module.bank, index, task, base_model=base_model, revision=record.revision),
                 }
                 record = dataclasses.replace(record, **history.results(task.name, index))
                 keep = self.replaced and pool.member_folder(self.replaced, task.name, record.name) if at_a_cut else None
@@ -148,10 +145,7 @@ class PoolRecords:
                     continue
                 diverged = history.diverged[index]
                 record = dataclasses.replace(
-                    record,
-                    **history.results(task, index),
-                    finished=finished and not diverged,
-                    examples=before.examples,
+                    record, **history.results(task, index), finished=finished and not diverged, examples=before.examples
                 )
                 # One that improved in the last evaluation has them all.
                 has_all = best == record.epochs_done == before.epochs_done
@@ -215,10 +209,9 @@ def add_logits(
     pool.write_members(folder, new)
 
 
-def described(
-    trainer: pl.Trainer, data: BankData, module: BankModule, *, run: str
-) -> dict[str, list[pool.MemberRecord]]:
+def described(data: BankData, module: BankModule, *, run: str) -> dict[str, list[pool.MemberRecord]]:
     """Task to what member.json will say of each member of a bank, but for its results. ``run``: the run's name."""
+    trainer: Any = data.trainer
     train, dev = data.splits["train"], data.splits["dev"]
     clipping, overfit = trainer.gradient_clip_algorithm, trainer.overfit_batches
     settings = {
@@ -233,24 +226,15 @@ def described(
         **({"overfit_batches": overfit} if overfit else {}),
         **data.taught,
     }
-    common: dict[str, Any] = {
-        "base_model": hub_id(module.base_model),
-        "revision": module.revision,
-        "base_fingerprint": module.base_fingerprint(data),
-        "finetune": module.finetune,
-        "settings": settings,
-        "run": run,
-        "versions": _versions(),
-    }
     records = {}
     for task in module.tasks:
-        common |= {
-            "task": task.name,
-            "kind": task.kind,
-            "labels": task.labels,
-            "text": task.text,
+        common: dict[str, Any] = {
+            **{"task": task.name, "kind": task.kind, "labels": task.labels, "text": task.text},
+            **{"base_model": hub_id(module.base_model), "revision": module.revision, "finetune": module.finetune},
+            "base_fingerprint": module.base_fingerprint(data),
             "examples": {"dev": pool.examples_fingerprint(dev[task.name].ids, dev[task.name].labels)},
             "train_fingerprint": train[task.name].fingerprint,
+            **{"settings": settings, "run": run, "versions": _versions()},
         }
         records[task.name] = [pool.MemberRecord(**member.recorded(), **common) for member in module.members]
     return records
@@ -280,11 +264,14 @@ def difference(there: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: 
     return f"base_fingerprint: {base}" if base else ""
 
 
-def with_metrics(
-    header: list[str], rows: list[list[Any]], folder: Path, module: BankModule
-) -> tuple[list[str], list[list[Any]]]:
-    """A table of members with a column more for each of the module's metrics, of the dev logits in the pool."""
-    header, rows = list(header), [list(row) for row in rows]
+def tell_members(
+    rows: list[list[Any]], module: BankModule, folder: Path, loggers: Sequence[Logger], *, printed: bool
+) -> None:
+    """Log, and print, rows of :meth:`History.summary` with a column more for each of the module's metrics.
+
+    ``folder``: of the pool, of whose dev logits the metrics are.
+    """
+    header, rows = summary_header(module.tasks), [list(row) for row in rows]
     for task in module.tasks:
         names = module.metrics[task.name]
         records = {r.name: r for r in pool.read_records(folder, task.name, [row[0] for row in rows])} if names else {}
@@ -296,4 +283,8 @@ def with_metrics(
                 labels = pool.read_examples(folder, task.name, "dev", record.examples["dev"]).labels
                 values = [metric(name, task, logits, labels) for name in names] if labels is not None else values
             row += values
-    return header, rows
+    for logger in loggers:
+        if log_table := getattr(logger, "log_table", None):  # W&B's; it refuses a column of numbers and words
+            log_table(key="members", columns=header, data=[[r[0], str(r[1]), *r[2:]] for r in rows])
+    if printed:
+        print_summary(header, rows, folder=folder, tasks=[t.name for t in module.tasks])

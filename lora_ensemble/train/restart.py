@@ -24,8 +24,7 @@ from lora_ensemble.bank.member_files import say_unknown_base
 from lora_ensemble.errors import Interrupted, UserError
 from lora_ensemble.files import replacing
 
-SAVE_EVERY_S = 600.0
-"""An epoch may take hours."""
+SAVE_EVERY_S = 600.0  # an epoch may take hours
 
 
 def whole_epoch(trainer: pl.Trainer) -> bool:
@@ -66,14 +65,12 @@ def out_of_time(trainer: pl.Trainer) -> bool:
 class BankTrainer(pl.Trainer):
     """The Trainer, which evaluates dev once more where training ended after the last evaluation.
 
-    And goes on at the end of an epoch with the next one, with ``max_steps`` as without: Lightning (2.6) would train a
-    batch too many, or evaluate again.
+    And goes on after an epoch with the next one, with ``max_steps`` as without: Lightning (2.6) would train a batch too
+    many, or evaluate again.
     """
 
-    evaluates_the_rest: Callable[[pl.Trainer], bool] | None = None
-    """Asked at the end of training whether that is to be done."""
-    evaluates_now = False
-    """Whether it is being done."""
+    evaluates_the_rest: Callable[[pl.Trainer], bool] | None = None  # asked whether that is to be done
+    evaluates_now = False  # whether it is being done
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -96,16 +93,14 @@ class BankTrainer(pl.Trainer):
 class RunCheckpoint(Checkpoint):
     """``last.ckpt``: at the end of each epoch, every ten minutes, where training is cut short, and when told to end.
 
-    In mid-epoch it is written at the end of a step alone, never while gradients are accumulated, which no checkpoint
-    holds; and where a dev evaluation comes next, as one that was about to begin, which Lightning (2.6) would leave out
-    after a restart. Told to end (SIGINT, SIGTERM), training goes on to the end of the step, on all devices; told twice,
-    it ends at once.
+    In mid-epoch never while gradients are accumulated, which no checkpoint holds; and where a dev evaluation comes
+    next, as one about to begin, which Lightning (2.6) would leave out after a restart. Told to end (SIGINT, SIGTERM),
+    training goes on to the end of the step, on all devices; told twice, it ends at once.
     """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "last.ckpt"
-        self.saved = ""
-        """How far training was when this run last saved, in words; empty if it never did."""
+        self.saved = ""  # how far training was when this run last saved, in words; empty if it never did
         self._told = 0
         self._saved_at = time.monotonic()
 
@@ -182,8 +177,7 @@ def _begun(validation: dict[str, Any]) -> dict[str, Any]:
 def what_is_missing(trainer: pl.Trainer, *, evaluated: bool, up_to_date: bool, finished: bool, goes_on: str) -> str:
     """After training, in a line: what is not in the pool or not finished, and how to go on; empty where all is.
 
-    ``evaluated``: whether dev was, ever; ``up_to_date``: after the last step; ``goes_on``: what has to be added to the
-    command.
+    ``evaluated``: whether dev was, ever; ``up_to_date``: after the last step; ``goes_on``: to be added to the command.
     """
     saved = any(isinstance(c, RunCheckpoint) for c in trainer.callbacks)
     again = f"the same command{goes_on} and " if saved else "nothing was saved to go on from; once more "
@@ -197,8 +191,9 @@ def what_is_missing(trainer: pl.Trainer, *, evaluated: bool, up_to_date: bool, f
         )
     if not finished:
         why = "by trainer.max_time " if out_of_time(trainer) else ""
+        end = f"{trainer.max_steps} steps" if trainer.max_steps != -1 else f"{trainer.max_epochs} epochs"
         return (
-            f"stopped {why}at {position(trainer)} of {_end(trainer)}: members are in the pool, but not finished, "
+            f"stopped {why}at {position(trainer)} of {end}: members are in the pool, but not finished, "
             f"so dicor leaves them out; {again}more time goes on"
         )
     return ""
@@ -207,11 +202,6 @@ def what_is_missing(trainer: pl.Trainer, *, evaluated: bool, up_to_date: bool, f
 def limit_on_dev(trainer: pl.Trainer) -> str:
     """The flag for which dev was not evaluated as a whole."""
     return "trainer.overfit_batches" if trainer.overfit_batches else "trainer.limit_val_batches"
-
-
-def _end(trainer: pl.Trainer) -> str:
-    """Where training was to end: ``1000 epochs``, ``300 steps``."""
-    return f"{trainer.max_steps} steps" if trainer.max_steps != -1 else f"{trainer.max_epochs} epochs"
 
 
 def check_checkpoint(saved: Mapping[str, Any], expected: Mapping[str, Any], *, any_base: bool) -> None:

@@ -89,16 +89,22 @@ def test_borders_of_the_settings(wrong: dict[str, Any]) -> None:
 
 
 class Writer:
-    """Stands in for the pool's writer: two members, of which the second is worse at rung 2 alone."""
+    """Stands in for the pool's writer and its history: two members, of which the second is worse at rung 2 alone."""
 
     paused = False
 
     def __init__(self) -> None:
-        self.evaluations, self.asked = 0, list[int]()
+        self.evaluations, self.asked, self.history = 0, list[int](), self
 
-    def at(self, rung: int) -> tuple[list[float], dict[str, np.ndarray]]:
+    def __len__(self) -> int:
+        return self.evaluations
+
+    def overall_at(self, rung: int) -> list[float]:
         self.asked.append(rung)
-        return [0.5, 0.5 if rung == 1 else 0.4], {"sts": values([1, 2, 3], [1, 2, 3])}
+        return [0.5, 0.5 if rung == 1 else 0.4]
+
+    def logits_at(self, rung: int) -> dict[str, np.ndarray]:
+        return {"sts": values([1, 2, 3], [1, 2, 3])}
 
 
 def test_when_a_bank_is_stopped() -> None:

@@ -194,7 +194,7 @@ def test_a_probe_decides_where_the_estimate_is_too_large(
     np.random.seed(3)  # noqa: NPY002
     states = torch.random.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
     for free, expected in ((four * 0.5 + five * 0.5, 4), (four / 9, 1), (five * 100, 9)):
-        monkeypatch.setattr(probe, "usable_memory", lambda _, free=free: int(free))
+        monkeypatch.setattr(memory, "usable_memory", lambda _, free=free: int(free))
         fit, why = probe.members_that_fit(trial.module, trial.data, trial.trainer)
         assert fit == expected
         assert ("probe of 1 and 2 members" in why) == (expected < 9)
@@ -206,7 +206,7 @@ def test_a_probe_that_does_not_fit(
     tiny: Callable[[str], Path], demo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trial = Setting(tiny("bert"), demo_root, Member(rank=4, seed=[1, 2, 3]))
-    monkeypatch.setattr(probe, "usable_memory", lambda _: 1)
+    monkeypatch.setattr(memory, "usable_memory", lambda _: 1)
     original = BankModule.with_members
     for most in (1, 0):
 

@@ -160,7 +160,7 @@ def test_history_keeps_the_first_of_the_best() -> None:
     for h in (history, again):
         results = h.results("sts", 2)
         assert (results["score"], results["best_epoch"], results["epoch_scores"]) == (1.0, 3, [None, 0.0, 1.0, 1.0])
-    assert history.summary()[1][0] == ["one", "diverged", 0.5, 0.0]
+    assert history.summary()[0] == ["one", "diverged", 0.5, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_the_table_and_the_time_left(clock: list[float], capsys: pytest.CaptureF
     bank = PlannedBank(members=["c", "d"])
     banks = [PlannedBank(members=["a", "b"], finished=finished("a", "b")), bank, PlannedBank(members=["e", "f", "g"])]
     plan = Plan(banks=banks, kept=["h"], left={"i": 1})
-    writer: Any = SimpleNamespace(summary=lambda module: ([], [["c", 1, 0.5], ["d", 1, 0.25]]))
+    writer: Any = SimpleNamespace(history=SimpleNamespace(summary=lambda: [["c", 1, 0.5], ["d", 1, 0.25]]))
     progress = SweepProgress(plan, bank, writer, [SST])
     clock[0] += 50  # loading counts for nothing
     progress.on_train_start(stand_in(1, 0, most=4), None)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def test_the_table_and_the_time_left(clock: list[float], capsys: pytest.CaptureF
 
 def test_of_many_banks_those_around_the_one_that_trains_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     banks = [PlannedBank(members=[f"m{i}"]) for i in range(20)]
-    writer: Any = SimpleNamespace(summary=lambda module: ([], [["m9", 1, math.nan]]))
+    writer: Any = SimpleNamespace(history=SimpleNamespace(summary=lambda: [["m9", 1, math.nan]]))
     SweepProgress(Plan(banks=banks), banks[9], writer, [SST]).on_validation_end(stand_in(0, 5, most=1), None)  # type: ignore[arg-type]
     *table, said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table if line[:1].isdigit()] == [str(n) for n in range(7, 15)]

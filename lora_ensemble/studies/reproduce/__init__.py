@@ -1,5 +1,4 @@
 """Both reports, one command each: ``lora-ensemble reproduce oyeniyi|tolkunov``.
 
-It stands above both stages: it starts sweeps as processes of their own, and reads what they left in the pool as dicor
-does.
+It starts sweeps as processes of their own, and reads what they left in the pool as dicor does.
 """

@@ -17,14 +17,10 @@ TASKS = ("sst", "quora", "sts")
 class Part:
     """One sweep of a reproduction."""
 
-    name: str
-    """What it trains, in words."""
-    pool: str
-    """Its pool's folder below the output."""
-    config: str
-    """Its file below ``configs``, the report's own settings."""
-    small: str
-    """What ``--scale small`` puts on top of it."""
+    name: str  # what it trains, in words
+    pool: str  # its pool's folder below the output
+    config: str  # its file below ``configs``, the report's own settings
+    small: str  # what ``--scale small`` puts on top of it
     tasks: tuple[str, ...]
 
 
@@ -34,18 +30,13 @@ class Paper:
 
     title: str
     parts: tuple[Part, ...]
-    sizes: dict[str, tuple[int, int, int]]
-    """Task to examples of train, dev and test."""
-    small: str
-    """How ``--scale small`` differs, in words."""
-    oddities: tuple[str, ...]
-    """What in the report contradicts itself or cannot be right."""
-    base_model: str
-    """As it is named there."""
+    sizes: dict[str, tuple[int, int, int]]  # task to examples of train, dev and test
+    small: str  # how ``--scale small`` differs, in words
+    oddities: tuple[str, ...]  # what in the report contradicts itself or cannot be right
+    base_model: str  # as it is named there
     dev: dict[str, tuple[float, float, float, float] | None]
     """System to SST, Quora, STS and overall score on dev; None: announced and not reported."""
-    test: tuple[str, tuple[float, float, float, float]]
-    """The system of the test leaderboard, and its scores."""
+    test: tuple[str, tuple[float, float, float, float]]  # the system of the test leaderboard, and its scores
 
 
 OYENIYI = Paper(

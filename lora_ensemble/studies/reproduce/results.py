@@ -56,13 +56,11 @@ def _is_number(cell: str) -> bool:
 
 
 class Systems:
-    """Scores on dev of a report's systems, by name and task: None where there is none."""
+    """Scores of a report's systems, by name and task, on the dev set that they were chosen on, and honest estimates."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str]) -> None:  # None: there is none
         self.in_sample: dict[str, dict[str, float | None]] = {name: dict.fromkeys(TASKS) for name in names}
-        """Task's score of each system on the very dev set that it was chosen on."""
         self.honest: dict[str, dict[str, float | None]] = {name: dict.fromkeys(TASKS) for name in names}
-        """The honest estimate."""
 
     def add(self, name: str, task: str, estimate: Estimate, score: float | None) -> None:
         """``score``: the one on dev."""

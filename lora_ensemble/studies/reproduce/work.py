@@ -28,13 +28,10 @@ class Work:
     """How much a part trains."""
 
     members: int
-    heads_only: int
-    """Members of these whose encoder stays as it is, and is run once."""
-    full: bool
-    """Whether the whole encoder is trained."""
+    heads_only: int  # members of these whose encoder stays as it is, and is run once
+    full: bool  # whether the whole encoder is trained
     epochs: int
-    steps_per_epoch: int | None
-    """None: as many as the longest task takes."""
+    steps_per_epoch: int | None  # None: as many as the longest task takes
     learning_rates: list[float]
 
 
@@ -43,12 +40,9 @@ class Speed:
     """How fast this machine is, and how long the examples are."""
 
     device: str
-    seconds: float
-    """Of training one member on one token."""
-    tokens: dict[str, float]
-    """Task to mean tokens of an example."""
-    examples: dict[str, tuple[int, int]]
-    """Task to examples of train and dev."""
+    seconds: float  # of training one member on one token
+    tokens: dict[str, float]  # task to mean tokens of an example
+    examples: dict[str, tuple[int, int]]  # task to examples of train and dev
 
 
 def config_folder() -> Path:

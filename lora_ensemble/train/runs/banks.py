@@ -17,10 +17,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from lora_ensemble import pool
 from lora_ensemble.errors import UserError
 from lora_ensemble.train.data import BankData
+from lora_ensemble.train.evaluation import summary_header
 from lora_ensemble.train.module import BankModule
-from lora_ensemble.train.notices import log_member_table, print_summary, say
+from lora_ensemble.train.notices import say
 from lora_ensemble.train.pool_writer import PoolWriter
-from lora_ensemble.train.records import with_metrics
+from lora_ensemble.train.records import tell_members
 from lora_ensemble.train.restart import RunCheckpoint, write_checkpoint
 from lora_ensemble.train.runs.memory import is_out_of_memory
 from lora_ensemble.train.runs.plan import FILE, BankSize, Finished, Plan, PlannedBank, banks_of, read_plan, write_plan
@@ -51,27 +52,28 @@ def release(module: BankModule) -> None:
 class BankRun:
     """Trains a run's members in banks that fit, one bank after another."""
 
-    module: BankModule
-    """Of all members; consumed, like ``trainer``: both are used if one bank holds them all."""
+    module: BankModule  # of all members; consumed, like ``trainer``: both are used if one bank holds them all
     data: BankData
     trainer: pl.Trainer | None
     make_trainer: MakeTrainer
     _: KW_ONLY
     run_dir: Path
     size: BankSize
-    keep: bool
-    """Whether anything is written to ``run_dir``."""
+    keep: bool  # whether anything is written to ``run_dir``
 
     def __post_init__(self) -> None:
         assert self.trainer is not None
         self.plan = Plan()
         self._names = [m.name for m in self.module.members]
         self._limits: dict[str, Any] = {"max_epochs": self.trainer.max_epochs, "max_steps": self.trainer.max_steps}
-        self._loggers, self._pool = list(self.trainer.loggers), writer_of(self.trainer).dir
+        self._loggers, self._pool = list(self.trainer.loggers), writer_of(self.trainer).records.dir
         self._resumes, self._checkpoint_given = False, ""
         self._weights_only: bool | None = True
-        self._made: set[str] = set()
-        """Keys of banks whose checkpoint was made in this process."""
+        self._all_banks: Plan | None = (
+            None  # the run's plan, where one bank of it is trained by itself, with its own plan
+        )
+        self._plan_folder = self.run_dir
+        self._made: set[str] = set()  # keys of banks whose checkpoint was made in this process
 
     def fit(self, ckpt_path: str | None, weights_only: bool | None) -> None:
         """Train every bank to its end. ``ckpt_path``: ``last`` goes on where a run of several banks stopped.
@@ -80,18 +82,13 @@ class BankRun:
         """
         self._resumes, self._weights_only = ckpt_path is not None, weights_only
         self.plan = self._made_plan()
-        banks = self.plan.banks
-        if ckpt_path == "last":
-            last = self._last(banks[0])
-            if len(banks) == 1 and not last.is_file():
-                say(f"--ckpt_path last: {last}: not there yet, so the run begins anew")
-        elif ckpt_path is not None and len(banks) > 1:
-            raise UserError(
-                f"--ckpt_path: {ckpt_path} with {len(banks)} banks; give last, which goes on with each bank from "
-                "its own checkpoint"
-            )
-        else:
-            self._checkpoint_given = ckpt_path or ""
+        banks, given = self.plan.banks, "" if ckpt_path in (None, "last") else str(ckpt_path)
+        if given and len(banks) > 1:
+            what = f"--ckpt_path: {given} with {len(banks)} banks"
+            raise UserError(f"{what}; give last, which goes on with each bank from its own checkpoint")
+        if ckpt_path == "last" and len(banks) == 1 and not self._last(banks[0]).is_file():
+            say(f"--ckpt_path last: {self._last(banks[0])}: not there yet, so the run begins anew")
+        self._checkpoint_given = given
         self._train_all()
         if len(self.plan.banks) > 1 and all(row[1] == "diverged" for row in self._summary(self._names)):
             raise UserError(_ALL_DIVERGED)
@@ -114,10 +111,6 @@ class BankRun:
     def _is_done(self, bank: PlannedBank) -> bool:
         """Whether a bank need not be trained again. One bank alone is Lightning's to go on with, or to do nothing."""
         return len(self.plan.banks) > 1 and self._is_finished(bank)
-
-    def _is_alone(self) -> bool:
-        """Whether one bank is the whole run."""
-        return len(self.plan.banks) == 1
 
     def _watch(self, bank: PlannedBank, trainer: pl.Trainer) -> None:
         """Before a bank's training starts."""
@@ -147,7 +140,7 @@ class BankRun:
 
     def _write(self, plan: Plan | None = None) -> None:
         if self.keep and rank_zero_only.rank == 0:
-            write_plan(self.run_dir, plan or self.plan)
+            write_plan(self._plan_folder, plan or self.plan)
 
     def _with_banks(self, plan: Plan, names: Sequence[str]) -> Plan:
         """The plan with further banks for these members."""
@@ -189,15 +182,12 @@ class BankRun:
         """The bank is finished in the plan afterwards; or, when memory ran out, its halves stand in its place."""
         last, whole, trainer, self.trainer = self._last(bank), len(bank.members) == len(self._names), self.trainer, None
         begun = last.is_file() and (self._resumes or bank.key in self._made)
-        if whole and trainer is not None:
-            module = self.module
-        else:
-            release(self.module)
-            module = self.module.with_members([m for m in self.module.members if m.name in bank.members])
+        module = self.module
+        if not whole or trainer is None:
+            release(module)
+            module = module.with_members([m for m in module.members if m.name in bank.members])
             trainer = self.make_trainer(last.parent, begun)
-        checkpoint = str(last) if begun else None
-        if whole:
-            checkpoint = self._checkpoint_given or checkpoint
+        checkpoint = (self._checkpoint_given if whole else "") or (str(last) if begun else None)
         writer, failed = writer_of(trainer), False
         self._watch(bank, trainer)
         try:
@@ -218,23 +208,19 @@ class BankRun:
             halves = self._halves(bank, module, trainer, checkpoint)
             self.plan = self.plan.replaced(bank, halves, f"{len(bank.members)} members: out of memory")
             return
-        if writer.all_diverged and self._is_alone():
+        if (nobody_left := writer.history.all_diverged) and len((self._all_banks or self.plan).banks) == 1:
             raise UserError(_ALL_DIVERGED)
-        if writer.all_diverged:
+        if nobody_left:
             say("every member of this bank has diverged (NaN or infinity)")
-        if not self._was_stopped(bank, module) and (writer.finished or writer.all_diverged):
-            header, rows = writer.summary(module)
-            rows = [[None if cell != cell else cell for cell in row] for row in rows]
-            end = Finished(header=header, rows=rows, **self._limits)
+        if not self._was_stopped(bank, module) and (writer.finished or nobody_left):
+            rows = [[None if cell != cell else cell for cell in row] for row in writer.history.summary()]
+            end = Finished(header=summary_header(module.tasks), rows=rows, **self._limits)
             self.plan = self.plan.replaced(bank, [replace(bank, finished=end)])
 
     def _halves(
         self, bank: PlannedBank, module: BankModule, trainer: pl.Trainer, checkpoint: str | None
     ) -> list[PlannedBank]:
-        """Two banks in the place of one that ran out of memory, which leaves nothing on the device.
-
-        They go on from its last checkpoint, or from the one that it began with.
-        """
+        """Two in the place of one that ran out of memory: from its last checkpoint, or from where it began."""
         m, epoch = len(bank.members), trainer.current_epoch + 1
         if m == 1:
             raise UserError(f"out of memory with a single member ({bank.members[0]}) in epoch {epoch}; {TOO_LARGE}")
@@ -274,9 +260,6 @@ class BankRun:
         for name, records in self._records(names).items():
             scores = [math.nan if r is None or r.score is None else r.score for r in records]
             rows.append([name, states.get(name, "-" if records[0] is None else records[0].best_epoch), *scores])
-        header = ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in self.module.tasks)]
         if self.keep and rank_zero_only.rank == 0:
-            header, table = with_metrics(header, rows, self._pool, self.module)
-            log_member_table(self._loggers, header, table)
-            print_summary(header, table, folder=self._pool, tasks=[t.name for t in self.module.tasks])
+            tell_members(rows, self.module, self._pool, self._loggers, printed=True)
         return rows

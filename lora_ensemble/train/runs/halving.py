@@ -77,16 +77,13 @@ def _correlation(logits: Mapping[str, np.ndarray]) -> np.ndarray:
 class Gate(pl.Callback):
     """Stops a bank where members have to leave it, at the end of an epoch, after its checkpoint was written.
 
-    ``rung``: the last one that the bank has been through. ``others``: from a rung to the scores that members elsewhere
-    had there.
+    ``rung``: the last one that the bank has been through. ``others``: from a rung to other members' scores there.
     """
 
     def __init__(self, rule: EarlyExit, writer: PoolWriter, *, rung: int, others: Callable[[int], list[float]]) -> None:
         self._rule, self._writer, self._others, self.rung = rule, writer, others, rung
-        self.stayed: list[int] | None = None
-        """Indices of the members that stay, once the bank was stopped."""
-        self.epochs = 0
-        """Epochs that were trained until then."""
+        self.stayed: list[int] | None = None  # indices of the members that stay, once the bank was stopped
+        self.epochs = 0  # that were trained until then
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A kill may have come after the checkpoint and before the members left."""
@@ -97,12 +94,12 @@ class Gate(pl.Callback):
         self._decide(trainer, trainer.current_epoch + 1)
 
     def _decide(self, trainer: pl.Trainer, epochs: int) -> None:
-        done = self._writer.evaluations
-        rung = max((r for r in self._rule.rungs if r <= done), default=0)
+        history = self._writer.history
+        rung = max((r for r in self._rule.rungs if r <= len(history)), default=0)
         if rung <= self.rung or epochs == trainer.max_epochs:
             return
-        scores, logits = self._writer.at(rung)
-        stay = survivors(scores, self._others(rung), logits, keep=self._rule.keep, reserve=self._rule.reserve)
+        scores, rule = history.overall_at(rung), self._rule
+        stay = survivors(scores, self._others(rung), history.logits_at(rung), keep=rule.keep, reserve=rule.reserve)
         self.rung = rung
         if len(stay) < len(scores):
             self.stayed, self.epochs = stay, epochs

@@ -21,8 +21,7 @@ from lora_ensemble.files import replacing
 from lora_ensemble.train.module import BankModule
 
 FILE = "banks.json"
-BankSize = int | Literal["auto"] | None
-"""Members that train at once: a number, as many as fit, or all."""
+BankSize = int | Literal["auto"] | None  # members that train at once: a number, as many as fit, or all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +31,7 @@ class Finished:
     max_epochs: int | None
     max_steps: int
     header: list[str]
-    rows: list[list[Any]]
-    """A row per member: name, best epoch, dev score of each task (None where undefined)."""
+    rows: list[list[Any]]  # a row per member: name, best epoch, dev score of each task (None where undefined)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +40,7 @@ class PlannedBank:
 
     members: list[str]
     finished: Finished | None = None
-    rung: int = 0
-    """Dev evaluations after which the last members left it; 0: none did."""
+    rung: int = 0  # dev evaluations after which the last members left it; 0: none did
 
     @property
     def key(self) -> str:
@@ -56,10 +53,8 @@ class Plan:
     """The banks of a run, in the order in which they train."""
 
     banks: list[PlannedBank] = field(default_factory=list)
-    why: str = ""
-    """What decided the size, in words."""
-    splits: list[str] = field(default_factory=list)
-    """What was split since, and when."""
+    why: str = ""  # what decided the size, in words
+    splits: list[str] = field(default_factory=list)  # what was split since, and when
     kept: list[str] = field(default_factory=list)
     """Members that the pool already had: a sweep does not train them again."""
     left: dict[str, int] = field(default_factory=dict)
@@ -94,12 +89,6 @@ def arrange(orders: Sequence[Sequence[int]], size: int, *, width: Callable[[Sequ
     banks = math.ceil(len(orders[0]) / size)
     cuts = [[sorted(piece.tolist()) for piece in np.array_split(np.array(order), banks)] for order in orders]
     return min(cuts, key=lambda cut: sum(len(rows) * width(rows) for rows in cut))
-
-
-def check_bank_size(size: BankSize) -> None:
-    """``UserError`` for a bank of none."""
-    if isinstance(size, int) and size < 1:
-        raise UserError(f"--bank_size: {size}; expected auto, null, or a number of members of at least 1")
 
 
 def banks_of(module: BankModule, names: Sequence[str], size: int) -> list[PlannedBank]:

@@ -21,15 +21,7 @@ from lora_ensemble.train.batches import TrainBatches
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.evaluation import member_losses
 from lora_ensemble.train.module import BankModule
-from lora_ensemble.train.runs.memory import (
-    Need,
-    cautious_need,
-    gib,
-    is_out_of_memory,
-    measurable,
-    peak_bytes,
-    usable_memory,
-)
+from lora_ensemble.train.runs import memory
 from lora_ensemble.train.runs.plan import BankSize
 
 TOO_LARGE = (
@@ -59,7 +51,7 @@ def bank_size(
         return m, ""
     if given != "auto":
         return given, f"--bank_size {given}"
-    if not measurable(device):
+    if not memory.measurable(device):
         return m, f"memory of {device.type} cannot be measured; set --bank_size if it runs out"
     if trainer.world_size > 1 and not (follows and launched_by_us(trainer)):
         return m, "several processes started from outside do not probe; set --bank_size if memory runs out"
@@ -75,17 +67,15 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     """How many of ``module``'s members train together on the trainer's device, and why, in words.
 
     0 only if one was tried and ran out of memory; where arithmetic alone says that one is too many, it is 1.
-
-    ``module`` has at least two members; ``data`` is set up for fit and knows the trainer. No random state is changed,
-    nor any result.
+    ``module`` has at least two; ``data`` is set up for fit and knows the trainer. No random state or result is changed.
     """
     device, m, bank = trainer.strategy.root_device, len(module.members), module.bank
-    free, batches = usable_memory(device), data.train_dataloader()
+    free, batches = memory.usable_memory(device), data.train_dataloader()
     lengths = [int(split.lengths.max()) for split in batches.splits.values()]
     share = -(-data.batch_size // batches.world)
     number = 8 if str(trainer.precision).startswith("64") else 4
     row = row_width(bank.shapes)
-    estimate = cautious_need(
+    estimate = memory.cautious_need(
         bank.config,
         width=row,
         tokens=max(share * sum(lengths), data.eval_batch_size * max(lengths) // 4),
@@ -94,9 +84,9 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     )
     # On a device of its own the encoder comes on top, once as it is and once for autocast's copies.
     encoder = 2 * sum(p.nbytes for p in bank.encoder.parameters()) if device.type != "cpu" else 0
-    usable = f"{gib(free)} usable on {device.type}"
+    usable = f"{memory.gib(free)} usable on {device.type}"
     if encoder + estimate.of(m) <= _CLEARLY * free:
-        return m, f"{usable}; a member takes less than {gib(estimate.each)}"
+        return m, f"{usable}; a member takes less than {memory.gib(estimate.each)}"
     widest = sorted(range(m), key=lambda i: -row_width(bank.row_shapes([i])))[:2]
     trial = Trial(module, data, trainer)
     peaks = []
@@ -104,7 +94,7 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
         try:
             peaks.append(trial.peaks(widest[:count]))
         except Exception as e:
-            if not is_out_of_memory(e):
+            if not memory.is_out_of_memory(e):
                 raise
             return count - 1, f"{usable}; a probe of {count} did not fit"
     # The probe's rows are padded to its own largest ranks, the bank's to those of all.
@@ -112,9 +102,9 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     # A member's dev logits: collected and in order, and every epoch's in half precision.
     logits = sum(len(data.splits["dev"][t.name]) * t.num_outputs for t in module.tasks)
     extra = padding + logits * (3 * 4 + 2 * max(trainer.max_epochs or 1, 1))
-    needs = [Need.through([(1, peaks[0][phase]), (2, peaks[1][phase])]) for phase in peaks[0]]
-    worst = min((Need(n.shared, n.each + extra) for n in needs), key=lambda n: n.fits(free))
-    said = f"a member takes {gib(worst.each)} + {gib(worst.shared)} shared; probe of 1 and 2 members"
+    needs = [memory.Need.through([(1, peaks[0][phase]), (2, peaks[1][phase])]) for phase in peaks[0]]
+    worst = min((memory.Need(n.shared, n.each + extra) for n in needs), key=lambda n: n.fits(free))
+    said = f"a member takes {memory.gib(worst.each)} + {memory.gib(worst.shared)} shared; probe of 1 and 2 members"
     return min(max(worst.fits(free), 1), m), f"{usable}; {said}"
 
 
@@ -175,7 +165,7 @@ class Trial:
             there = some.bank.weights.nbytes if device.type == "cpu" else 0
             try:
                 return {
-                    phase: there + peak_bytes(partial(self._run, some, phase, device), device)
+                    phase: there + memory.peak_bytes(partial(self._run, some, phase, device), device)
                     for phase in self._batches
                 }
             finally:

@@ -16,10 +16,8 @@ from lora_ensemble.train.notices import table
 from lora_ensemble.train.pool_writer import PoolWriter
 from lora_ensemble.train.runs.plan import Plan, PlannedBank
 
-MOST_ROWS = 8
-"""Banks that the table shows: the ones around the one that trains."""
-_NONE = (-math.inf, "")
-"""Score and name of the best member where none has a score."""
+MOST_ROWS = 8  # banks that the table shows: the ones around the one that trains
+_NONE = (-math.inf, "")  # score and name of the best member where none has a score
 
 
 def duration(seconds: float) -> str:
@@ -31,7 +29,7 @@ def duration(seconds: float) -> str:
 
 
 def best_of(rows: Sequence[Sequence[Any]], tasks: Sequence[Task]) -> tuple[float, str]:
-    """Overall score and name of the best row of ``PoolWriter.summary``; minus infinity where none has a score."""
+    """Overall score and name of the best row of ``History.summary``; minus infinity where none has a score."""
     best = _NONE
     for name, _, *scores in rows:
         if all(isinstance(s, float) and math.isfinite(s) for s in scores):
@@ -63,8 +61,7 @@ class SweepProgress(pl.Callback):
         for bank in plan.banks:
             scored, epoch = _NONE, "waits"
             if bank is own:
-                module: Any = pl_module
-                scored = best_of(self._writer.summary(module)[1], self._tasks)
+                scored = best_of(self._writer.history.summary(), self._tasks)
                 epoch = f"{done:g}/{most}" if most else f"{done:g}"
             elif bank.finished:
                 scored, epoch = best_of(bank.finished.rows, self._tasks), "done"

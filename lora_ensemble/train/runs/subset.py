@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lora_ensemble.bank.model import Bank, row_width
 
-WEIGHTS = "bank.weights"
-"""The one trained tensor's name in a checkpoint of the LightningModule."""
+WEIGHTS = "bank.weights"  # the one trained tensor's name in a checkpoint of the LightningModule
 
 Layout = Mapping[str, torch.Size]
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,22 +21,20 @@ from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import say
 from lora_ensemble.train.runs.banks import BankRun, writer_of
 from lora_ensemble.train.runs.halving import EarlyExit, Gate
-from lora_ensemble.train.runs.plan import Plan, PlannedBank, read_plan, write_plan
+from lora_ensemble.train.runs.plan import Plan, PlannedBank, read_plan
 from lora_ensemble.train.runs.progress import SweepProgress, duration
 
 Train = Callable[[Plan, list[int], Callable[[PlannedBank], Path]], None]
 """From a plan, the numbers of the banks to train and a bank's folder to nothing: has others train them, or only says
 what there is to train."""
-_WAIT = 60.0
-"""Seconds to wait for a process that is about to die with its node."""
+_WAIT = 60.0  # seconds to wait for a process that is about to die with its node
 
 
 @dataclass(eq=False)
 class Sweep(BankRun):
     """A ``BankRun`` that goes on by itself where it stopped, and trains no member that the pool has finished.
 
-    What is finished is read from the pool: the same settings, the same data, and ``finished``. The plan of banks is
-    written first and used again.
+    That is: the same settings, the same data, and ``finished``. The plan of banks is written first and used again.
     """
 
     def __post_init__(self) -> None:
@@ -43,8 +42,6 @@ class Sweep(BankRun):
         self._resumes = True
         self._early_exit: EarlyExit | None = None
         self._gate: Gate | None = None
-        self._all_banks: Plan | None = None
-        """The run's plan, where one bank of it is trained, whose own plan is ``plan``."""
 
     def sweep(
         self, early_exit: EarlyExit | None = None, *, bank: int | None = None, train: Train | None = None
@@ -84,8 +81,8 @@ class Sweep(BankRun):
         if not 1 <= number <= len(plan.banks):
             raise UserError(f"--bank {number}: the plan has {len(plan.banks)} banks")
         self._all_banks, bank = plan, plan.banks[number - 1]
-        self._own_folder = self._folder(bank)
-        return read_plan(self._own_folder, bank.members) or Plan(banks=[bank])
+        self._plan_folder = self._folder(bank)
+        return read_plan(self._plan_folder, bank.members) or Plan(banks=[bank])
 
     def _with_plans_of_banks(self, plan: Plan) -> Plan:
         """The plan, with what became of banks that were trained by processes of their own."""
@@ -96,12 +93,6 @@ class Sweep(BankRun):
                 plan = replace(plan.replaced(bank, own.banks), splits=[*plan.splits, *own.splits], left=left)
         return plan
 
-    def _write(self, plan: Plan | None = None) -> None:
-        if self._all_banks is None:
-            super()._write(plan)
-        elif self.keep and rank_zero_only.rank == 0:
-            write_plan(self._own_folder, plan or self.plan)
-
     def _made_plan(self) -> Plan:
         saved = read_plan(self.run_dir, self._names) if self.keep else None
         if rank_zero_only.rank != 0 and saved is not None:
@@ -109,10 +100,9 @@ class Sweep(BankRun):
         assert self.trainer is not None
         self.data.trainer = self.trainer
         self.data.setup("fit")
-        there = writer_of(self.trainer).records.existing(
-            self.trainer, self.data, self.module, resumed=saved is not None
-        )
-        finished = {name for name, (record, whole) in there.items() if whole and self._long_enough(record)}
+        there = writer_of(self.trainer).records.existing(self.data, self.module, resumed=saved is not None)
+        ends = {name: {key: record.settings.get(key) for key in self._limits} for name, (record, _) in there.items()}
+        finished = {name for name, (_, whole) in there.items() if whole and ends[name] == self._limits}  # long enough
         if saved is not None:
             plan = self._checked(self._with_plans_of_banks(saved), finished, set(there))
         else:
@@ -124,9 +114,6 @@ class Sweep(BankRun):
             say(plan.describe())
         self._write(plan)
         return plan
-
-    def _long_enough(self, record: pool.MemberRecord) -> bool:
-        return all(record.settings.get(key) == value for key, value in self._limits.items())
 
     def _with_banks(self, plan: Plan, names: Sequence[str]) -> Plan:
         if not names:
@@ -171,17 +158,12 @@ class Sweep(BankRun):
     # One bank
 
     def _train(self, bank: PlannedBank) -> None:
-        if rank_zero_only.rank != 0 or not self.keep:
-            super()._train(bank)
-            return
-        with sole_process(self._folder(bank), "trains this bank", wait=_WAIT):
+        locks = self.keep and rank_zero_only.rank == 0
+        with sole_process(self._folder(bank), "trains this bank", wait=_WAIT) if locks else contextlib.nullcontext():
             super()._train(bank)
 
     def _is_done(self, bank: PlannedBank) -> bool:
         return self._is_finished(bank)
-
-    def _is_alone(self) -> bool:
-        return len((self._all_banks or self.plan).banks) == 1
 
     def _watch(self, bank: PlannedBank, trainer: pl.Trainer) -> None:
         writer = writer_of(trainer)
@@ -189,9 +171,7 @@ class Sweep(BankRun):
         self._gate = None
         if self._early_exit is not None:
             others = self._others(bank)
-            self._gate = Gate(
-                self._early_exit, writer, rung=bank.rung, others=lambda rung: self._scores_at(others, rung)
-            )
+            self._gate = Gate(self._early_exit, writer, rung=bank.rung, others=partial(self._scores_at, others))
             trainer.callbacks.insert(0, self._gate)
         # After the pool's writer, whose scores it shows.
         progress = SweepProgress(self.plan, bank, writer, self.module.tasks)
