@@ -72,7 +72,6 @@ def run(argv: Sequence[str]) -> int:
             if output.partial is not None and output.begun:
                 print(f"\ninterrupted after {output.rows} rows: the same command goes on", file=sys.stderr)
             raise
-        output.finish()
     infer.say()
     return 1 if infer.bad else 0
 
@@ -111,15 +110,10 @@ class _Output:
 
     stream: BinaryIO
     partial: Path | None = None
+    note: Path = Path()  # says how many rows and bytes the partial file holds
     target: Path = Path()
     rows: int = 0  # how many are there already
     begun: bool = False  # whether anything is
-
-    @property
-    def note(self) -> Path:
-        """The file with the numbers of rows and bytes that the partial file holds."""
-        assert self.partial is not None
-        return self.partial.with_name(self.partial.name + ".json")
 
     def write(self, content: bytes) -> None:
         """Add some rows, and a note of it."""
@@ -144,13 +138,6 @@ class _Output:
         self.stream.truncate(size if self.begun else 0)
         self.stream.seek(0, os.SEEK_END)
 
-    def finish(self) -> None:
-        """Give the file its name."""
-        if self.partial is not None:
-            self.stream.close()
-            os.replace(self.partial, self.target)
-            self.note.unlink(missing_ok=True)
-
 
 @contextlib.contextmanager
 def _open_output(args: argparse.Namespace) -> Iterator[_Output]:
@@ -169,15 +156,19 @@ def _open_output(args: argparse.Namespace) -> Iterator[_Output]:
     except OSError as e:
         raise UserError(f"{args.output}: cannot be written: {e.strerror}; give a file in a folder that exists") from e
     with stream:
-        output = _Output(stream=stream, partial=partial, target=target)
+        note = partial.with_name(partial.name + ".json")
+        output = _Output(stream=stream, partial=partial, note=note, target=target)
         if again:
             output.go_on()
         try:
             yield output
+            stream.close()
+            os.replace(partial, target)
+            note.unlink(missing_ok=True)
         finally:
             if not output.begun:
                 partial.unlink(missing_ok=True)
-                output.note.unlink(missing_ok=True)
+                note.unlink(missing_ok=True)
 
 
 def _digest(args: argparse.Namespace) -> str:
