@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except KeyboardInterrupt:
-            if output.partial is not None and output.begun:
+            if output.note is not None and output.begun:
                 print(f"\ninterrupted after {output.rows} rows: the same command goes on", file=sys.stderr)
             raise
     infer.say()
@@ -109,28 +109,27 @@ class _Output:
     """Standard output, or a partial file that gets its name at the end; after each block is noted what it holds."""
 
     stream: BinaryIO
-    partial: Path | None = None
-    note: Path = Path()  # says how many rows and bytes the partial file holds
-    target: Path = Path()
+    note: Path | None = None  # the file that says how many rows and bytes the partial file holds
+    packed: bool = False
     rows: int = 0  # how many are there already
     begun: bool = False  # whether anything is
 
     def write(self, content: bytes) -> None:
         """Add some rows, and a note of it."""
-        if self.target.suffix.lower() == ".gz":
+        if self.packed:
             content = gzip.compress(content)  # a file of several such parts is one that gzip reads, and may end at each
         self.stream.write(content)
         self.stream.flush()
         self.begun = True
-        if self.partial is not None:
+        if self.note is not None:
             with replacing(self.note) as new:
                 new.write_text(json.dumps({"rows": self.rows, "bytes": self.stream.tell()}), encoding="utf-8")
 
-    def go_on(self) -> None:
+    def go_on(self, note: Path) -> None:
         """Put the end where the note says that the last whole block ended, or at the start."""
         noted: dict[str, int] = {}
         with contextlib.suppress(OSError, ValueError):
-            noted = json.loads(self.note.read_text(encoding="utf-8"))
+            noted = json.loads(note.read_text(encoding="utf-8"))
         size = noted.get("bytes", 0)
         if 0 < size <= os.fstat(self.stream.fileno()).st_size:
             self.rows, self.begun = noted["rows"], True
@@ -157,9 +156,9 @@ def _open_output(args: argparse.Namespace) -> Iterator[_Output]:
         raise UserError(f"{args.output}: cannot be written: {e.strerror}; give a file in a folder that exists") from e
     with stream:
         note = partial.with_name(partial.name + ".json")
-        output = _Output(stream=stream, partial=partial, note=note, target=target)
+        output = _Output(stream=stream, note=note, packed=target.suffix.lower() == ".gz")
         if again:
-            output.go_on()
+            output.go_on(note)
         try:
             yield output
             stream.close()
@@ -213,7 +212,7 @@ class _Infer:
                 output.rows += len(new)
                 if out := "".join([head, *lines]):
                     output.write(out.encode())
-        if self.bad and not self.answered and not before and output.partial is not None:
+        if self.bad and not self.answered and not before and output.note is not None:
             raise UserError(f"{self.rows.name}: none of its {self.count} rows could be read as {self.rows.kind}")
         if tail := self.rows.tail(self.added):
             output.write(tail)
