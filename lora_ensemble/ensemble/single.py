@@ -55,9 +55,7 @@ def _merged_member(classifier: Any, folder: Path, member: MemberRecord, base: Ba
     try:
         return merge(classifier, adapter, head | encoder, scaling=1.0 if member.scaling is None else member.scaling)
     except (KeyError, RuntimeError) as e:
-        raise UserError(
-            f"member {member.name}: its weights do not fit the base model {base.name} ({one_line(e)})"
-        ) from e
+        raise UserError(f"member {member.name}: its weights do not fit base model {base.name} ({one_line(e)})") from e
 
 
 @torch.no_grad()
