@@ -69,10 +69,9 @@ def run(argv: Sequence[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except KeyboardInterrupt:
-            if output.partial is not None and output.begun:
+            if output.note is not None and output.begun:
                 print(f"\ninterrupted after {output.rows} rows: the same command goes on", file=sys.stderr)
             raise
-        output.finish()
     infer.say()
     return 1 if infer.bad else 0
 
@@ -110,46 +109,33 @@ class _Output:
     """Standard output, or a partial file that gets its name at the end; after each block is noted what it holds."""
 
     stream: BinaryIO
-    partial: Path | None = None
-    target: Path = Path()
+    note: Path | None = None  # the file that says how many rows and bytes the partial file holds
+    packed: bool = False
     rows: int = 0  # how many are there already
     begun: bool = False  # whether anything is
 
-    @property
-    def note(self) -> Path:
-        """The file with the numbers of rows and bytes that the partial file holds."""
-        assert self.partial is not None
-        return self.partial.with_name(self.partial.name + ".json")
-
     def write(self, content: bytes) -> None:
         """Add some rows, and a note of it."""
-        if self.target.suffix.lower() == ".gz":
+        if self.packed:
             content = gzip.compress(content)  # a file of several such parts is one that gzip reads, and may end at each
         self.stream.write(content)
         self.stream.flush()
         self.begun = True
-        if self.partial is not None:
+        if self.note is not None:
             with replacing(self.note) as new:
                 new.write_text(json.dumps({"rows": self.rows, "bytes": self.stream.tell()}), encoding="utf-8")
 
-    def go_on(self) -> None:
+    def go_on(self, note: Path) -> None:
         """Put the end where the note says that the last whole block ended, or at the start."""
         noted: dict[str, int] = {}
         with contextlib.suppress(OSError, ValueError):
-            noted = json.loads(self.note.read_text(encoding="utf-8"))
+            noted = json.loads(note.read_text(encoding="utf-8"))
         size = noted.get("bytes", 0)
         if 0 < size <= os.fstat(self.stream.fileno()).st_size:
             self.rows, self.begun = noted["rows"], True
             print(f"going on after {self.rows} rows", file=sys.stderr)
         self.stream.truncate(size if self.begun else 0)
         self.stream.seek(0, os.SEEK_END)
-
-    def finish(self) -> None:
-        """Give the file its name."""
-        if self.partial is not None:
-            self.stream.close()
-            os.replace(self.partial, self.target)
-            self.note.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -169,15 +155,19 @@ def _open_output(args: argparse.Namespace) -> Iterator[_Output]:
     except OSError as e:
         raise UserError(f"{args.output}: cannot be written: {e.strerror}; give a file in a folder that exists") from e
     with stream:
-        output = _Output(stream=stream, partial=partial, target=target)
+        note = partial.with_name(partial.name + ".json")
+        output = _Output(stream=stream, note=note, packed=target.suffix.lower() == ".gz")
         if again:
-            output.go_on()
+            output.go_on(note)
         try:
             yield output
+            stream.close()
+            os.replace(partial, target)
+            note.unlink(missing_ok=True)
         finally:
             if not output.begun:
                 partial.unlink(missing_ok=True)
-                output.note.unlink(missing_ok=True)
+                note.unlink(missing_ok=True)
 
 
 def _digest(args: argparse.Namespace) -> str:
@@ -222,7 +212,7 @@ class _Infer:
                 output.rows += len(new)
                 if out := "".join([head, *lines]):
                     output.write(out.encode())
-        if self.bad and not self.answered and not before and output.partial is not None:
+        if self.bad and not self.answered and not before and output.note is not None:
             raise UserError(f"{self.rows.name}: none of its {self.count} rows could be read as {self.rows.kind}")
         if tail := self.rows.tail(self.added):
             output.write(tail)

@@ -49,13 +49,8 @@ def read_source(path: Path, pool: Path | None) -> Source:
     located = locate(path, pool)
     members = chosen_records(located.ensemble, located.pool)
     check_readers(members, located.pool)
-    return Source(
-        ensemble=located.ensemble,
-        pool=located.pool,
-        members=members,
-        bases=_exported_bases(located, members),
-        text=_text_columns(members, located.pool),
-    )
+    bases, text = _exported_bases(located, members), _text_columns(members, located.pool)
+    return Source(ensemble=located.ensemble, pool=located.pool, members=members, bases=bases, text=text)
 
 
 def check_readers(members: Sequence[MemberRecord], folder: Path) -> None:

@@ -23,7 +23,7 @@ from lora_ensemble.dicor.estimate.honest import Estimate
 from lora_ensemble.dicor.options import Options
 from lora_ensemble.dicor.table import about, verdict
 from lora_ensemble.errors import UserError
-from lora_ensemble.files import replacing, writing
+from lora_ensemble.files import writing
 from lora_ensemble.pool import MemberRecord, TaskPool, read_record
 from lora_ensemble.scores import overall_score
 from lora_ensemble.studies.reproduce.papers import PAPERS, SMALL_SIZE, SMALL_TOP_K, TASKS, Paper, PaperName, Scale
@@ -109,8 +109,8 @@ def write_results(name: PaperName, scale: Scale, output: Path, *, base_model: st
         f"## What is odd in the report\n\n{oddities}",
     ]
     text = "\n\n".join(sections) + "\n"
-    with replacing(output / REPORT) as new:
-        new.write_text(text, encoding="utf-8")
+    with writing(output / REPORT) as f:
+        f.write(text)
     print(text)
     return [output / REPORT, *files]
 
