@@ -5,16 +5,4 @@ Functions take arrays and settings and return records; ``cli.py`` alone reads op
 examples of a split, C outputs of a head.
 """
 
-__all__ = [
-    "apply",
-    "choose",
-    "compare",
-    "estimate",
-    "from_pool",
-    "located",
-    "members",
-    "options",
-    "record",
-    "report",
-    "table",
-]
+__all__ = ["apply", "choose", "compare", "estimate", "located", "members", "options", "record", "report", "table"]

@@ -102,8 +102,7 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
 
     Options that it does not listen to are not looked at here; that they make sense, ``check`` has seen.
     """
-    from lora_ensemble.dicor.choose.greedy import Greedy
-    from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Omni, Weighted
+    from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Greedy, Omni, Weighted
 
     o = options
     top_k = None if o.top_k is None else min(o.top_k, members)

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_ensemble.dicor.choose.combine import tie_order
-from lora_ensemble.dicor.choose.greedy import Greedy
-from lora_ensemble.dicor.choose.methods import Dicor, Exhaustive, Method, Omni, Weighted
+from lora_ensemble.dicor.choose.methods import Dicor, Exhaustive, Greedy, Method, Omni, Weighted
 from lora_ensemble.dicor.choose.settings import (
     DEFAULT_METHOD,
     DEFAULT_SIMILARITY,
