@@ -3,8 +3,6 @@
 How the layers are run is written anew, so that nothing is computed that nobody reads: no padding, the last layer only
 where the head looks, what all members share once until the first adapter or dropout parts them. Frozen weights are
 cast and fused once, not in every step. DeBERTa keeps its own forward: see ``padded``.
-
-Axes: M members (or 1 where all share), T tokens of a packed row, B examples in it, H hidden width, R rank.
 """
 
 from __future__ import annotations

@@ -3,9 +3,6 @@
 A batch enters once, as a packed row, and runs through the encoder for all members together. Everything that members
 train is one matrix with a row per member: one step, one clip, one all-reduce and one NaN check serve the bank, and no
 row can touch another.
-
-Axes: M members, B examples in a batch, T tokens of all of them, H hidden width, R largest rank at a layer, C outputs of
-a head, P trained numbers per member (zeros included).
 """
 
 from __future__ import annotations

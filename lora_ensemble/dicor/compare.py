@@ -1,7 +1,4 @@
-"""A pool's members, opened one at a time, and all methods side by side on them.
-
-Axes: M members, N examples of a split, C outputs of a head.
-"""
+"""A pool's members, opened one at a time, and all methods side by side on them."""
 
 from __future__ import annotations
 

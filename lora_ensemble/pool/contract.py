@@ -1,7 +1,7 @@
 """What lies in the pool: the names of its files, a member's record, a split's examples, and what is right in them.
 
 Every file name of the pool lives here, and a file that is there is judged here; who writes and who waits for whom is in
-``swap.py``. Axes: N examples of a split, C outputs of a head, E epochs.
+``swap.py``.
 """
 
 from __future__ import annotations
@@ -197,13 +197,10 @@ def write_examples(pool: Path, task: str, split: str, ids: ArrayLike, labels: Ar
     ``ids`` (N,), ``labels`` (N,) numbers (classes count from 0) or None. ``UserError`` where ids are not unique, a
     label is no finite number, or the lengths differ.
     """
-    arrays = {"ids": np.asarray(ids, dtype=np.str_)}
-    if labels is not None:
-        arrays["labels"] = np.asarray(labels)
-    _check_examples(arrays["ids"], arrays.get("labels"), f"{task} {split} examples")
-    if labels is not None:
-        arrays["labels"] = arrays["labels"].astype(_label_type(arrays["labels"]))
-    fingerprint = examples_fingerprint(arrays["ids"], arrays.get("labels"))
+    ids, labels = np.asarray(ids, dtype=np.str_), None if labels is None else np.asarray(labels)
+    _check_examples(ids, labels, f"{task} {split} examples")
+    arrays = {"ids": ids} if labels is None else {"ids": ids, "labels": labels.astype(_label_type(labels))}
+    fingerprint = examples_fingerprint(ids, arrays.get("labels"))
     path = examples_file(pool, task, split, fingerprint)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,4 @@
-"""How an ensemble decides: by a mean of its members' logits or probabilities, or by the majority of their decisions.
-
-Axes: M members, N examples of a split, C outputs of a head, k members of the ensemble.
-"""
+"""How an ensemble decides: by a mean of its members' logits or probabilities, or by the majority of their decisions."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """The methods: each chooses an ensemble, and is used like any scikit-learn estimator.
 
-    greedy = Greedy(steps=50).fit(logits, labels, kind="multiclass", names=names)
-    greedy.names_, greedy.weights_, greedy.predict(test_logits)
-
-Axes: M members, N examples of a split, C outputs of a head, k candidates or members of an ensemble.
+greedy = Greedy(steps=50).fit(logits, labels, kind="multiclass", names=names)
+greedy.names_, greedy.weights_, greedy.predict(test_logits)
 """
 
 from __future__ import annotations

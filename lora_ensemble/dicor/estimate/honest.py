@@ -9,8 +9,6 @@ out is too low: by nothing where the choice is the same, and by 1 / (2 (K - 1)) 
 smooth parameters, where in-sample is better than the truth by p / n and what is fitted to n examples falls short of the
 best by p / 2n (as in Akaike's criterion). The estimate adds the middle, 1 / (4 (K - 1)), for three folds an eighth, so
 that an eighth is left at most, either way (``benchmarks/honest.py``).
-
-Axes: M members, N examples of the dev split, C outputs of a head, R repeats of K folds, k candidates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Everything that a report shows, computed once: of one task, one comparison, and the method that it is about.
-
-Axes: M members, N examples of dev, C outputs of a head, S members that are shown.
-"""
+"""Everything that a report shows, computed once: of one task, one comparison, and the method that it is about."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Calibration, and Tolkunov's two formulas beside what is observed.
-
-Axes: M members, R repeats, N examples, k members of an ensemble.
-"""
+"""Calibration, and Tolkunov's two formulas beside what is observed."""
 
 from __future__ import annotations
 
