@@ -60,8 +60,7 @@ class Bank(nn.Module):
         self._by_task: dict[str, Any] = {task.name: head for task, head in zip(tasks, self.heads, strict=True)}
         if not train_encoder:
             self.encoder.requires_grad_(False)
-        self.shapes = self.row_shapes(range(len(members)))
-        """What a row of ``weights`` holds, in order: name to shape."""
+        self.shapes = self.row_shapes(range(len(members)))  # what a row of ``weights`` holds, in order: name to shape
         pooler = {family.pooler} if getattr(self.encoder, "pooler", None) is not None else set()
         adapted = [path for path in self.layers if f"{path}.A" in self.shapes]
         self._inside = [path for path in adapted if path not in pooler]

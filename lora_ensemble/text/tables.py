@@ -32,12 +32,9 @@ class Table:
     name: str  # the file as notices name it
     where: str  # the file as errors name it: its path, or the data set and split
     found: list[str]  # every column of the file, in its order; an unnamed one is ''
-    columns: dict[str, list[Any]]
-    """Column to cells: strings, or whatever JSON and Parquet hold (None where there is nothing)."""
-    lines: list[int] | None = None
-    """Line number (from 1) on which each row starts; None for formats without lines."""
-    broken: dict[int, str] = field(default_factory=dict)
-    """Row to what is wrong with it; its cells are empty."""
+    columns: dict[str, list[Any]]  # cells: strings, or whatever JSON and Parquet hold (None: nothing)
+    lines: list[int] | None = None  # on which each row starts, from 1; None for formats without lines
+    broken: dict[int, str] = field(default_factory=dict)  # row to what is wrong with it; its cells are empty
     notices: list[str] = field(default_factory=list)
     header_line: bool = False  # whether ``found`` is what the first line says
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from lora_ensemble.tasks import Kind
 
-LEAST_PROBABILITY = 1e-15
-"""A probability is at least this before its logarithm is taken: one example cannot make a loss infinite."""
+LEAST_PROBABILITY = 1e-15  # before its logarithm is taken: one example cannot make a loss infinite
 
 
 def soft_votes(logits: np.ndarray, kind: Kind, temperatures: np.ndarray | None = None) -> np.ndarray:
