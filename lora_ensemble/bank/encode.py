@@ -144,11 +144,9 @@ class _Run:
         return dropped(x.expand(self.members, -1, -1), p) if p else x
 
     def project(self, x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-        """See :meth:`PackedEncoder.project`."""
         return self.packed.project(x, layers, self.adapters, self.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: Any, window: int | None = None) -> Tensor:
-        """See :func:`attention.attend`."""
         heads = self.packed.config.num_attention_heads
         return attend(q, k, v, self.batch, heads=heads, dropout=self.p(dropout), window=window)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from lora_ensemble.dicor.choose.combine import decide
 from lora_ensemble.dicor.choose.methods import Method
 from lora_ensemble.dicor.choose.settings import MethodName
-from lora_ensemble.dicor.estimate.honest import Estimate, Estimates, estimate
+from lora_ensemble.dicor.estimate.honest import Estimates, estimate
 from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.dicor.options import Options, check, method_of
 from lora_ensemble.errors import UserError
@@ -145,11 +145,11 @@ def overall(comparisons: Mapping[str, Comparison]) -> dict[str, tuple[float, flo
         return None
     of = {name: comparisons[name].estimates.of for name in PRESETS}
 
-    def mean(method: str, value: Callable[[Estimate], float]) -> float:
-        return overall_score({name: (value(of[name][method]), task.kind) for name, task in PRESETS.items()})
-
-    def honest(estimate: Estimate) -> float:
-        return float("nan") if estimate.honest is None else estimate.honest.value
-
-    methods = [method for method in of["sst"] if all(method in estimates for estimates in of.values())]
-    return {method: (mean(method, lambda estimate: estimate.in_sample), mean(method, honest)) for method in methods}
+    overall_scores = {}
+    for method in of["sst"]:
+        if all(method in estimates for estimates in of.values()):
+            each = [(name, task.kind, of[name][method]) for name, task in PRESETS.items()]
+            honest = {name: (e.honest.value if e.honest else float("nan"), kind) for name, kind, e in each}
+            in_sample = overall_score({name: (e.in_sample, kind) for name, kind, e in each})
+            overall_scores[method] = in_sample, overall_score(honest)
+    return overall_scores

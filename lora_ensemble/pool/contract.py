@@ -1,8 +1,4 @@
-"""What lies in the pool: the names of its files, a member's record, a split's examples, and what is right in them.
-
-Every file name of the pool lives here, and a file that is there is judged here; who writes and who waits for whom is in
-``swap.py``.
-"""
+"""What lies in the pool: the names of its files, a member's record, a split's examples, and what is right in them."""
 
 from __future__ import annotations
 

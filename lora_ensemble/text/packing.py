@@ -1,7 +1,4 @@
-"""Texts as tokens, and packed rows of them: one example after another in a row, with no padding between them.
-
-Axes: N examples, B examples in a batch, T tokens of all of them together, L tokens of the longest, M members.
-"""
+"""Texts as tokens, and packed rows of them: one example after another in a row, with no padding between them."""
 
 from __future__ import annotations
 

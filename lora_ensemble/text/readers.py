@@ -1,7 +1,4 @@
-"""From a task's files to its examples: ids, texts and labels, everything checked, and what was skipped said.
-
-The file formats are in tables.py. Axes: N examples of a split.
-"""
+"""From a task's files to its examples: ids, texts and labels, everything checked, and what was skipped said."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""File formats: a table with named columns out of .tsv, .csv, JSON lines, Parquet or a data set of the hub.
-
-What the columns mean is not decided here (see readers.py). pyarrow and datasets are imported when needed.
-"""
+"""File formats: a table with named columns out of .tsv, .csv, JSON lines, Parquet or a data set of the hub."""
 
 from __future__ import annotations
 
