@@ -95,8 +95,7 @@ class MemberRecord:
     def read(cls, path: Path) -> MemberRecord:
         """Read ``member.json``; ``UserError`` where it is missing, not JSON, of another schema or lacks a key."""
         try:
-            with open(path, "rb") as f:
-                content = f.read()
+            content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
             raise UserError(
                 f"{path.parent}: half-written member: {RECORD} is missing; delete the folder, or copy it again whole"
