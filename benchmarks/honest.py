@@ -26,8 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_ensemble.dicor.choose.combine import Choice, decide
-from lora_ensemble.dicor.choose.greedy import Greedy
-from lora_ensemble.dicor.choose.methods import Best, Dicor, Method, Weighted
+from lora_ensemble.dicor.choose.methods import Best, Dicor, Greedy, Method, Weighted
 from lora_ensemble.dicor.estimate.honest import estimate
 from lora_ensemble.dicor.estimate.splits import FOLDS
 from lora_ensemble.dicor.members import Dev, Members

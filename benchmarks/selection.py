@@ -30,13 +30,12 @@ import numpy as np
 
 from lora_ensemble.dicor.choose.combine import decide
 from lora_ensemble.dicor.choose.criteria import Sums
-from lora_ensemble.dicor.choose.greedy import Greedy
-from lora_ensemble.dicor.choose.methods import Method
+from lora_ensemble.dicor.choose.methods import Greedy, Method
+from lora_ensemble.dicor.compare import dev_of
 from lora_ensemble.dicor.estimate.fold_scores import fold_scores
 from lora_ensemble.dicor.estimate.honest import estimate
 from lora_ensemble.dicor.estimate.interval import influence
 from lora_ensemble.dicor.estimate.splits import stratified_folds
-from lora_ensemble.dicor.from_pool import dev_of
 from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.dicor.options import METHODS, Options, method_of
 from lora_ensemble.pool import TaskPool, task_names

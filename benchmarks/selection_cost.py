@@ -26,8 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from large_pool import members_of
-from lora_ensemble.dicor.choose.greedy import Greedy
-from lora_ensemble.dicor.choose.methods import Method, Omni, Weighted
+from lora_ensemble.dicor.choose.methods import Greedy, Method, Omni, Weighted
 from lora_ensemble.tasks import Kind
 
 KINDS: tuple[Kind, ...] = ("multiclass", "binary", "regression")

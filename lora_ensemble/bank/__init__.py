@@ -5,8 +5,9 @@ encoders differ; ``encode``, ``attention`` and ``dropout`` run its layers on pac
 those that need padding, ``heads`` what stands on it; ``model`` is the bank, ``optim`` its optimiser; ``member_files``
 takes members to files and back.
 
-Axes: M members, B examples, T tokens of a packed row, L tokens of one, H hidden width, R largest rank, C outputs of a
-head.
+Axes in all of it: M members (or 1 where they share), B examples in a batch, T tokens of a packed row, L tokens of the
+longest example, H hidden width, R largest rank at a layer, C outputs of a head, P trained numbers per member (zeros
+included), S relative positions, h heads of width d.
 """
 
 __all__ = ["base_model", "encode", "families", "lora", "member_files", "model", "optim"]

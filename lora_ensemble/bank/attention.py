@@ -1,8 +1,4 @@
-"""Attention inside each example of a packed row, exact: no token sees another example.
-
-Axes: M members (or 1 where they share), T tokens of a packed row, B examples in it, L tokens of the longest, H hidden
-width, h heads of width d.
-"""
+"""Attention inside each example of a packed row, exact: no token sees another example."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 How the layers are run is written anew, so that nothing is computed that nobody reads: no padding, the last layer only
 where the head looks, what all members share once until the first adapter or dropout parts them. Frozen weights are
 cast and fused once, not in every step. DeBERTa keeps its own forward: see ``padded``.
-
-Axes: M members (or 1 where all share), T tokens of a packed row, B examples in it, H hidden width, R rank.
 """
 
 from __future__ import annotations
@@ -146,11 +144,9 @@ class _Run:
         return dropped(x.expand(self.members, -1, -1), p) if p else x
 
     def project(self, x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-        """See :meth:`PackedEncoder.project`."""
         return self.packed.project(x, layers, self.adapters, self.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: Any, window: int | None = None) -> Tensor:
-        """See :func:`attention.attend`."""
         heads = self.packed.config.num_attention_heads
         return attend(q, k, v, self.batch, heads=heads, dropout=self.p(dropout), window=window)
 

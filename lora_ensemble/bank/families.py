@@ -20,8 +20,7 @@ class Family:
     query: str = "attention.self.query"
     key: str = "attention.self.key"
     value: str = "attention.self.value"
-    fused: str | None = None
-    """The one layer that computes query, key and value together, where a family fuses them."""
+    fused: str | None = None  # query, key and value together, where a family fuses them
     attention_dropout: str = "attention.self.dropout"
     output: str = "attention.output.dense"
     output_dropout: str | None = "attention.output.dropout"
@@ -32,10 +31,8 @@ class Family:
     down_dropout: str = "output.dropout"
     norm: str = "output.LayerNorm"
     pooler: str | None = None  # the pooler's linear layer, where the pooler belongs to the encoder
-    post_norm: bool = True
-    """Whether norms follow attention and feed-forward, as in BERT; else they come before, as in ModernBERT."""
-    packs: bool = True
-    """Whether examples can share a row, with attention kept apart; otherwise batches are padded."""
+    post_norm: bool = True  # whether norms follow attention and feed-forward; else, as in ModernBERT, they precede
+    packs: bool = True  # whether examples can share a row; otherwise batches are padded
     positions_after_padding: bool = False  # whether positions count from the padding token's id + 1
     head_dropout: str = "classifier_dropout"
     encoder_dropouts: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")

@@ -33,11 +33,8 @@ def head_of(classifier: Any, outputs: int) -> Any:
 
 
 def drawn_head(head: Any, seed: int, pretrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The head's weights by name: pretrained ones that fit, all else drawn from a seed as its family does.
-
-    The head itself holds them until it is drawn again. The global random state is left alone.
-    """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    """The head's weights by name: pretrained ones that fit, all else drawn from a seed as its family does."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # the global random state is left alone
         torch.manual_seed(seed)
         for parameter in head.parameters():
             # transformers skips what it has initialised before; NaN shows what it would leave out.

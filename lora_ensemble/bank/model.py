@@ -3,9 +3,6 @@
 A batch enters once, as a packed row, and runs through the encoder for all members together. Everything that members
 train is one matrix with a row per member: one step, one clip, one all-reduce and one NaN check serve the bank, and no
 row can touch another.
-
-Axes: M members, B examples in a batch, T tokens of all of them, H hidden width, R largest rank at a layer, C outputs of
-a head, P trained numbers per member (zeros included).
 """
 
 from __future__ import annotations
@@ -63,8 +60,7 @@ class Bank(nn.Module):
         self._by_task: dict[str, Any] = {task.name: head for task, head in zip(tasks, self.heads, strict=True)}
         if not train_encoder:
             self.encoder.requires_grad_(False)
-        self.shapes = self.row_shapes(range(len(members)))
-        """What a row of ``weights`` holds, in order: name to shape."""
+        self.shapes = self.row_shapes(range(len(members)))  # what a row of ``weights`` holds, in order: name to shape
         pooler = {family.pooler} if getattr(self.encoder, "pooler", None) is not None else set()
         adapted = [path for path in self.layers if f"{path}.A" in self.shapes]
         self._inside = [path for path in adapted if path not in pooler]

@@ -2,8 +2,6 @@
 
 The encoder keeps its own forward and sees M·B examples; what it shares between rows, the relative positions, is given
 a member axis.
-
-Axes: M members, B examples in a batch, L tokens, S relative positions, H hidden width, R rank.
 """
 
 from __future__ import annotations

@@ -1,26 +1,79 @@
-"""All methods side by side on one task of a pool, and on several tasks.
-
-Axes: M members, N examples of a split, C outputs of a head.
-"""
+"""A pool's members, opened one at a time, and all methods side by side on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lora_ensemble.dicor.choose.combine import decide
 from lora_ensemble.dicor.choose.methods import Method
 from lora_ensemble.dicor.choose.settings import MethodName
-from lora_ensemble.dicor.estimate.honest import Estimate, Estimates, estimate
-from lora_ensemble.dicor.from_pool import dev_of
+from lora_ensemble.dicor.estimate.honest import Estimates, estimate
 from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.dicor.options import Options, check, method_of
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import TaskPool
+from lora_ensemble.pool import DISTILLED, TaskPool, logits_file, map_array, member_folder
 from lora_ensemble.scores import one_label, overall_score, score_decisions
 from lora_ensemble.tasks import PRESETS, Kind
+
+SMALL = 32_000_000
+
+
+class Files:
+    """The logits (N, C) of each member of a pool, opened when they are asked for, the first time with all checks.
+
+    What is kept open counts as resident memory, which for ten thousand members would be a copy of all logits. The first
+    ``SMALL`` bytes are kept all the same: opening costs time.
+    """
+
+    def __init__(self, task_pool: TaskPool) -> None:
+        self._pool, self._room = task_pool, SMALL
+        self._checked: set[int] = set()
+        self._kept: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._pool.members)
+
+    def __getitem__(self, index: int, /) -> np.ndarray:
+        if index in self._kept:
+            return self._kept[index]
+        name = self._pool.members[index].name
+        if index in self._checked:
+            folder = member_folder(self._pool.pool, self._pool.name, name)
+            return np.asarray(map_array(folder / logits_file(self._pool.split)))
+        logits = self._pool.logits(name)
+        self._checked.add(index)
+        if self._room >= logits.nbytes:
+            self._room -= logits.nbytes
+            self._kept[index] = logits = np.array(logits)
+        return logits
+
+
+def dev_of(task_pool: TaskPool) -> Dev:
+    """The members of a pool on its dev examples; ``UserError`` where these have no labels, and as ``TaskPool``."""
+    examples, records = task_pool.examples(), task_pool.members
+    if examples.labels is None:
+        where = task_pool.pool / task_pool.name
+        raise UserError(f"{where}: the dev examples have no labels, so there is no score to choose by")
+    file = logits_file(task_pool.split)
+    dev = Dev.of(
+        Files(task_pool),
+        examples.labels,
+        kind=task_pool.kind,
+        names=[r.name for r in records],
+        ranks=[r.rank for r in records],
+        ids=examples.ids,
+        epochs=[task_pool.epochs(r.name) for r in records],
+        fingerprints=[r.files.get(file, r.name) for r in records],
+    )
+    notices = [*dev.notices, *one_label(examples.labels, task_pool.labels, "dev labels")]
+    if students := sum(DISTILLED in r.settings for r in records):
+        who, whose = ("1 member was", "its") if students == 1 else (f"{students} members were", "their")
+        what = "distilled from an ensemble that was chosen on dev"
+        notices.append(f"{who} {what}: {whose} scores flatter a little, honest ones too")
+    return replace(dev, notices=notices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +145,11 @@ def overall(comparisons: Mapping[str, Comparison]) -> dict[str, tuple[float, flo
         return None
     of = {name: comparisons[name].estimates.of for name in PRESETS}
 
-    def mean(method: str, value: Callable[[Estimate], float]) -> float:
-        return overall_score({name: (value(of[name][method]), task.kind) for name, task in PRESETS.items()})
-
-    def honest(estimate: Estimate) -> float:
-        return float("nan") if estimate.honest is None else estimate.honest.value
-
-    methods = [method for method in of["sst"] if all(method in estimates for estimates in of.values())]
-    return {method: (mean(method, lambda estimate: estimate.in_sample), mean(method, honest)) for method in methods}
+    overall_scores = {}
+    for method in of["sst"]:
+        if all(method in estimates for estimates in of.values()):
+            each = [(name, task.kind, of[name][method]) for name, task in PRESETS.items()]
+            honest = {name: (e.honest.value if e.honest else float("nan"), kind) for name, kind, e in each}
+            in_sample = overall_score({name: (e.in_sample, kind) for name, kind, e in each})
+            overall_scores[method] = in_sample, overall_score(honest)
+    return overall_scores

@@ -1,7 +1,4 @@
-"""Members and what they say of labelled examples: all on the dev set (``Dev``), or some in memory (``Members``).
-
-Axes: M members, N examples, C outputs of a head, E epochs, k members in memory.
-"""
+"""Members and what they say of labelled examples: all on the dev set (``Dev``), or some in memory (``Members``)."""
 
 from __future__ import annotations
 

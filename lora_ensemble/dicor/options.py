@@ -138,8 +138,7 @@ class Request:
 
 def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> tuple[Method, list[str]]:
     """The method of that name for a pool of M ``members``, and notices; ``check`` has seen that the options fit."""
-    from lora_ensemble.dicor.choose.greedy import Greedy
-    from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Omni, Weighted
+    from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Greedy, Omni, Weighted
 
     o = options
     top_k = None if o.top_k is None else min(o.top_k, members)

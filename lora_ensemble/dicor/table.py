@@ -34,8 +34,7 @@ def about(estimates: Estimates) -> str:
         f"Within noise: the {LEVEL:.0%} interval of the difference (paired bootstrap over examples) holds 0.",
     ]
     if methods > 3:  # best and omni are there to compare with
-        counts = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}
-        count = counts.get(methods, str(methods))
+        count = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}.get(methods, methods)
         lines.append(
             f"The highest of {count} honest estimates is itself flattered a little: it was taken for being the highest."
         )

@@ -4,7 +4,8 @@
     <pool>/<task>/<member>/                            weights, logits and, written last, member.json
 
 Nothing is ever pickled. Three files, each standing on the one before: ``contract`` (names, records, examples), ``swap``
-(writing, locking, mending) and ``reading``. From outside it is one module, and this is its door.
+(writing, locking, mending) and ``reading``. From outside it is one module, and this is its door. Axes in all of it: N
+examples of a split, C outputs of a head, E epochs.
 """
 
 from lora_ensemble.pool.contract import (

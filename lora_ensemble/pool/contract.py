@@ -1,8 +1,4 @@
-"""What lies in the pool: the names of its files, a member's record, a split's examples, and what is right in them.
-
-Every file name of the pool lives here, and a file that is there is judged here; who writes and who waits for whom is in
-``swap.py``. Axes: N examples of a split, C outputs of a head, E epochs.
-"""
+"""What lies in the pool: the names of its files, a member's record, a split's examples, and what is right in them."""
 
 from __future__ import annotations
 
@@ -65,23 +61,17 @@ class MemberRecord:
     name: str
     task: str
     kind: Kind
-    labels: list[str] = field(default_factory=list)
-    """Label values in the order of the outputs; empty for regression."""
-    finished: bool = False
-    """Whole is not finished: a member is written at every improvement, and selected only once finished."""
+    labels: list[str] = field(default_factory=list)  # in the order of the outputs; empty for regression
+    finished: bool = False  # a member is written whole at every improvement, and selected only once finished
     diverged: bool = False  # training gave NaN or infinity; then it is never finished
     score: float | None = None  # the task's score on dev at the best epoch
     best_epoch: int | None = None  # counted from 1
     epochs_done: int | None = None
-    epoch_scores: list[float | None] = field(default_factory=list)
-    """The dev score of every epoch; None where it is undefined."""
-    examples: dict[str, str] = field(default_factory=dict)
-    """Split name to fingerprint of the examples its logits belong to."""
-    text: list[str] = field(default_factory=list)
-    """The text columns it reads, two for a pair; empty where that is not known."""
+    epoch_scores: list[float | None] = field(default_factory=list)  # on dev; None where undefined
+    examples: dict[str, str] = field(default_factory=dict)  # split to fingerprint of what its logits belong to
+    text: list[str] = field(default_factory=list)  # columns that it reads, two for a pair; empty: unknown
     train_fingerprint: str | None = None  # fingerprint of the training examples (ids, texts and labels)
-    base_model: str | None = None
-    """Hub id or the path as the user gave it; never a path inside site-packages."""
+    base_model: str | None = None  # hub id, or the path as the user gave it; none of site-packages
     revision: str | None = None
     base_fingerprint: dict[str, Any] = field(default_factory=dict)
     """What tells the encoder and its tokeniser from others; empty where an earlier version trained."""
@@ -91,8 +81,7 @@ class MemberRecord:
     targets: str | None = None
     lr: float | None = None
     seed: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Whatever else decides the result of training: epochs, batch size, schedule, precision, ..."""
+    settings: dict[str, Any] = field(default_factory=dict)  # what else decides the result: epochs, batch size, ...
     run: str | None = None  # the run that made it; it ties the folders of one member in several tasks
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -106,8 +95,7 @@ class MemberRecord:
     def read(cls, path: Path) -> MemberRecord:
         """Read ``member.json``; ``UserError`` where it is missing, not JSON, of another schema or lacks a key."""
         try:
-            with open(path, "rb") as f:
-                content = f.read()
+            content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
             raise UserError(
                 f"{path.parent}: half-written member: {RECORD} is missing; delete the folder, or copy it again whole"
@@ -197,13 +185,10 @@ def write_examples(pool: Path, task: str, split: str, ids: ArrayLike, labels: Ar
     ``ids`` (N,), ``labels`` (N,) numbers (classes count from 0) or None. ``UserError`` where ids are not unique, a
     label is no finite number, or the lengths differ.
     """
-    arrays = {"ids": np.asarray(ids, dtype=np.str_)}
-    if labels is not None:
-        arrays["labels"] = np.asarray(labels)
-    _check_examples(arrays["ids"], arrays.get("labels"), f"{task} {split} examples")
-    if labels is not None:
-        arrays["labels"] = arrays["labels"].astype(_label_type(arrays["labels"]))
-    fingerprint = examples_fingerprint(arrays["ids"], arrays.get("labels"))
+    ids, labels = np.asarray(ids, dtype=np.str_), None if labels is None else np.asarray(labels)
+    _check_examples(ids, labels, f"{task} {split} examples")
+    arrays = {"ids": ids} if labels is None else {"ids": ids, "labels": labels.astype(_label_type(labels))}
+    fingerprint = examples_fingerprint(ids, arrays.get("labels"))
     path = examples_file(pool, task, split, fingerprint)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

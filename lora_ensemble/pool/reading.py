@@ -1,7 +1,4 @@
-"""Reading the pool, checksums compared: a member's record, arrays and weights, or all members of a task.
-
-Axes: N examples of a split, C outputs of a head, E epochs.
-"""
+"""Reading the pool, checksums compared: a member's record, arrays and weights, or all members of a task."""
 
 from __future__ import annotations
 

@@ -68,7 +68,13 @@ def write_members(
         with locked(home / LOCK):
             _mend(home)
             for member in of_task.values():
-                _check_old(home / member.record.name, member.keep, check)
+                folder = home / member.record.name
+                old = MemberRecord.read(folder / RECORD) if (member.keep or check) and folder.is_dir() else None
+                if member.keep and (old is None or old.files != member.keep.files):
+                    what = "replaced or deleted by another process meanwhile; let one run write it at a time"
+                    raise UserError(f"{folder}: {what}")
+                if check and old:
+                    check(old)
             new = {i: _write_files(home, m) for i, m in of_task.items()}
             _sync([home / (NEW + r.name) / name for r in new.values() for name in r.files])
             records = {home / (NEW + r.name) / RECORD: r for r in new.values()}
@@ -80,14 +86,6 @@ def write_members(
             _sync([home])
         written |= new
     return [written[i] for i in range(len(members))]
-
-
-def _check_old(folder: Path, keep: MemberRecord | None, check: Callable[[MemberRecord], None] | None) -> None:
-    old = MemberRecord.read(folder / RECORD) if (keep or check) and folder.is_dir() else None
-    if keep and (old is None or old.files != keep.files):
-        raise UserError(f"{folder}: replaced or deleted by another process meanwhile; let one run write it at a time")
-    if check and old:
-        check(old)
 
 
 def _write_files(home: Path, member: NewMember) -> MemberRecord:

@@ -1,7 +1,4 @@
-"""Texts as tokens, and packed rows of them: one example after another in a row, with no padding between them.
-
-Axes: N examples, B examples in a batch, T tokens of all of them together, L tokens of the longest, M members.
-"""
+"""Texts as tokens, and packed rows of them: one example after another in a row, with no padding between them."""
 
 from __future__ import annotations
 
@@ -29,15 +26,13 @@ class Tokens:
         # verbose=False: the warning about length would come although the cut is made and said.
         tokens = tokenizer(*columns, truncation=False, verbose=False, **settings)
         rows, types = tokens["input_ids"], tokens["token_type_ids"]
-        self.cut = [i for i, row in enumerate(rows) if len(row) > max_length]
-        """Numbers of the examples that were cut."""
+        self.cut = [i for i, row in enumerate(rows) if len(row) > max_length]  # examples that were cut
         if self.cut:
             long = [[column[i] for i in self.cut] for column in columns]
             cut = tokenizer(*long, truncation="longest_first", max_length=max_length, **settings)
             for place, i in enumerate(self.cut):
                 rows[i], types[i] = cut["input_ids"][place], cut["token_type_ids"][place]
-        self.lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
-        """(N,) tokens of each example."""
+        self.lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))  # (N,) tokens of each
         self._start = np.concatenate([[0], np.cumsum(self.lengths)])
         self._tokens = np.fromiter((t for row in rows for t in row), np.int32, int(self._start[-1]))
         self._types = np.fromiter((t for row in types for t in row), np.int8, int(self._start[-1]))

@@ -1,7 +1,4 @@
-"""From a task's files to its examples: ids, texts and labels, everything checked, and what was skipped said.
-
-The file formats are in tables.py. Axes: N examples of a split.
-"""
+"""From a task's files to its examples: ids, texts and labels, everything checked, and what was skipped said."""
 
 from __future__ import annotations
 
@@ -19,10 +16,8 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import SPLITS, Task, class_reader, number
 from lora_ensemble.text.tables import Table, as_text, read_hub, read_table
 
-HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
-"""Our splits, and what the hub usually calls them."""
-_MOST_SKIPPED = 0.2
-"""Share of a split's rows: more is no untidiness but a file that is read the wrong way (commas without quotes)."""
+HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # as the hub calls them
+_MOST_SKIPPED = 0.2  # share of rows: more is a file read the wrong way (commas without quotes)
 _LONGEST_ID = 1000  # ids are an array of fixed width: one endless id would cost its length for every row
 
 
@@ -31,12 +26,9 @@ class Split:
     """The examples of a split, in the order of the file."""
 
     ids: np.ndarray  # (N,) unicode, unique
-    texts: list[list[str]]
-    """One list of N strings per text column of the task, surrounding whitespace stripped, otherwise as they stand."""
-    labels: np.ndarray | None
-    """(N,) int64 output numbers (multiclass, binary: 0 or 1) or float64 values (regression); None where unknown."""
-    notices: list[str] = field(default_factory=list)
-    """One line for each kind of thing that was skipped or mended: how many rows, the first of them, and why."""
+    texts: list[list[str]]  # one list of N stripped strings per text column of the task
+    labels: np.ndarray | None  # (N,) int64 class numbers, or float64 values; None where unknown
+    notices: list[str] = field(default_factory=list)  # a line for each kind of thing that was skipped or mended
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,7 +1,4 @@
-"""File formats: a table with named columns out of .tsv, .csv, JSON lines, Parquet or a data set of the hub.
-
-What the columns mean is not decided here (see readers.py). pyarrow and datasets are imported when needed.
-"""
+"""File formats: a table with named columns out of .tsv, .csv, JSON lines, Parquet or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -32,12 +29,9 @@ class Table:
     name: str  # the file as notices name it
     where: str  # the file as errors name it: its path, or the data set and split
     found: list[str]  # every column of the file, in its order; an unnamed one is ''
-    columns: dict[str, list[Any]]
-    """Column to cells: strings, or whatever JSON and Parquet hold (None where there is nothing)."""
-    lines: list[int] | None = None
-    """Line number (from 1) on which each row starts; None for formats without lines."""
-    broken: dict[int, str] = field(default_factory=dict)
-    """Row to what is wrong with it; its cells are empty."""
+    columns: dict[str, list[Any]]  # cells: strings, or whatever JSON and Parquet hold (None: nothing)
+    lines: list[int] | None = None  # on which each row starts, from 1; None for formats without lines
+    broken: dict[int, str] = field(default_factory=dict)  # row to what is wrong with it; its cells are empty
     notices: list[str] = field(default_factory=list)
     header_line: bool = False  # whether ``found`` is what the first line says
 

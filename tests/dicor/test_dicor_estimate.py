@@ -12,8 +12,7 @@ from pool_factory import make_pool, random_labels, random_logits
 from scipy.stats import bootstrap, pearsonr
 from sklearn.metrics import accuracy_score
 
-from lora_ensemble.dicor.choose.greedy import Greedy
-from lora_ensemble.dicor.choose.methods import Dicor, Omni, Weighted
+from lora_ensemble.dicor.choose.methods import Dicor, Greedy, Omni, Weighted
 from lora_ensemble.dicor.compare import compare, overall
 from lora_ensemble.dicor.estimate import fold_scores
 from lora_ensemble.dicor.estimate.honest import estimate

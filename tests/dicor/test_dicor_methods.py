@@ -11,8 +11,7 @@ from pool_factory import random_labels, random_logits
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score
 
-from lora_ensemble.dicor.choose.greedy import Greedy
-from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Omni, Weighted
+from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Greedy, Omni, Weighted
 from lora_ensemble.dicor.estimate.splits import canonical
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import decisions

@@ -32,7 +32,7 @@ from pool_factory import (
 from safetensors.numpy import load_file
 
 import lora_ensemble.pool as pool_module
-from lora_ensemble.dicor import from_pool
+from lora_ensemble.dicor import compare
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import (
     MemberRecord,
@@ -196,8 +196,8 @@ def test_logits_are_memory_mapped_and_read_only(pool):
 
 
 def test_logits_that_find_no_room_are_opened_again(pool, monkeypatch):
-    monkeypatch.setattr(from_pool, "SMALL", LOGITS.nbytes)  # room for one of two members
-    files = from_pool.Files(TaskPool(pool, "quora"))
+    monkeypatch.setattr(compare, "SMALL", LOGITS.nbytes)  # room for one of two members
+    files = compare.Files(TaskPool(pool, "quora"))
     for _ in range(3):
         np.testing.assert_array_equal(files[0], LOGITS)
         np.testing.assert_array_equal(files[1], -LOGITS)

@@ -1,7 +1,4 @@
-"""How an ensemble decides: by a mean of its members' logits or probabilities, or by the majority of their decisions.
-
-Axes: M members, N examples of a split, C outputs of a head, k members of the ensemble.
-"""
+"""How an ensemble decides: by a mean of its members' logits or probabilities, or by the majority of their decisions."""
 
 from __future__ import annotations
 
@@ -17,8 +14,7 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.scores import decisions
 from lora_ensemble.tasks import Kind
 
-MOST_VOTES = 4_000_000
-"""Votes that are counted at a time: those of ten thousand members on all examples are many."""
+MOST_VOTES = 4_000_000  # that are counted at a time: those of ten thousand members on all examples are many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +23,10 @@ class Choice:
 
     members: list[int]  # indices into the members that were chosen from, in the order of choice; none twice
     strategy: Strategy
-    weights: np.ndarray | None = None
-    """(k,) convex, in the order of ``members``; for the strategy ``weighted`` only."""
-    temperatures: np.ndarray | None = None
-    """(k,), if the members' logits are divided by them before probabilities are taken."""
-    scale: float = 1.0
-    """What the logarithm of the weighted mean's probabilities is multiplied by, where there are ``offsets``."""
-    offsets: np.ndarray | None = None
-    """(classes,) of sum 0, added to it after that, for a classifier; see ``vector_scaled``."""
+    weights: np.ndarray | None = None  # (k,) convex, in the order of ``members``, for ``weighted`` only
+    temperatures: np.ndarray | None = None  # (k,) by which logits are divided before probabilities are taken
+    scale: float = 1.0  # of the logarithm of the weighted mean's probabilities, where there are ``offsets``
+    offsets: np.ndarray | None = None  # (classes,) of sum 0, added after that; see ``vector_scaled``
     similarities: list[list[float]] = field(default_factory=list)
     """For each chosen member its similarity to each one chosen before it, if the method looked at it."""
 

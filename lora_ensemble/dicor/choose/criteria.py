@@ -1,7 +1,4 @@
-"""How good a growing sum of members is: what the searches make best.
-
-Axes: N examples, C outputs of a head, k members that may be added.
-"""
+"""How good a growing sum of members is: what the searches make best."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A member's *soft vote*, what it adds to a mean of probabilities, (..., N, C) float64: multiclass: the probabilities;
 binary: that of class 1 less 1/2, so that > 0 decides for class 1 as of a logit, without rounding a small one away;
-regression: the values. Axes: M members, N examples of a split, C outputs of a head.
+regression: the values.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import numpy as np
 
 from lora_ensemble.tasks import Kind
 
-LEAST_PROBABILITY = 1e-15
-"""A probability is at least this before its logarithm is taken: one example cannot make a loss infinite."""
+LEAST_PROBABILITY = 1e-15  # before its logarithm is taken: one example cannot make a loss infinite
 
 
 def soft_votes(logits: np.ndarray, kind: Kind, temperatures: np.ndarray | None = None) -> np.ndarray:

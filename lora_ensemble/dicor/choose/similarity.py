@@ -14,7 +14,6 @@ only one for which a good member is unlike others for being good.
 
 The higher, the more alike. Where one is undefined (a constant has no correlation, nor have the errors of who is never
 wrong) it is 1, the most alike there is: who says the same of every example is never chosen for being different.
-Axes: M members, N examples of a split, C outputs of a head, F numbers that a member is compared by, k candidates.
 """
 
 from __future__ import annotations

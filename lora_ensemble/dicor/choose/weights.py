@@ -1,7 +1,4 @@
-"""Convex weights of members, a temperature for each, and a scale and offsets of the classes for their mean.
-
-Axes: k members, N examples, C outputs of a head; K classes.
-"""
+"""Convex weights of members, a temperature for each, and a scale and offsets of the classes for their mean."""
 
 from __future__ import annotations
 

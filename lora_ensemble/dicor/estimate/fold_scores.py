@@ -1,7 +1,4 @@
-"""Every member's score on each choosing part of the dev set, in one pass over the logits.
-
-Axes: M members, N examples, C outputs of a head, E epochs, R repeats of K folds, S = R * K splits.
-"""
+"""Every member's score on each choosing part of the dev set, in one pass over the logits."""
 
 from __future__ import annotations
 

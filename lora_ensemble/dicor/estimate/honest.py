@@ -9,8 +9,6 @@ out is too low: by nothing where the choice is the same, and by 1 / (2 (K - 1)) 
 smooth parameters, where in-sample is better than the truth by p / n and what is fitted to n examples falls short of the
 best by p / 2n (as in Akaike's criterion). The estimate adds the middle, 1 / (4 (K - 1)), for three folds an eighth, so
 that an eighth is left at most, either way (``benchmarks/honest.py``).
-
-Axes: M members, N examples of the dev split, C outputs of a head, R repeats of K folds, k candidates.
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ from lora_ensemble.tasks import Kind
 
 Held = dict[str, np.ndarray]
 """By method, on what each split holds out: decisions (R, N) or probabilities (R, N, classes), in ``Dev.order``."""
-MOST_DECISIONS = 20_000
-"""Repeats are for small dev sets: so many that N times R stays below this, at most REPEATS and at least one."""
+MOST_DECISIONS = 20_000  # repeats are so many that N times R stays below this, 1 to REPEATS
 FEWEST = 10  # examples below which there is no estimate
 
 
@@ -46,16 +43,12 @@ class Estimate:
     choice: Choice
     names: list[str]  # the chosen members on the whole dev set, in the order of choice
     in_sample: float  # score on the dev set that they were chosen on; NaN where r is undefined
-    held_out: np.ndarray | None
-    """(R, N): the decisions that the estimate is of, examples in the order of ``splits.canonical``."""
+    held_out: np.ndarray | None  # (R, N) decisions that the estimate is of, examples in ``Dev.order``
     probabilities: np.ndarray | None
     """(R, N, classes) behind ``held_out``, if asked for; with 0 repeats (1, N, classes), on the examples chosen on."""
-    honest: Interval | None = None
-    """Of what was chosen on the whole dev set, on other examples; None where there are too few, or r is undefined."""
-    at_part: float | None = None
-    """The score on what was held out, before the correction: of what is chosen on the choosing part."""
-    against_best: Interval | None = None
-    """The honest score less that of the single best member, chosen anew in each split as well."""
+    honest: Interval | None = None  # of what was chosen, on other examples; None: too few, or r is undefined
+    at_part: float | None = None  # the same before the correction, of what is chosen on a part
+    against_best: Interval | None = None  # the honest score less that of the best, chosen anew in each split
     against_omni: Interval | None = None  # the same, less that of all members
 
     @property
@@ -69,8 +62,7 @@ class Estimates:
     """All methods on one dev set."""
 
     of: dict[str, Estimate]  # by name of the method; ``best`` and ``omni`` are always there
-    candidates: Members
-    """The best on the whole dev set, examples in the order of ``splits.canonical``: what a ``Choice`` is from."""
+    candidates: Members  # the best on the whole dev set, examples in ``Dev.order``: what a ``Choice`` is from
     scores: dict[str, float]  # every member's score on the whole dev set, by name
     notices: list[str]  # what was left out, in words
     folds: int

@@ -1,7 +1,4 @@
-"""How sure an estimate is: intervals over the examples of the dev set.
-
-Axes: R repeats, N examples, B bootstrap draws.
-"""
+"""How sure an estimate is: intervals over the examples of the dev set."""
 
 from __future__ import annotations
 

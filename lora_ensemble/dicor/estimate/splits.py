@@ -1,7 +1,4 @@
-"""Which part of the dev set an example is in: folds keyed on ids, so that no order matters.
-
-Axes: N examples, R repeats of K folds, S = R * K splits.
-"""
+"""Which part of the dev set an example is in: folds keyed on ids, so that no order matters."""
 
 from __future__ import annotations
 

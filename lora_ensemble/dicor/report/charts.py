@@ -1,7 +1,4 @@
-"""The plots of a report, but for the heat map: each from the facts, with the numbers that it shows as a table.
-
-Axes: S members that are shown.
-"""
+"""The plots of a report, but for the heat map: each from the facts, with the numbers that it shows as a table."""
 
 from __future__ import annotations
 

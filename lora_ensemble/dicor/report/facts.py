@@ -1,7 +1,4 @@
-"""Everything that a report shows, computed once: of one task, one comparison, and the method that it is about.
-
-Axes: M members, N examples of dev, C outputs of a head, S members that are shown.
-"""
+"""Everything that a report shows, computed once: of one task, one comparison, and the method that it is about."""
 
 from __future__ import annotations
 
@@ -12,8 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_ensemble.dicor.choose.combine import tie_order
-from lora_ensemble.dicor.choose.greedy import Greedy
-from lora_ensemble.dicor.choose.methods import Dicor, Exhaustive, Method, Omni, Weighted
+from lora_ensemble.dicor.choose.methods import Dicor, Exhaustive, Greedy, Method, Omni, Weighted
 from lora_ensemble.dicor.choose.settings import (
     DEFAULT_METHOD,
     DEFAULT_SIMILARITY,

@@ -1,7 +1,4 @@
-"""The clustered heat map of similarities with side bars for rank and scaling (Tolkunov, figure 1).
-
-Axes: S members that are shown, G groups of members that stand together.
-"""
+"""The clustered heat map of similarities with side bars for rank and scaling (Tolkunov, figure 1)."""
 
 from __future__ import annotations
 

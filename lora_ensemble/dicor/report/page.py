@@ -23,8 +23,7 @@ from lora_ensemble.dicor.report.heat_map import MOST_GROUPS
 from lora_ensemble.dicor.report.plot import VEGA_LITE, Plot
 from lora_ensemble.dicor.table import about, decides, ends, gain, noise, number, offsets, verdict
 
-Rows = list[list[str | tuple[str, str]]]
-"""Of a table, with its header and caption: texts, of which one may have a smaller one below it."""
+Rows = list[list[str | tuple[str, str]]]  # texts, of which one may have a smaller one below it
 
 
 def page(facts: Facts, plots: Mapping[str, Plot], options: Options) -> str:

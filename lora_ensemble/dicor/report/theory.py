@@ -1,7 +1,4 @@
-"""Calibration, and Tolkunov's two formulas beside what is observed.
-
-Axes: M members, R repeats, N examples, k members of an ensemble.
-"""
+"""Calibration, and Tolkunov's two formulas beside what is observed."""
 
 from __future__ import annotations
 
@@ -66,13 +63,10 @@ class Theory:
 
     size: int  # k
     level: float  # sigma^2, the mean of the members' variances of value - label; p, of their shares of wrong decisions
-    rho: float
-    """The mean over pairs of members of the correlation of their errors, where it is defined; NaN for a single one."""
-    expected: float
-    """By the report: the variance of the ensemble's error (equation 2), or the probability that a majority is wrong."""
+    rho: float  # mean correlation of two members' errors, where it is defined; NaN for a single one
+    expected: float  # by the report: the variance of the error (equation 2), or how often a majority is wrong
     independent: float  # the same if errors were independent; ties of votes are not counted as wrong (Condorcet)
-    observed: float
-    """The variance of the error of the members' plain mean; how often their majority is wrong, by the paper's ties."""
+    observed: float  # the same of the members' plain mean, or of their majority with the paper's ties
 
 
 def theory(
