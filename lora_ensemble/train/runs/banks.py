@@ -69,9 +69,7 @@ class BankRun:
         self._loggers, self._pool = list(self.trainer.loggers), writer_of(self.trainer).records.dir
         self._resumes, self._checkpoint_given = False, ""
         self._weights_only: bool | None = True
-        self._all_banks: Plan | None = (
-            None  # the run's plan, where one bank of it is trained by itself, with its own plan
-        )
+        self._all_banks: Plan | None = None  # the run's plan, where ``plan`` is that of one bank trained by itself
         self._plan_folder = self.run_dir
         self._made: set[str] = set()  # keys of banks whose checkpoint was made in this process
 
