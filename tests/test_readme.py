@@ -150,4 +150,4 @@ def test_a_grid_in_yaml_makes_the_members_that_are_said() -> None:
     (block,) = (b for b in BLOCKS if "# six members" in b)
     entries = [{**e, "lr": float(e["lr"])} for e in yaml.safe_load(block)["model"]["members"]]
     members = expand_members([Member(**entry) for entry in entries])
-    assert [m.targets for m in members] == ["qv"] * 6 + [None]
+    assert [m.targets for m in members] == ["qv"] * 6 + ["none"]
