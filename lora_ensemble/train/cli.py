@@ -29,7 +29,7 @@ from lora_ensemble.train.pool_writer import PoolUser, PoolWriter
 from lora_ensemble.train.records import PoolOptions, PoolRecords
 from lora_ensemble.train.restart import BankTrainer, RunCheckpoint
 from lora_ensemble.train.runs import ray_sweep
-from lora_ensemble.train.runs.banks import BankRun, release
+from lora_ensemble.train.runs.banks import BankRun
 from lora_ensemble.train.runs.halving import EarlyExit
 from lora_ensemble.train.runs.plan import FILE as PLAN_FILE
 from lora_ensemble.train.runs.plan import evaluation_banks
@@ -221,7 +221,7 @@ class CLI(LightningCLI):
             return
         if gone:
             say(f"{len(gone)} of {len(model.members)} members are not in the pool, and left out: {', '.join(gone)}")
-        release(model)
+        model.release()
         for names in banks:
             if members := [m for m in model.members if m.name in names and m.name not in gone]:
                 trainer = self._trainer(last.parent, False, whole=False)

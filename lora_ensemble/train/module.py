@@ -5,6 +5,7 @@ Axes: M members, B examples in a batch, N examples of a split, C outputs of a he
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -113,6 +114,14 @@ class BankModule(pl.LightningModule):
         made = BankModule(**same, **self.training_settings, members=tuple(members), metrics=self._metrics_of_all)
         made.any_base = self.any_base
         return made
+
+    def release(self) -> None:
+        """Free the encoder and all state: the module only makes others from now on."""
+        self.trainer = None
+        if "bank" in self._modules:
+            self.bank.release()  # whoever else still holds the bank holds no numbers
+            del self.bank, self._frozen
+        gc.collect()
 
     def base_fingerprint(self, data: Any) -> dict[str, Any]:
         """What tells the base model from others, before it was trained; ``data``: a BankData that has read a split."""

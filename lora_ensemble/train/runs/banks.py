@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,15 +36,6 @@ MakeTrainer = Callable[[Path, bool], pl.Trainer]
 def writer_of(trainer: pl.Trainer) -> PoolWriter:
     """A Trainer's callback that writes the pool."""
     return next(c for c in trainer.callbacks if isinstance(c, PoolWriter))
-
-
-def release(module: BankModule) -> None:
-    """Free the encoder and the state of a module that only makes others from now on."""
-    module.trainer = None
-    if "bank" in module._modules:
-        module.bank.release()  # whoever else still holds the bank holds no numbers
-        del module.bank, module._frozen
-    gc.collect()
 
 
 @dataclass(eq=False)
@@ -182,7 +172,7 @@ class BankRun:
         begun = last.is_file() and (self._resumes or bank.key in self._made)
         module = self.module
         if not whole or trainer is None:
-            release(module)
+            module.release()
             module = module.with_members([m for m in module.members if m.name in bank.members])
             trainer = self.make_trainer(last.parent, begun)
         checkpoint = (self._checkpoint_given if whole else "") or (str(last) if begun else None)
@@ -240,7 +230,7 @@ class BankRun:
         # Lightning's command line keeps the first Trainer; not with all that it holds.
         trainer.strategy.optimizers = []
         trainer.strategy.lr_scheduler_configs = []
-        release(module)
+        module.release()
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.empty_cache()
         return halves
