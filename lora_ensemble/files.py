@@ -30,6 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         yield beside
+        with open(beside, "rb+") as f:
+            os.fsync(f.fileno())  # or, where the power fails, an empty file could stand where a whole one was
         os.replace(beside, path)
     except BaseException:
         with contextlib.suppress(OSError):  # what went wrong counts, not that nothing can be removed

@@ -40,6 +40,27 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.stat().st_ino != before
 
 
+def test_a_file_is_on_the_disk_before_it_takes_the_others_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or, where the power fails, an empty file could stand where a whole one was."""
+    sync, replace, seen = os.fsync, os.replace, []
+
+    def synced(descriptor: int) -> None:
+        seen.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        seen.append("replaced")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    with replacing(tmp_path / "a.txt") as beside:
+        beside.write_text("new")
+    assert seen == [(tmp_path / "a.txt").stat().st_ino, "replaced"]
+
+
 def test_one_process_at_a_time_and_a_killed_one_lets_the_next_in(tmp_path: Path) -> None:
     """The other is named, by process and host; who waits gets in when it has ended, however that was."""
     folder = tmp_path / "new" / "folder"

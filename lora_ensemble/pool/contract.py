@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 import re
 import typing
 from collections.abc import Callable
@@ -194,8 +193,6 @@ def write_examples(pool: Path, task: str, split: str, ids: ArrayLike, labels: Ar
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside, open(beside, "wb") as f:
             np.savez_compressed(f, allow_pickle=False, **arrays)
-            f.flush()
-            os.fsync(f.fileno())  # members will vouch for it
     return fingerprint
 
 

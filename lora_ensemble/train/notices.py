@@ -15,6 +15,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lora_ensemble.errors import one_line
 from lora_ensemble.online import START_WITHIN_S, project, reachable
 
 
@@ -54,8 +55,7 @@ def unfailing(logger: Logger) -> Logger:
                 return None if failed else call(*args, **kw)
             except Exception as e:  # whatever it is: files, network, a service that died
                 failed = True
-                reason = " ".join(str(e).split())[:200]
-                say(f"curves: {type(logger).__name__} failed ({reason}); training goes on without it")
+                say(f"curves: {type(logger).__name__} failed ({one_line(e)}); training goes on without it")
                 return None
 
         return attempt
