@@ -23,6 +23,7 @@ from lora_ensemble.dicor.compare import compare
 from lora_ensemble.dicor.options import METHODS, Options
 from lora_ensemble.dicor.report import facts, page, theory
 from lora_ensemble.dicor.report.theory import BINS, calibration
+from lora_ensemble.dicor.table import decides
 from lora_ensemble.pool import TaskPool
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "base"}
@@ -319,6 +320,30 @@ def test_theory_beside_observation_for_votes(kind):
         tied = np.flatnonzero(votes == votes.max())
         voted.append(next(c for c in decided[:, i] if c in tied))
     assert found.observed == pytest.approx(np.mean(np.array(voted) != labels))
+
+
+def test_of_tied_members_the_one_of_highest_rank_counts(tmp_path):
+    """Two that are wrong on other examples, 8 and 12 of 40, tie on 20: the second's 12 are what is observed."""
+    labels = np.tile([0, 1], 20)
+    ids, truth = {"dev": [f"d{i}" for i in range(40)]}, {"dev": labels}
+    for name, rank, wrong in (("a", 1, slice(0, 8)), ("b", 4, slice(8, 20))):
+        logits = (labels * 2.0 - 1)[:, None]
+        logits[wrong] *= -1
+        add_member(tmp_path, "two", "binary", name, {"dev": logits}, ids, truth, rank=rank)
+    comparison = compare(TaskPool(tmp_path, "two"), ["best", "omni"], Options(), probabilities=True)
+    assert facts.gather(comparison, "omni").theories["omni"].observed == pytest.approx(12 / 40)
+
+
+def test_how_an_ensemble_decides_in_words():
+    words = {
+        ("majority", "multiclass"): "the majority of its members' decisions",
+        ("mean", "binary"): "the mean of its members' logits",
+        ("mean", "regression"): "the mean of its members' values",
+        ("mean-probability", "multiclass"): "the mean of its members' probabilities",
+        ("weighted", "binary"): "a weighted mean of its members' probabilities",
+        ("weighted", "regression"): "a weighted mean of its members' values",
+    }
+    assert {key: decides(*key) for key in words} == words
 
 
 def test_a_member_that_is_always_right_has_no_correlation():
