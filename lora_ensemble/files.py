@@ -24,6 +24,11 @@ _POLL_S = 0.002  # a writer leaves its folder for a moment only between two memb
 _SOLE = ".sweep"
 
 
+def gib(size: float) -> str:
+    """A number of bytes as people read it."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to: it takes the place of ``path`` where the block ends well, else it goes."""

@@ -8,7 +8,8 @@ cast and fused once, not in every step. DeBERTa keeps its own forward: see ``pad
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from lora_ensemble.bank.families import accepts_token_types, family_of
 
 Adapters = Mapping[str, tuple[Tensor, Tensor]]
 """Path of a linear layer in the encoder to A (M, R, in) and scaling times B (M, out, R)."""
+States = Mapping[int, Tensor]
+"""Number of a layer to what reaches it of a packed row, (1, T, H); see :meth:`PackedEncoder.frozen_states`."""
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -59,28 +62,44 @@ class PackedEncoder:
     def __init__(self, encoder: Any) -> None:
         self.encoder, self.config = encoder, encoder.config
         self.family = family_of(encoder.config.model_type)
-        self._token_types = accepts_token_types(encoder)
-        self._frozen: dict[tuple[str, ...], tuple[Any, Tensor, Tensor | None]] = {}
+        self.token_types = accepts_token_types(encoder)
+        self._fused: dict[tuple[str, ...], tuple[Any, Tensor, Tensor | None]] = {}
         self._paths: dict[nn.Module, str] = {module: path for path, module in encoder.named_modules()}
+        self.layers: Any = encoder.get_submodule(self.family.layers)
+        self._weight = next(encoder.parameters())
 
-    def __call__(self, batch: Mapping[str, Any], adapters: Adapters, *, members: int, dropout: bool) -> Tensor:
+    def __call__(
+        self, batch: Mapping[str, Any], adapters: Adapters, *, starts: Sequence[int], states: States, dropout: bool
+    ) -> Tensor:
         """What the head reads of each example, (M or 1, B, H): the first token's vector, or the mean over tokens.
 
         ``batch``: a packed row: ``input_ids`` (T,), ``token_type_ids`` (T,) where the encoder takes them, and
-        :func:`packing.layout`. ``members``: M. Matrix products are in :func:`product_dtype`; sums and norms keep the
-        precision of the encoder's own weights.
+        :func:`packing.layout`. ``starts``: the layer at which each of M members starts, ascending: at 0 with the
+        embeddings, at others with ``states``, see :meth:`frozen_states`. Matrix products are in :func:`product_dtype`;
+        sums and norms keep the precision of the encoder's own weights.
         """
-        inputs = {"input_ids": batch["input_ids"][None]}
-        if self.family.post_norm:  # ModernBERT sees positions in its attention
-            offset = self.config.pad_token_id + 1 if self.family.positions_after_padding else 0
-            inputs["position_ids"] = batch["position_ids"][None] + offset
-        if self._token_types:
-            inputs["token_type_ids"] = batch["token_type_ids"][None]
-        x = self.encoder.embeddings.eval()(**inputs)  # their dropout is drawn later, for each member
-        run = _Run(self, batch, adapters, members, dropout, product_dtype(x))
-        with torch.autocast(x.device.type, enabled=False):
-            read = run.post_norm(x) if self.family.post_norm else run.pre_norm(x)
-        return read[:, : batch["examples"]]
+        run = _Run(self, batch, adapters, starts, states, dropout, self._weight.dtype, product_dtype(self._weight))
+        with torch.autocast(self._weight.device.type, enabled=False):
+            x = run.layer(starts[0], None)
+            for number in range(starts[0] + 1, len(self.layers)):
+                x = run.layer(number, x)
+            return run.read(x)
+
+    @torch.no_grad()
+    def frozen_states(self, batch: Mapping[str, Any], layers: Collection[int]) -> dict[int, Tensor]:
+        """What reaches each of ``layers``, by its number above 0, without adapters and dropout: (1, T, H).
+
+        In the precision of matrix products, which is what the layer's own products are made of. For the number of
+        layers, one past the last, it is what the head reads: (1, B, H), in the precision of the encoder's weights.
+        """
+        run = _Run(self, batch, {}, [0], {}, False, self._weight.dtype, product_dtype(self._weight))
+        states, x = {}, None
+        with torch.autocast(self._weight.device.type, enabled=False):
+            for number in range(max(layers)):
+                x = run.layer(number, x)
+                if number + 1 in layers:
+                    states[number + 1] = run.read(x) if number + 1 == len(self.layers) else x.to(run.dtype)
+        return states
 
     def _weights(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The layers' weights one below the other, and their biases, as ``dtype``; kept where they are frozen."""
@@ -90,17 +109,28 @@ class PackedEncoder:
             return weights[0], layers[0].bias
         state = [(w.data_ptr(), w._version, w.device, dtype) for w in weights]
         paths = tuple(self._paths[layer] for layer in layers)
-        if paths not in self._frozen or self._frozen[paths][0] != state:
+        if paths not in self._fused or self._fused[paths][0] != state:
             # Evaluation runs in inference mode, whose tensors no gradient may pass.
             with torch.inference_mode(False):
                 fused = torch.cat(weights).to(dtype), torch.cat(biases).to(dtype) if biases else None
             if weights[0].requires_grad:
                 return fused
-            self._frozen[paths] = (state, *fused)
-        return self._frozen[paths][1:]
+            self._fused[paths] = (state, *fused)
+        return self._fused[paths][1:]
 
-    def project(self, x: Tensor, layers: Sequence[nn.Linear], adapters: Adapters, dtype: torch.dtype) -> list[Tensor]:
-        """What linear layers make of x (M or 1, T, in) in two products, adapters included: (M or 1, T, out) each."""
+    def project(
+        self,
+        x: Tensor,
+        layers: Sequence[nn.Linear],
+        adapters: Adapters,
+        dtype: torch.dtype,
+        *,
+        members: slice | None = None,
+    ) -> list[Tensor]:
+        """What linear layers make of x (M or 1, T, in) in two products, adapters included: (M or 1, T, out) each.
+
+        ``members``: whose adapters those are; None: of all.
+        """
         x = x.to(dtype)
         if x.device.type == "cpu" and layers[0].weight.dtype == dtype and not torch.is_grad_enabled():
             # To answer with: several products are as fast there, and need no fused copy of the weights.
@@ -109,6 +139,8 @@ class PackedEncoder:
             outputs = list(F.linear(x, *self._weights(layers, dtype)).split([w.out_features for w in layers], -1))
         paths = [self._paths[layer] for layer in layers]
         adapted = [(i, *adapters[path]) for i, path in enumerate(paths) if path in adapters]
+        if members is not None:
+            adapted = [(i, a[members], b[members]) for i, a, b in adapted]
         if not adapted:
             return outputs
         a = torch.cat([a for _, a, _ in adapted], 1) if len(adapted) > 1 else adapted[0][1]
@@ -122,6 +154,10 @@ class PackedEncoder:
         return outputs
 
 
+Part = tuple[Tensor, slice]
+"""What reaches a layer, (M' or 1, T, H), and the M' members that it is for."""
+
+
 @dataclass
 class _Run:
     """One pass over one packed row; see :meth:`PackedEncoder.__call__`."""
@@ -129,9 +165,24 @@ class _Run:
     packed: PackedEncoder
     batch: Mapping[str, Any]
     adapters: Adapters
-    members: int
+    starts: Sequence[int]
+    states: States
     dropout: bool
-    dtype: torch.dtype
+    exact: torch.dtype  # of sums and norms
+    dtype: torch.dtype  # of matrix products
+    members: int = 0  # that have started by now
+
+    def layer(self, number: int, x: Tensor | None) -> Tensor:
+        """What a layer makes of x, which is None below the first, for the members that have started by now."""
+        parts: list[Part] = []
+        if x is not None:
+            parts.append((x, slice(0, self.members)))
+        started, self.members = self.members, bisect_right(self.starts, number)
+        if self.members > started:
+            joining = self.states[number].to(self.exact) if number else self.embedded()
+            parts.append((joining, slice(started, self.members)))
+        layer, last = self.packed.layers[number], number == len(self.packed.layers) - 1
+        return (self.post_norm if self.packed.family.post_norm else self.pre_norm)(layer, parts, last)
 
     def p(self, dropout: Any) -> float:
         """A dropout's probability in this pass."""
@@ -139,76 +190,106 @@ class _Run:
             return 0.0
         return dropout if isinstance(dropout, float) else float(dropout.p)
 
-    def part(self, x: Tensor, p: float) -> Tensor:
-        """Dropout on what the members still share: from here on each has its own, (M, T, H)."""
-        return dropped(x.expand(self.members, -1, -1), p) if p else x
+    def parted(self, x: Tensor, p: float) -> Tensor:
+        """What dropout with probability ``p`` is to act on: each member draws its own, though they share x so far."""
+        return x.expand(self.members, -1, -1) if p else x
 
     def project(self, x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-        return self.packed.project(x, layers, self.adapters, self.dtype)
+        return self.joined([(x, slice(0, self.members))], *layers)
+
+    def joined(self, parts: Sequence[Part], *layers: nn.Linear) -> list[Tensor]:
+        """What linear layers make of the parts, side by side for all members; what they share is computed once."""
+        every = slice(0, len(self.starts))
+        outputs = [
+            self.packed.project(x, layers, self.adapters, self.dtype, members=None if members == every else members)
+            for x, members in parts
+        ]
+        return outputs[0] if len(parts) == 1 else [_side_by_side(x, parts) for x in zip(*outputs, strict=True)]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: Any, window: int | None = None) -> Tensor:
-        heads = self.packed.config.num_attention_heads
-        return attend(q, k, v, self.batch, heads=heads, dropout=self.p(dropout), window=window)
+        heads, p = self.packed.config.num_attention_heads, self.p(dropout)
+        return attend(self.parted(q, p), k, v, self.batch, heads=heads, dropout=p, window=window)
+
+    def add(self, x: Tensor, to: Tensor, dropout: Any) -> Tensor:
+        p = self.p(dropout)
+        return add_dropped(to, self.parted(x, p), p)
 
     def first(self, x: Tensor) -> Tensor:
         """The first token of each example, (M or 1, B, H)."""
         return x.index_select(1, self.batch["first"])
 
-    def post_norm(self, x: Tensor) -> Tensor:
-        """BERT and its kin: attention and feed-forward, each followed by its norm (Vaswani et al. 2017)."""
-        encoder, family = self.packed.encoder, self.packed.family
-        x = self.part(x, self.p(encoder.embeddings.dropout))
+    def embedded(self) -> Tensor:
+        """What reaches the first layer."""
+        packed, batch, encoder = self.packed, self.batch, self.packed.encoder
+        inputs = {"input_ids": batch["input_ids"][None]}
+        if packed.family.post_norm:  # ModernBERT sees positions in its attention
+            offset = packed.config.pad_token_id + 1 if packed.family.positions_after_padding else 0
+            inputs["position_ids"] = batch["position_ids"][None] + offset
+        if packed.token_types:
+            inputs["token_type_ids"] = batch["token_type_ids"][None]
+        embeddings = encoder.embeddings.eval()  # their dropout is drawn here, for each member
+        p = self.p(embeddings.dropout if packed.family.post_norm else embeddings.drop)
+        x = dropped(self.parted(embeddings(**inputs), p), p)
         if hasattr(encoder, "embeddings_project"):  # ELECTRA
             (x,) = self.project(x, encoder.embeddings_project)
-            x = x.to(encoder.embeddings_project.weight.dtype)
-        layers = encoder.get_submodule(family.layers)
-        for layer in layers:
-            get = layer.get_submodule
-            query, key, value = get(family.query), get(family.key), get(family.value)
-            if layer is layers[-1]:
-                k, v = self.project(x, key, value)
-                x = self.first(x)
-                (q,) = self.project(x, query)
-            else:
-                q, k, v = self.project(x, query, key, value)
-            (a,) = self.project(self.attend(q, k, v, get(family.attention_dropout)), get(family.output))
-            p = self.p(family.output_dropout and get(family.output_dropout))
-            x = get(family.attention_norm)(add_dropped(x, a, p))
-            (up,) = self.project(x, get(family.up))
-            (down,) = self.project(get(family.activation)(up), get(family.down))
-            x = get(family.norm)(add_dropped(x, down, self.p(get(family.down_dropout))))
+            x = x.to(self.exact)
         return x
 
-    def pre_norm(self, x: Tensor) -> Tensor:
+    def post_norm(self, layer: Any, parts: list[Part], last: bool) -> Tensor:
+        """BERT and its kin: attention and feed-forward, each followed by its norm (Vaswani et al. 2017)."""
+        get, family = layer.get_submodule, self.packed.family
+        query, key, value = get(family.query), get(family.key), get(family.value)
+        if last:
+            k, v = self.joined(parts, key, value)
+            parts = [(self.first(x), members) for x, members in parts]
+            (q,) = self.joined(parts, query)
+        else:
+            q, k, v = self.joined(parts, query, key, value)
+        x = _side_by_side([x for x, _ in parts], parts)
+        (a,) = self.project(self.attend(q, k, v, get(family.attention_dropout)), get(family.output))
+        x = get(family.attention_norm)(self.add(a, x, family.output_dropout and get(family.output_dropout)))
+        (up,) = self.project(x, get(family.up))
+        (down,) = self.project(get(family.activation)(up), get(family.down))
+        return get(family.norm)(self.add(down, x, get(family.down_dropout)))
+
+    def pre_norm(self, layer: Any, parts: list[Part], last: bool) -> Tensor:
         """ModernBERT: norms before attention and feed-forward, rotary positions, sliding windows, gated units."""
         from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
-        encoder, config = self.packed.encoder, self.packed.config
+        config, attention, mlp = self.packed.config, layer.attn, layer.mlp
         heads, positions = config.num_attention_heads, self.batch["position_ids"][None]
-        x = self.part(x, self.p(encoder.embeddings.drop))
-        rotary = {kind: encoder.rotary_emb(x, positions, kind) for kind in set(config.layer_types)}
-        mean = config.classifier_pooling == "mean"
-        for layer in encoder.layers:
-            attention, mlp = layer.attn, layer.mlp
-            (fused,) = self.project(layer.attn_norm(x), attention.Wqkv)
-            q, k, v = fused.view(len(fused), -1, 3, heads, config.hidden_size // heads).unbind(2)
-            q, k = apply_rotary_pos_emb(q, k, *rotary[layer.attention_type], unsqueeze_dim=2)
-            q, k, v = (t.flatten(2) for t in (q, k, v))
-            if layer is encoder.layers[-1] and not mean:
-                q, x = self.first(q), self.first(x)
-            window = config.sliding_window if layer.attention_type == "sliding_attention" else None
-            (a,) = self.project(self.attend(q, k, v, config.attention_dropout, window), attention.Wo)
-            x = add_dropped(x, a, self.p(attention.out_drop))
-            (up,) = self.project(layer.mlp_norm(x), mlp.Wi)
-            up, gate = up.chunk(2, -1)
-            (down,) = self.project(dropped(mlp.act(up) * gate, self.p(mlp.drop)), mlp.Wo)
-            x = x + down
-        x = encoder.final_norm(x)
-        return self.mean(x) if mean else x
+        (fused,) = self.joined([(layer.attn_norm(x), members) for x, members in parts], attention.Wqkv)
+        x = _side_by_side([x for x, _ in parts], parts)
+        q, k, v = fused.view(len(fused), -1, 3, heads, config.hidden_size // heads).unbind(2)
+        rotary = self.packed.encoder.rotary_emb(x, positions, layer.attention_type)
+        q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
+        q, k, v = (t.flatten(2) for t in (q, k, v))
+        if last and config.classifier_pooling != "mean":
+            q, x = self.first(q), self.first(x)
+        window = config.sliding_window if layer.attention_type == "sliding_attention" else None
+        (a,) = self.project(self.attend(q, k, v, config.attention_dropout, window), attention.Wo)
+        x = self.add(a, x, attention.out_drop)
+        (up,) = self.project(layer.mlp_norm(x), mlp.Wi)
+        up, gate = up.chunk(2, -1)
+        up, p = mlp.act(up) * gate, self.p(mlp.drop)
+        (down,) = self.project(dropped(self.parted(up, p), p), mlp.Wo)
+        return x + down
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over each example's tokens: (M or 1, T, H) to (M or 1, B, H)."""
-        mask = self.batch["attention_mask"]
-        m, (b, length) = len(x), mask.shape
-        padded = x[:, self.batch["place"].flatten()].view(m, b, length, -1)
-        return (padded * mask[..., None]).sum(2) / mask.sum(1, keepdim=True)
+    def read(self, x: Tensor) -> Tensor:
+        """What the head reads of each example, (M or 1, B, H), from the last layer's output."""
+        if not self.packed.family.post_norm:
+            x = self.packed.encoder.final_norm(x)
+            if self.packed.config.classifier_pooling == "mean":
+                mask = self.batch["attention_mask"]
+                m, (b, length) = len(x), mask.shape
+                padded = x[:, self.batch["place"].flatten()].view(m, b, length, -1)
+                x = (padded * mask[..., None]).sum(2) / mask.sum(1, keepdim=True)
+        return x[:, : self.batch["examples"]]
+
+
+def _side_by_side(tensors: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+    """A tensor for each part, (M' or 1, ...), as one for the members of all parts."""
+    if len(parts) == 1:
+        return tensors[0]
+    sizes = [members.stop - members.start for _, members in parts]
+    return torch.cat([x.expand(size, -1, -1) for x, size in zip(tensors, sizes, strict=True)])

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_ensemble.bank.lora import NO_TARGETS, linear_layers
+from lora_ensemble.bank.lora import ALL_LAYERS, NO_TARGETS, layer_numbers, linear_layers
 from lora_ensemble.errors import UserError
 
 
@@ -70,6 +70,7 @@ FAMILIES: dict[str, Family] = {
         encoder_dropouts=("dropout", "attention_dropout"),
     ),
     "modernbert": Family(
+        layers="layers",
         fused="attn.Wqkv",
         output="attn.Wo",
         down="mlp.Wo",
@@ -89,9 +90,21 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def target_paths(encoder: nn.Module, model_type: str, targets: str) -> list[str]:
+def depth_of(encoder: Any, model_type: str) -> int:
+    """How many layers an encoder has."""
+    return len(encoder.get_submodule(family_of(model_type).layers))
+
+
+def layer_number(path: str, model_type: str) -> int | None:
+    """The layer, counted from 0, that a path in the encoder lies in; None below and above the layers."""
+    within = path.removeprefix(family_of(model_type).layers + ".")
+    return None if within == path else int(within.split(".")[0])
+
+
+def target_paths(encoder: nn.Module, model_type: str, targets: str, layers: str | list[int] = ALL_LAYERS) -> list[str]:
     """Paths in the encoder of the linear layers that ``targets`` names, in the encoder's order.
 
+    ``layers``: those that they are in, as PEFT's ``layers_to_transform``; a pooler that is named is adapted besides.
     ``UserError`` where the family cannot do it, or nothing matches; the message says what can be had.
     """
     family, paths = family_of(model_type), list(linear_layers(encoder))
@@ -108,6 +121,12 @@ def target_paths(encoder: nn.Module, model_type: str, targets: str) -> list[str]
                 "qkv, pooler, all-linear, all-but-output, none, or suffixes joined by '+' of: " + ", ".join(suffixes)
             )
         wanted.update(named)
+    if layers != ALL_LAYERS:
+        numbers = layer_numbers(layers, depth_of(encoder, model_type))
+        outside = set() if "pooler" not in targets.split("+") else {family.pooler}
+        wanted = {path for path in wanted if layer_number(path, model_type) in numbers or path in outside}
+        if not wanted:
+            raise UserError(f"targets {targets!r}: none is in layers {layers!r} of this {model_type} encoder")
     return [path for path in paths if path in wanted]
 
 

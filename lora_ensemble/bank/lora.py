@@ -10,10 +10,11 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from lora_ensemble import pool
 from lora_ensemble.errors import UserError
 
 NO_TARGETS = "none"
+ALL_LAYERS = "all"
 T = TypeVar("T", int, float, str)
 
 
@@ -40,8 +42,13 @@ class Member:
     targets: str | list[str] = "qv"
     """qv, qkv, pooler, qkv+pooler, all-linear, all-but-output (all but the feed-forward's second layer), none (head
     only), or module-name suffixes joined by '+'."""
+    layers: str | list[int] | list[str | list[int]] = "all"
+    """The encoder's layers that are adapted: all, top-half, top-third, top-4 and the like, or numbers from 0 ([4, 5]).
+    What lies below the lowest is computed once for all epochs."""
     seed: int | list[int] = 11711
     """Draws this member's A and head."""
+    patience: int | None = None
+    """Dev evaluations in a row without a gain after which it is finished, at the end of an epoch; null: none."""
     name: str = None  # type: ignore[assignment]  # to jsonargparse a str or null; an expanded member has one
     """Folder in the pool; made from the settings by default."""
 
@@ -50,9 +57,17 @@ class Member:
         """Whether it has adapters; False where it trains its head alone, or the whole encoder."""
         return self.targets != NO_TARGETS
 
+    @property
+    def own_layers(self) -> str | list[int]:
+        """``layers`` of an expanded member, which is no grid."""
+        return cast(str | list[int], self.layers)
+
     def recorded(self) -> dict[str, Any]:
-        """Its settings as ``member.json`` has them: rank, scaling and targets are None where nothing is adapted."""
-        settings = dataclasses.asdict(self)
+        """Its settings as ``member.json`` has them.
+
+        Rank, scaling and targets are None where nothing is adapted; layers where all are.
+        """
+        settings = dataclasses.asdict(self) | {"layers": None if self.layers == ALL_LAYERS else self.layers}
         return settings if self.adapted else settings | dict.fromkeys(("rank", "scaling", "targets"))
 
     @classmethod
@@ -63,6 +78,8 @@ class Member:
             scaling=1.0 if record.scaling is None else record.scaling,
             lr=record.lr or 0.0,
             targets=record.targets or NO_TARGETS,
+            layers=record.layers or ALL_LAYERS,
+            patience=record.patience,
             seed=record.seed or 0,
             name=record.name,
         )
@@ -75,14 +92,20 @@ def single(setting: T | list[T]) -> T:
 
 
 def member_name(member: Member, finetune: str) -> str:
-    """``r12-c3-qv-lr1e-4-s11711``; ``head-…`` for targets none, ``full-…`` for full fine-tuning."""
+    """``r12-c3-qv-lr1e-4-s11711``; ``head-…`` for targets none, ``full-…`` for full fine-tuning.
+
+    Layers and patience are in it where they are not the defaults: ``r12-c3-qv-top-half-lr1e-4-s11711-p3``.
+    """
     # The rate to its last digit in scientific form: 0.0001 is 1e-4.
     end = f"lr{Decimal(repr(member.lr)).normalize():e}-s{member.seed}".replace("e+", "e")
+    end += f"-p{member.patience}" if member.patience is not None else ""
     if finetune == "full":
         return f"full-{end}"
     if not member.adapted:
         return f"head-{end}"
-    return f"r{member.rank}-c{repr(member.scaling).removesuffix('.0')}-{member.targets}-{end}"
+    layers = member.layers if isinstance(member.layers, str) else "l" + "+".join(str(n) for n in member.layers)
+    where = member.targets if layers == ALL_LAYERS else f"{member.targets}-{layers}"
+    return f"r{member.rank}-c{repr(member.scaling).removesuffix('.0')}-{where}-{end}"
 
 
 def expand_members(entries: Sequence[Member], *, finetune: str = "lora") -> list[Member]:
@@ -95,7 +118,7 @@ def expand_members(entries: Sequence[Member], *, finetune: str = "lora") -> list
     members = []
     for number, entry in enumerate(entries):
         where = f"model.members[{number}]"
-        values = {k: v if isinstance(v, list) else [v] for k, v in vars(entry).items() if k != "name"}
+        values = {k: v if _is_grid(k, v) else [v] for k, v in vars(entry).items() if k != "name"}
         grid = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
         if not grid:
             raise UserError(f"{where}: a setting is an empty list; a grid needs at least one value")
@@ -117,8 +140,35 @@ def expand_members(entries: Sequence[Member], *, finetune: str = "lora") -> list
     return members
 
 
+def _is_grid(setting: str, value: Any) -> bool:
+    """Whether a setting's value is a list of values to try; a list of layers' numbers is one value."""
+    return isinstance(value, list) and not (setting == "layers" and value and all(isinstance(v, int) for v in value))
+
+
+def layer_numbers(layers: str | list[int], depth: int) -> list[int]:
+    """Numbers, from 0, of the layers that a member's ``layers`` names in an encoder of ``depth`` layers.
+
+    A half or a third that is no whole number of layers is rounded up. ``UserError`` for what the encoder lacks.
+    """
+    if isinstance(layers, str):
+        count = {ALL_LAYERS: depth, "top-half": -(-depth // 2), "top-third": -(-depth // 3)}.get(layers)
+        if count is None and (top := re.fullmatch(r"top-([0-9]+)", layers)):
+            count = int(top[1])
+        numbers = range(depth - count, depth) if count else []
+    else:
+        numbers = sorted(set(layers))
+    if not numbers or numbers[0] < 0 or numbers[-1] >= depth:
+        raise UserError(
+            f"layers {layers!r}: expected all, top-half, top-third, top-1 to top-{depth}, or a list of numbers from 0 "
+            f"to {depth - 1}: this encoder has {depth} layers"
+        )
+    return list(numbers)
+
+
 def _checked(where: str, name: str | None, settings: dict[str, Any], finetune: str) -> Member:
     rank, scaling, lr, targets, seed = (settings[k] for k in ("rank", "scaling", "lr", "targets", "seed"))
+    layers, patience = settings["layers"] or ALL_LAYERS, settings["patience"]
+    layers = sorted(set(layers)) if isinstance(layers, list) else layers
     adapted = finetune == "lora" and targets not in (None, NO_TARGETS)
     # YAML may say null. Written so that NaN fails too.
     for key, value, right, expected in (
@@ -126,12 +176,14 @@ def _checked(where: str, name: str | None, settings: dict[str, Any], finetune: s
         ("lr", lr, 0 < (lr or 0) < math.inf, "a learning rate above 0"),
         ("scaling", scaling, not adapted or 0 < (scaling or 0) < math.inf, "c = alpha / r above 0"),
         ("seed", seed, seed is not None and 0 <= seed < 2**63, "0 to 2^63 - 1"),
+        ("patience", patience, patience is None or patience >= 1, "a number of dev evaluations of at least 1, or null"),
     ):
         if not right:
             raise UserError(f"{where}.{key}: {value}; expected {expected}")
     if not adapted:
-        rank, scaling, targets = 1, 1.0, NO_TARGETS
-    member = Member(rank=rank, scaling=float(scaling), lr=float(lr), targets=targets, seed=seed)
+        rank, scaling, targets, layers = 1, 1.0, NO_TARGETS, ALL_LAYERS
+    same: dict[str, Any] = {"lr": float(lr), "seed": seed, "patience": patience}
+    member = Member(rank=rank, scaling=float(scaling), targets=targets, layers=layers, **same)
     name = name or member_name(member, finetune)
     pool.check_name(name)
     return dataclasses.replace(member, name=name)
@@ -158,9 +210,19 @@ def head_names(model: Any) -> list[str]:
 
 
 def peft_config(
-    model: Any, paths: Iterable[str], *, rank: int, scaling: float, base_model: str, revision: str | None
+    model: Any,
+    paths: Iterable[str],
+    *,
+    rank: int,
+    scaling: float,
+    base_model: str,
+    revision: str | None,
+    layers: list[int] | None = None,
 ) -> dict[str, Any]:
-    """``adapter_config.json`` for an ``AutoModelForSequenceClassification`` whose encoder is adapted at ``paths``."""
+    """``adapter_config.json`` for an ``AutoModelForSequenceClassification`` whose encoder is adapted at ``paths``.
+
+    ``layers``: numbers of the layers that they are in; None where they are in all.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
@@ -173,6 +235,7 @@ def peft_config(
         "inference_mode": True,
         # Whole paths: a suffix may match a layer of the head, or of another block.
         "target_modules": [f"{model.base_model_prefix}.{path}" for path in paths],
+        **({} if layers is None else {"layers_to_transform": layers}),  # for people to read: the paths decide
         "modules_to_save": head_names(model),
     }
 

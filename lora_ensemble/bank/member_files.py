@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_ensemble import pool
 from lora_ensemble.bank import base_model as base
-from lora_ensemble.bank.lora import Adapter, from_peft, peft_config, peft_tensors, single
+from lora_ensemble.bank.lora import ALL_LAYERS, Adapter, from_peft, layer_numbers, peft_config, peft_tensors, single
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError, one_line
 from lora_ensemble.tasks import Task
@@ -38,7 +38,9 @@ def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revisio
         adapter = {path: (torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1))}
     member, tensors = bank.members[index], peft_tensors(adapter, heads[task.name], prefix=bank.prefix)
     rank, scaling = single(member.rank), single(member.scaling)
-    config = peft_config(model, adapter, rank=rank, scaling=scaling, base_model=base_model, revision=revision)
+    layers = None if member.layers == ALL_LAYERS else layer_numbers(member.own_layers, bank.depth)
+    base: dict[str, Any] = {"base_model": base_model, "revision": revision}
+    config = peft_config(model, adapter, rank=rank, scaling=scaling, layers=layers, **base)
     return {pool.ADAPTER_CONFIG: config, pool.ADAPTER: {name: tensor.numpy() for name, tensor in tensors.items()}}
 
 
@@ -131,7 +133,7 @@ def _record_of(bank: Bank, index: int, task: Task, folder: Path, base_model: str
         raise UserError(f"{where}: its base model is {record.base_model}; model.base_model is {base_model}")
     given = member.recorded() | {"kind": task.kind, "labels": task.labels}
     given["finetune"] = "full" if bank.train_encoder else "lora"
-    for key in ("finetune", "rank", "scaling", "targets", "kind", "labels"):
+    for key in ("finetune", "rank", "scaling", "targets", "layers", "kind", "labels"):
         if (there := getattr(record, key)) != given[key]:
             raise UserError(f"{where}: another member of this name: its {key} was {there!r}, is now {given[key]!r}")
     return record

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ensemble.bank.encode import Adapters, PackedEncoder, product_dtype
-from lora_ensemble.bank.families import family_of, target_paths
+from lora_ensemble.bank.encode import Adapters, PackedEncoder, States, product_dtype
+from lora_ensemble.bank.families import depth_of, family_of, layer_number, target_paths
 from lora_ensemble.bank.heads import drawn_head, head_logits, head_of
 from lora_ensemble.bank.lora import Adapter, Member, derived_seed, linear_layers, single
 from lora_ensemble.bank.padded import PaddedEncoder
@@ -52,7 +52,8 @@ class Bank(nn.Module):
         self.encoder = classifier.base_model
         self.train_encoder = train_encoder
         family = family_of(self.config.model_type)
-        self.paths = [target_paths(self.encoder, self.config.model_type, single(m.targets)) for m in members]
+        kind = self.config.model_type
+        self.paths = [target_paths(self.encoder, kind, single(m.targets), m.own_layers) for m in members]
         """Adapted linear layers of each member, in the encoder's order."""
         self.layers = linear_layers(self.encoder)  # every linear layer by its path, adapted or not
         # ModuleList: a task's name may hold a dot, which ModuleDict refuses.
@@ -65,15 +66,22 @@ class Bank(nn.Module):
         adapted = [path for path in self.layers if f"{path}.A" in self.shapes]
         self._inside = [path for path in adapted if path not in pooler]
         self._in_pooler = [path for path in adapted if path in pooler]
-        changed = [train_encoder or frozen_dropout or bool(set(paths) - pooler) for paths in self.paths]
-        self.deep = [i for i, runs in enumerate(changed) if runs]
-        """Members for which the encoder runs with their adapters and dropout; for the others it is what it was, up to
-        the pooler, and runs once without dropout."""
         self.packs = family.packs  # whether examples share a row, or batches are padded
+        self.depth = depth_of(self.encoder, kind)  # layers of the encoder
+        self.starts = [self.depth if set(paths) <= pooler else 0 for paths in self.paths]
+        """The layer at which each member leaves the encoder as it was: what lies below runs once for all, and without
+        dropout. 0: with the embeddings; the number of layers: it reads the encoder's output."""
+        if train_encoder or frozen_dropout:
+            self.starts = [0] * len(members)
+        elif family.packs:
+            lowest = [[layer_number(p, kind) or 0 for p in paths if p not in pooler] for paths in self.paths]
+            self.starts = [min(numbers, default=self.depth) for numbers in lowest]
+        self._order = sorted(range(len(members)), key=self.starts.__getitem__)  # as they start
+        self._running = [i for i in self._order if self.starts[i] < self.depth]  # those for which the encoder runs
         self._encode: PackedEncoder | PaddedEncoder = (
             PackedEncoder(self.encoder)
             if family.packs
-            else PaddedEncoder(self.encoder, self._inside, members=len(self.deep))
+            else PaddedEncoder(self.encoder, self._inside, members=len(self._running))
         )
         self._scaling: Tensor | None = None
         self.weights = nn.Parameter(torch.zeros(len(members), row_width(self.shapes)))  # (M, P)
@@ -112,11 +120,11 @@ class Bank(nn.Module):
         return {name: p.view(len(weights), *shape) for (name, shape), p in zip(shapes, pieces, strict=True)}
 
     def forward(
-        self, batches: Mapping[str, Mapping[str, Any]], frozen: Mapping[str, Tensor] | None = None
+        self, batches: Mapping[str, Mapping[str, Any]], states: Mapping[str, States] | None = None
     ) -> dict[str, Tensor]:
         """Task name to logits (M, B, C), from task name to a packed row, see :meth:`PackedEncoder.__call__`.
 
-        ``frozen``: task name to :meth:`read_frozen` of the same batch, where it is known already.
+        ``states``: task name to :meth:`frozen_states` of the same batch, where they are known already.
         """
         dtype = product_dtype(self.weights)
         views = self._views(self.weights)
@@ -129,7 +137,7 @@ class Bank(nn.Module):
                 nothing = self.weights.new_zeros(len(self.members), 0, head.config.num_labels)
                 logits[name] = self.weights.sum() * 0 + nothing
                 continue
-            read = self._read(batch, (frozen or {}).get(name), dtype)
+            read = self._read(batch, (states or {}).get(name), dtype)
             own = {n: views[f"{name}/{n}"] for n, _ in head.named_parameters()}
             logits[name] = head_logits(head, own, read, self._pool(read, pooler, dtype))
         return logits
@@ -142,36 +150,40 @@ class Bank(nn.Module):
         if self._scaling is None or (self._scaling.device, self._scaling.dtype) != (weights.device, weights.dtype):
             with torch.inference_mode(False):  # or an evaluation's would be no use to training
                 self._scaling = weights.new_tensor([single(m.scaling) for m in self.members]).view(-1, 1, 1)
-        scaling = self._scaling if len(members) == len(self.members) else self._scaling[list(members)]
+        order = list(members)
+        scaling = self._scaling if order == list(range(len(self.members))) else self._scaling[order]
         views = self._views(weights)
         return {p: (views[f"{p}.A"].to(dtype), (views[f"{p}.B"] * scaling).to(dtype)) for p in paths}
 
-    def _read(self, batch: Mapping[str, Any], frozen: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _read(self, batch: Mapping[str, Any], states: States | None, dtype: torch.dtype) -> Tensor:
         """What the heads read of each example, (M, B, H)."""
+        states = self.frozen_states(batch) if states is None else states
         parts: list[Tensor] = []
-        if self.deep:
-            rows = self.weights if len(self.deep) == len(self.members) else self.weights[self.deep]
-            adapters = self._adapters(rows, self.deep, dtype, self._inside)
-            read = self._encode(batch, adapters, members=len(self.deep), dropout=self.training)
-            parts.append(read.expand(len(self.deep), -1, -1))
-        others = [i for i in range(len(self.members)) if i not in self.deep]
-        if others:
-            once = self.read_frozen(batch) if frozen is None else frozen
-            parts.append(once.expand(len(others), -1, -1))
-        if len(parts) == 1:
-            return parts[0]
-        order = [*self.deep, *others]
-        return torch.cat(parts)[[order.index(i) for i in range(len(order))]]
+        runs, everyone = self._running, list(range(len(self.members)))
+        if runs:
+            rows = self.weights if runs == everyone else self.weights[runs]
+            adapters = self._adapters(rows, runs, dtype, self._inside)
+            starts = [self.starts[i] for i in runs]
+            read = self._encode(batch, adapters, starts=starts, states=states, dropout=self.training)
+            parts.append(read.expand(len(runs), -1, -1))
+        if len(runs) < len(everyone):
+            parts.append(states[self.depth].expand(len(everyone) - len(runs), -1, -1))
+        read = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return read if self._order == everyone else read[[self._order.index(i) for i in everyone]]
 
     @torch.no_grad()
     def read(self, batch: Mapping[str, Any]) -> Tensor:
         """The encoder's output that each member's head reads, the first token's, (M, B, H)."""
         return self._read(batch, None, product_dtype(self.weights))
 
-    @torch.no_grad()
-    def read_frozen(self, batch: Mapping[str, Any]) -> Tensor:
-        """What the untouched encoder, without dropout, gives the heads to read of each example, (1, B, H)."""
-        return self._encode(batch, {}, members=1, dropout=False)
+    @property
+    def frozen_layers(self) -> list[int]:
+        """The layers, above 0, at which members start; the number of layers stands for the encoder's output."""
+        return sorted(set(self.starts) - {0})
+
+    def frozen_states(self, batch: Mapping[str, Any]) -> dict[int, Tensor]:
+        """What reaches each of :attr:`frozen_layers`, see :meth:`PackedEncoder.frozen_states`."""
+        return self._encode.frozen_states(batch, self.frozen_layers) if self.frozen_layers else {}
 
     def _pool(self, read: Tensor, adapters: Adapters, dtype: torch.dtype) -> Tensor | None:
         """BERT's pooler, which belongs to the encoder: (M, B, H), or None where there is none."""

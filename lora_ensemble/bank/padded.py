@@ -6,14 +6,14 @@ a member axis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_ensemble.bank.encode import Adapters
+from lora_ensemble.bank.encode import Adapters, States
 from lora_ensemble.bank.families import accepts_token_types
 from lora_ensemble.bank.lora import linear_layers
 from lora_ensemble.text.packing import unpack
@@ -62,8 +62,17 @@ class PaddedEncoder:
                 attention.pos_dropout = self._positions[-1]
                 attention.transpose_for_scores = partial(_by_head, attention.transpose_for_scores)
 
-    def __call__(self, batch: Mapping[str, Any], adapters: Adapters, *, members: int, dropout: bool) -> Tensor:
-        """What the head reads of each example: the first token's vector, (M, B, H)."""
+    @torch.no_grad()
+    def frozen_states(self, batch: Mapping[str, Any], layers: Collection[int]) -> dict[int, Tensor]:
+        """What the untouched encoder, without dropout, gives the heads to read: (1, B, H), one past the last layer."""
+        (end,) = layers
+        return {end: self(batch, {}, starts=[0], states={}, dropout=False)}
+
+    def __call__(
+        self, batch: Mapping[str, Any], adapters: Adapters, *, starts: Sequence[int], states: States, dropout: bool
+    ) -> Tensor:
+        """What the head reads of each example: the first token's vector, (M, B, H). All members start at 0."""
+        members = len(starts)
         for path, layer in self._adapters.items():
             layer.A, layer.B = adapters.get(path, (None, None))
         for positions in self._positions:

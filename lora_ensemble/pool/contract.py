@@ -78,6 +78,8 @@ class MemberRecord:
     rank: int | None = None
     scaling: float | None = None
     targets: str | None = None
+    layers: str | list[int] | None = None  # None: all
+    patience: int | None = None
     lr: float | None = None
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # what else decides the result: epochs, batch size, ...

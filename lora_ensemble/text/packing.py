@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,15 +39,28 @@ class Tokens:
         self._tokens = np.fromiter((t for row in rows for t in row), np.int32, int(self._start[-1]))
         self._types = np.fromiter((t for row in types for t in row), np.int8, int(self._start[-1]))
 
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits over all tokens, their types, and where examples end."""
+        digest = hashlib.sha256()
+        for array in (self.lengths, self._tokens, self._types):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
+
     def row(self, examples: np.ndarray) -> dict[str, Any]:
         """Examples by number (B,) as a packed row: ``input_ids`` and ``token_type_ids`` (T,), and :func:`layout`."""
         lengths = self.lengths[examples]
-        source = np.repeat(self._start[examples] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+        source = places(self._start[examples], lengths)
         return {
             "input_ids": fill(torch.from_numpy(self._tokens[source].astype(np.int64))),
             "token_type_ids": fill(torch.from_numpy(self._types[source].astype(np.int64))),
             **layout(lengths),
         }
+
+
+def places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Each place in pieces that begin at ``starts`` (B,) and are ``lengths`` (B,) long, one after another: (T,)."""
+    return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
 
 
 def layout(lengths: np.ndarray) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Examples on their way into a bank: a split's tokens, what the frozen encoder reads of them, and the loaders.
+"""Examples on their way into a bank: a split's tokens, and the loaders.
 
 The loaders are plain iterables over arrays in memory: a training batch holds ``batch_size`` examples of every task for
 all devices together, and every member of the bank sees the same ones.
 
-Axes: N examples of a split, B examples in a batch, T tokens of all of them, H hidden width.
+Axes: N examples of a split, B examples in a batch, T tokens of all of them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor
 
 from lora_ensemble.bank.lora import derived_seed
-from lora_ensemble.bank.model import Bank
 from lora_ensemble.text.packing import Tokens
 from lora_ensemble.text.readers import Split, fingerprint
-
-_BLOCK = 64  # examples that the frozen encoder reads at once
 
 
 class TokenisedSplit:
@@ -35,10 +30,10 @@ class TokenisedSplit:
     def __init__(self, split: Split, tokenizer: Any, *, max_length: int) -> None:
         self.source, self.ids, self.labels = split, split.ids, split.labels
         self.fingerprint = fingerprint(split)
-        self._tokens = Tokens(split.texts, tokenizer, max_length=max_length)
-        self.lengths = self._tokens.lengths
+        self.tokens = Tokens(split.texts, tokenizer, max_length=max_length)
+        self.lengths = self.tokens.lengths
         self.notices = list(split.notices)
-        if cut := self._tokens.cut:
+        if cut := self.tokens.cut:
             first = ", ".join(str(split.ids[i]) for i in cut[:3])
             self.notices.append(f"{len(cut)} of {len(self)} examples cut to {max_length} tokens (first ids: {first})")
 
@@ -48,43 +43,10 @@ class TokenisedSplit:
     def batch(self, rows: np.ndarray) -> dict[str, Any]:
         """The examples ``rows`` (B,) as one packed row of T tokens: ``input_ids`` and ``token_type_ids`` (T,),
         :func:`packing.layout`, ``labels`` (B, ...) where known, and ``rows`` (B,), which stays on the host."""
-        batch = {**self._tokens.row(rows), "rows": np.asarray(rows, np.int64)}
+        batch = {**self.tokens.row(rows), "rows": np.asarray(rows, np.int64)}
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[rows])
         return batch
-
-
-class FrozenReads:
-    """What the untouched encoder gives the heads to read of each example, kept in memory (N·H numbers a split).
-
-    Computed in blocks of similar length that do not depend on who asks first: a resumed run gets the same bits.
-    """
-
-    def __init__(self, bank: Bank) -> None:
-        self.bank = bank
-        self._kept: dict[TokenisedSplit, Tensor] = {}
-        self._blocks: dict[TokenisedSplit, tuple[np.ndarray, np.ndarray]] = {}
-
-    def __call__(self, split: TokenisedSplit, rows: np.ndarray) -> Tensor:
-        """The examples ``rows`` (B,) of a split: (1, B, H)."""
-        device = self.bank.weights.device
-        if split not in self._kept or self._kept[split].device != device:
-            blocks = np.empty(len(split), np.int64)
-            blocks[np.argsort(split.lengths, kind="stable")] = np.arange(len(split)) // _BLOCK
-            self._blocks[split] = (blocks, np.zeros(len(split), bool))
-            self._kept.pop(split, None)
-        blocks, known = self._blocks[split]
-        # Evaluation runs in inference mode, whose tensors no gradient may pass.
-        with torch.inference_mode(False):
-            for block in np.unique(blocks[rows[~known[rows]]]):
-                examples = np.flatnonzero(blocks == block)
-                read = self.bank.read_frozen(move_data_to_device(split.batch(examples), device))[0]
-                if split not in self._kept:
-                    self._kept[split] = read.new_zeros(len(split), read.shape[1])
-                self._kept[split][torch.from_numpy(examples).to(device)] = read
-                known[examples] = True
-            index = torch.from_numpy(rows).to(device, non_blocking=True)
-            return self._kept[split][index][None]
 
 
 @dataclass(kw_only=True, eq=False)

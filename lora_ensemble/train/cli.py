@@ -108,12 +108,13 @@ class CLI(LightningCLI):
         self._saves = self._trains and given.enable_checkpointing is not False and not dry
         if self._trains:  # what can be seen now, before there is a run that would stay empty
             self.datamodule.check_files()
-        self.model.any_base = config.pool.any_base
+        root = Path(given.default_root_dir or "checkpoints")
+        self.model.any_base, self.model.frozen_dir = config.pool.any_base, None if dry else root / "frozen"
         experiment = "-".join(t.name for t in self.datamodule.tasks)
         if config.experiment is not None:
             check_name(experiment := config.experiment, what="--experiment")
         name = run_name(experiment, plain(self._parser(self.subcommand), config))
-        self.run_dir = Path(given.default_root_dir or "checkpoints") / "runs" / name
+        self.run_dir = root / "runs" / name
         self.save_config_kwargs = {"folder": self.run_dir}
         folder = self.run_dir / "checkpoint"
         resumed = config.get("ckpt_path") is not None or (sweep and (folder / "last.ckpt").is_file())

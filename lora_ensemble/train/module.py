@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from lora_ensemble.bank.base_model import commit_of, encoder_fingerprint, hub_id, load_classifier, on_hub
+from lora_ensemble.bank.encode import States
 from lora_ensemble.bank.lora import Member, derived_seed, expand_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
 from lora_ensemble.train import optimiser
-from lora_ensemble.train.batches import FrozenReads
 from lora_ensemble.train.evaluation import Evaluation, check_metrics, evaluate, member_losses
+from lora_ensemble.train.frozen import FrozenStates
 from lora_ensemble.train.notices import say
 from lora_ensemble.train.restart import check_checkpoint
 
@@ -45,6 +46,7 @@ class BankModule(pl.LightningModule):
         warmup: float = 0.0,
         seed: int = 11711,
         revision: str | None = None,
+        frozen_cache: float = 20.0,
         metrics: tuple[str, ...] = (),
     ) -> None:
         """
@@ -56,14 +58,16 @@ class BankModule(pl.LightningModule):
             init_std: Standard deviation of A at the start (B starts at zero).
             head_dropout: Dropout before the head's last layer; null for the model's own.
             encoder_dropout: Dropout inside the encoder; null for the model's own.
-            frozen_dropout: Whether it also acts for members that train only their head or the pooler. False: they read
-                the encoder's output without dropout, computed once and kept.
+            frozen_dropout: Whether it also acts in the layers below a member's lowest adapter. False: what they make of
+                an example is the same in every epoch, so it is computed once and kept.
             weight_decay: AdamW's decoupled weight decay.
             schedule: Learning rate over the run, after the warm-up: constant, or linear or cosine decay to zero.
             warmup: Linear warm-up from zero: a fraction of all steps if below 1, otherwise a number of steps.
             seed: Seed of the dropout masks (taken from ``data.seed``).
             revision: Commit, branch or tag of a base model of the hub; null for the newest. Not part of a run's name,
                 so that a run can go on with it.
+            frozen_cache: GiB on the disk, at most, for what is so kept, in the folder "frozen" beside "runs". What has
+                no room, there or on a disk half full, is computed anew in each step. 0: all of it.
             metrics: Further curves on dev, and columns of the last table: classes of torchmetrics by name (F1Score,
                 MatthewsCorrCoef, AUROC, SpearmanCorrCoef, ...), for all tasks. They decide nothing.
         """
@@ -76,6 +80,7 @@ class BankModule(pl.LightningModule):
             **{"frozen_dropout": frozen_dropout, "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup},
         }
         self.any_base = False  # whether to go on from a checkpoint over another base model
+        self.frozen_cache, self.frozen_dir = frozen_cache, None  # its size in GiB and its folder; None: kept by nobody
         self.evaluations: dict[str, Evaluation] = {}  # task name to what the last validation, test or prediction gave
         self._collected: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
         self._loss_sum: Tensor | None = None
@@ -88,6 +93,8 @@ class BankModule(pl.LightningModule):
         for name in ("init_std", "weight_decay", "warmup"):
             if not 0 <= given[name] < math.inf:
                 raise UserError(f"model.{name}: {given[name]}; expected 0 or more")
+        if not 0 <= self.frozen_cache < math.inf:
+            raise UserError(f"model.frozen_cache: {self.frozen_cache}; expected GiB, 0 or more")
         for name in ("head_dropout", "encoder_dropout"):
             if given[name] is not None and not 0 <= given[name] < 1:
                 raise UserError(f"model.{name}: {given[name]}; expected a probability from 0 to below 1")
@@ -104,15 +111,16 @@ class BankModule(pl.LightningModule):
         self._encoder_fingerprint = encoder_fingerprint(classifier, fresh)
         more = {key: given[key] for key in ("init_std", "frozen_dropout")}
         self.bank = Bank(classifier, members=self.members, tasks=self.tasks, fresh=fresh, train_encoder=full, **more)
-        self._frozen = FrozenReads(self.bank)
+        self._frozen: FrozenStates | None = None
 
     def with_members(self, members: Sequence[Member]) -> BankModule:
         """A new module with the same settings for other members."""
         same: dict[str, Any] = {
             key: getattr(self, key) for key in ("tasks", "base_model", "finetune", "seed", "revision")
         }
-        made = BankModule(**same, **self.training_settings, members=tuple(members), metrics=self._metrics_of_all)
-        made.any_base = self.any_base
+        same |= {"frozen_cache": self.frozen_cache, "metrics": self._metrics_of_all}
+        made = BankModule(**same, **self.training_settings, members=tuple(members))
+        made.any_base, made.frozen_dir = self.any_base, self.frozen_dir
         return made
 
     def release(self) -> None:
@@ -134,12 +142,10 @@ class BankModule(pl.LightningModule):
         optimiser.check_precision(self.trainer.precision)
         if not self.bank.packs:
             say(f"{self.bank.config.model_type}: its relative positions need padded batches; examples share no row")
-        unchanged = len(self.members) - len(self.bank.deep)
-        if unchanged:
-            say(
-                f"{unchanged} of {len(self.members)} members leave the encoder as it is: they read its output without "
-                "dropout, computed once (model.frozen_dropout)"
-            )
+        for layer in self.bank.frozen_layers:
+            starting = f"{self.bank.starts.count(layer)} of {len(self.members)} members leave the encoder as it is"
+            below = f" below layer {layer}" if layer < self.bank.depth else ""
+            say(f"{starting}{below}: without dropout, computed once (model.frozen_dropout)")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by the step, so that a resumed run draws the masks that it would have drawn."""
@@ -147,7 +153,7 @@ class BankModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> Tensor:
         """The sum over members and tasks of each one's mean loss; the sum keeps every member's own gradient."""
-        logits = self.bank(batch, self._read_frozen(batch, "train"))
+        logits = self.bank(batch, self._frozen_states(batch, "train"))
         losses = []
         for task in self.tasks:
             part = batch[task.name]
@@ -159,11 +165,17 @@ class BankModule(pl.LightningModule):
         self._loss_steps += 1
         return loss.sum()
 
-    def _read_frozen(self, batch: dict[str, dict[str, Any]], split: str) -> dict[str, Tensor] | None:
-        if len(self.bank.deep) == len(self.members):
-            return None
-        splits = self.trainer.datamodule.splits[split]
-        return {name: self._frozen(splits[name], part["rows"]) for name, part in batch.items() if len(part["rows"])}
+    def _frozen_states(self, batch: dict[str, dict[str, Any]], split: str) -> dict[str, States]:
+        """What the bank's frozen layers made of a batch's examples, for the tasks of which it is kept."""
+        if not self.bank.frozen_layers or self.frozen_cache == 0:
+            return {}
+        data = self.trainer.datamodule
+        if self._frozen is None:
+            self._frozen = FrozenStates(
+                self.bank, self.base_fingerprint(data), self.frozen_dir, most=self.frozen_cache * 2**30
+            )
+        kept = {n: self._frozen(data.splits[split][n], part["rows"]) for n, part in batch.items() if len(part["rows"])}
+        return {name: states for name, states in kept.items() if states is not None}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log each member's mean loss since the last time."""
@@ -216,7 +228,7 @@ class BankModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> None:
         """Keep the logits on the device until the end."""
-        for name, logits in self.bank(batch, self._read_frozen(batch, self.split)).items():
+        for name, logits in self.bank(batch, self._frozen_states(batch, self.split)).items():
             self._collected.setdefault(name, []).append((batch[name]["rows"], logits.float()))
 
     test_step = predict_step = validation_step

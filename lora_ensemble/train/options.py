@@ -30,6 +30,7 @@ NOT_THE_RUN = {
     *("enable_checkpointing", "default_root_dir", "profiler", "num_sanity_val_steps", "fast_dev_run", "barebones"),
     *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "inference_mode", "detect_anomaly"),
     *("check_val_every_n_epoch", "val_check_interval", "eval_batch_size", "predict_split", "revision", "metrics"),
+    "frozen_cache",
 }
 """Settings that do not change what a run trains, so that it may be resumed with others. Another revision of the base
 model does, but a run that began with the newest goes on with the one that it recorded."""
@@ -108,6 +109,10 @@ def run_name(experiment: str, settings: dict[str, Any]) -> str:
             task.pop("metrics", None)
             if not task.get("columns"):
                 task.pop("columns", None)
+    for member in settings["model"]["members"] or []:
+        for key, default in (("layers", "all"), ("patience", None)):
+            if member[key] == default:
+                del member[key]
     groups = {name: settings[name] for name in ("model", "data", "trainer")}
     what = {name: {k: v for k, v in group.items() if k not in NOT_THE_RUN} for name, group in groups.items()}
     return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"

@@ -251,7 +251,10 @@ def difference(there: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: 
 
     ``resumed``: only how long it trains may differ. ``any_base``: the base model may, too.
     """
-    for key in ("base_model", "finetune", "rank", "scaling", "targets", "lr", "seed", "labels", "train_fingerprint"):
+    for key in (
+        *("base_model", "finetune", "rank", "scaling", "targets", "layers", "patience", "lr", "seed", "labels"),
+        "train_fingerprint",
+    ):
         if (a := getattr(there, key)) != (b := getattr(wanted, key)):
             return f"{key} was {a!r}, is now {b!r}"
     if there.examples.get("dev") != wanted.examples.get("dev"):

@@ -314,6 +314,8 @@ def test_the_runs_name_is_what_it_was(trained: Trained) -> None:
     assert raw["model"].pop("revision") is None
     assert "revision" not in raw["data"]
     assert raw["model"].pop("metrics") == []
+    assert raw["model"].pop("frozen_cache") == 20
+    assert [(m.pop("layers"), m.pop("patience")) for m in raw["model"]["members"]] == [("all", None)] * 2
     from lora_ensemble.train.options import NOT_THE_RUN
 
     what: dict[str, Any] = {

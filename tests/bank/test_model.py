@@ -13,7 +13,7 @@ from conftest import FAMILY_NAMES, packed, tiny_config
 from torch.nn import functional as F
 
 from lora_ensemble.bank.base_model import load_classifier
-from lora_ensemble.bank.families import accepts_token_types, target_paths
+from lora_ensemble.bank.families import accepts_token_types, family_of, target_paths
 from lora_ensemble.bank.lora import Member, expand_members, head_names, peft_config, peft_tensors
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.bank.optim import BankAdamW, clip_rows
@@ -96,15 +96,19 @@ THREE = (
 )
 
 
+LAYERED = (Member(rank=4, targets="qkv", layers="top-half", lr=2e-3, seed=4), *THREE)
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_together_equals_alone(tiny: Callable[[str], Path], family: str) -> None:
-    """Ranks, targets, scalings and rates differ; clipping on; 20 steps; float64; equal to 1e-10."""
+    """Ranks, targets, layers, scalings and rates differ; clipping on; 20 steps; float64; equal to 1e-10."""
     data = batches(20)
-    together = bank_of(tiny(family), *THREE).double()
+    together = bank_of(tiny(family), *LAYERED).double()
+    assert together.starts == [0 if family == "deberta-v2" else 1, 0, 0, 2]
     start = together.weights.detach().clone()
     history = train(together, data, clip=0.5, decay=0.01)
     assert not torch.allclose(start, together.weights)
-    for index, entry in enumerate(THREE):
+    for index, entry in enumerate(LAYERED):
         alone = bank_of(tiny(family), entry).double()
         losses = train(alone, data, clip=0.5, decay=0.01)
         torch.testing.assert_close(history[:, index], losses[:, 0], rtol=0, atol=1e-12)
@@ -201,21 +205,24 @@ def test_dropout_masks_of_members_are_independent(tiny: Callable[[str], Path]) -
             assert not torch.allclose(noisy[0], noisy[1], atol=1e-3), (family, dropped)
 
 
+@pytest.mark.parametrize("layers", ["all", [1]])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_bank_of_one_trains_like_peft(tiny: Callable[[str], Path], family: str) -> None:
+def test_bank_of_one_trains_like_peft(tiny: Callable[[str], Path], family: str, layers: str | list[int]) -> None:
     """The real PEFT, the same start, torch's AdamW: the same losses for 20 steps (float64, dropout off, to 1e-10)."""
     from peft import LoraConfig, get_peft_model
 
     targets = "qkv" if family == "modernbert" else "qv"
-    bank = bank_of(tiny(family), Member(rank=4, scaling=3.0, lr=2e-3, targets=targets))
+    bank = bank_of(tiny(family), Member(rank=4, scaling=3.0, lr=2e-3, targets=targets, layers=layers))
     adapter, heads = bank.member_state(0)
     classifier, _ = load_classifier(str(tiny(family)), num_labels=5, head_dropout=0.0, encoder_dropout=0.0)
-    paths = [f"{bank.prefix}.{p}" for p in bank.paths[0]]
+    of_layers = family_of(family)
+    suffixes = [of_layers.fused] if of_layers.fused else [of_layers.query, of_layers.value]
     config = LoraConfig(
         task_type="SEQ_CLS",
         r=4,
         lora_alpha=12,
-        target_modules=paths,
+        target_modules=[str(suffix) for suffix in suffixes],
+        layers_to_transform=None if layers == "all" else layers,
         modules_to_save=head_names(bank.heads[0]),
         lora_dropout=0.0,
     )

@@ -42,11 +42,6 @@ class Need:
         return max(int((free - self.shared) / self.each), 0) if self.each else _UNLIMITED
 
 
-def gib(size: float) -> str:
-    """A number of bytes as people read it."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device, or the machine, has no memory left."""
     known = ("DefaultCPUAllocator", "not enough memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")

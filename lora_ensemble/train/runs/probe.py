@@ -17,6 +17,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lora_ensemble.bank.model import row_width
 from lora_ensemble.bank.optim import BankAdamW
 from lora_ensemble.errors import UserError
+from lora_ensemble.files import gib
 from lora_ensemble.train.batches import TrainBatches
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.evaluation import member_losses
@@ -84,9 +85,9 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     )
     # On a device of its own the encoder comes on top, once as it is and once for autocast's copies.
     encoder = 2 * sum(p.nbytes for p in bank.encoder.parameters()) if device.type != "cpu" else 0
-    usable = f"{memory.gib(free)} usable on {device.type}"
+    usable = f"{gib(free)} usable on {device.type}"
     if encoder + estimate.of(m) <= _CLEARLY * free:
-        return m, f"{usable}; a member takes less than {memory.gib(estimate.each)}"
+        return m, f"{usable}; a member takes less than {gib(estimate.each)}"
     widest = sorted(range(m), key=lambda i: -row_width(bank.row_shapes([i])))[:2]
     trial = Trial(module, data, trainer)
     peaks = []
@@ -104,7 +105,7 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     extra = padding + logits * (3 * 4 + 2 * max(trainer.max_epochs or 1, 1))
     needs = [memory.Need.through([(1, peaks[0][phase]), (2, peaks[1][phase])]) for phase in peaks[0]]
     worst = min((memory.Need(n.shared, n.each + extra) for n in needs), key=lambda n: n.fits(free))
-    said = f"a member takes {memory.gib(worst.each)} + {memory.gib(worst.shared)} shared; probe of 1 and 2 members"
+    said = f"a member takes {gib(worst.each)} + {gib(worst.shared)} shared; probe of 1 and 2 members"
     return min(max(worst.fits(free), 1), m), f"{usable}; {said}"
 
 
