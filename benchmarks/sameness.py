@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,8 +96,9 @@ def _differences(ours: list[float], theirs: list[float]) -> list[float]:
 
 def _different_members(work: Workload) -> list[Member]:
     """Higher rates than usual, so that a few steps move the losses."""
+    same: dict[str, Any] = {"targets": work.targets, "layers": work.layers}
     return [
-        Member(rank=work.rank, scaling=work.scaling, lr=10 * work.lr, targets=work.targets, seed=1),
-        Member(rank=max(1, work.rank // 2), scaling=2 * work.scaling, lr=5 * work.lr, targets=work.targets, seed=2),
-        Member(rank=work.rank + 1, scaling=3 * work.scaling, lr=20 * work.lr, targets=work.targets, seed=3),
+        Member(rank=work.rank, scaling=work.scaling, lr=10 * work.lr, seed=1, **same),
+        Member(rank=max(1, work.rank // 2), scaling=2 * work.scaling, lr=5 * work.lr, seed=2, **same),
+        Member(rank=work.rank + 1, scaling=3 * work.scaling, lr=20 * work.lr, seed=3, **same),
     ]

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
 
 from lora_ensemble.bank.base_model import load_tokenizer, location
-from lora_ensemble.bank.families import set_dropout, target_paths
+from lora_ensemble.bank.families import layer_number, set_dropout, target_paths
 from lora_ensemble.bank.lora import Member, head_names, peft_tensors, single
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.bank.optim import BankAdamW
@@ -95,7 +95,13 @@ def peer_model(work: Workload, member: Member, start: str | None) -> Any:
         location(work.base_model), config=config, dtype=torch.float32, attn_implementation=work.peer_attention
     )
     prefix = model.base_model_prefix
-    paths = target_paths(model.base_model, config.model_type, str(member.targets))
+    paths = target_paths(model.base_model, config.model_type, str(member.targets), member.own_layers)
+    lowest = min(layer_number(path, config.model_type) or 0 for path in paths)
+    for path, module in model.base_model.named_modules():  # no dropout in the frozen part, as in the bank
+        number = layer_number(path, config.model_type)
+        below = path.startswith("embeddings") or (number is not None and number < lowest)
+        if lowest and below and isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     lora = LoraConfig(
         task_type="SEQ_CLS",
         r=single(member.rank),

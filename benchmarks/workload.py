@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from lora_ensemble.bank.base_model import load_tokenizer, location
-from lora_ensemble.bank.families import target_paths
-from lora_ensemble.bank.lora import Member, linear_layers
+from lora_ensemble.bank.families import layer_number, target_paths
+from lora_ensemble.bank.lora import ALL_LAYERS, Member, linear_layers
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import PRESETS, Task
 from lora_ensemble.text.readers import Split, read_split
@@ -66,6 +66,7 @@ class Workload:
     scaling: float
     lr: float
     targets: str
+    layers: str
     head_dropout: float
     encoder_dropout: float | None
     device: str
@@ -81,7 +82,7 @@ class Workload:
     def members(self, count: int) -> list[Member]:
         """``count`` members that differ in their seeds."""
         common: dict[str, Any] = {"rank": self.rank, "scaling": self.scaling, "lr": self.lr, "targets": self.targets}
-        return [Member(**common, seed=_SEED + i) for i in range(count)]
+        return [Member(**common, layers=self.layers, seed=_SEED + i) for i in range(count)]
 
     def data(self) -> BankData:
         """The examples, read and tokenised."""
@@ -142,6 +143,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scaling", type=float, default=1.0)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--targets", default="qv", help="as in the members' settings (default: qv)")
+    parser.add_argument(
+        "--layers",
+        default="all",
+        help="as in the members' settings (default: all); for others the warm-up is a whole pass over the examples, in "
+        "which the bank computes what lies below, and the timed steps are a second one",
+    )
     parser.add_argument("--head_dropout", type=float, default=0.3)
     parser.add_argument("--encoder_dropout", type=float, help="default: the model's own")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -151,11 +158,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def workload(args: argparse.Namespace, task: str, folder: Path) -> Workload:
     """The workload of parsed arguments (``args.device`` resolved); its files are written into ``folder``."""
     base_model = random_model(args.base_model, folder / "model") if args.base_model in SHAPES else args.base_model
-    examples = args.batch_size * (args.warmup_steps + args.steps)
+    twice = args.layers != ALL_LAYERS
+    warmup_steps = args.steps if twice else args.warmup_steps
+    examples = args.batch_size * (args.steps if twice else warmup_steps + args.steps)
     root = folder / task
-    names = {field.name for field in dataclasses.fields(Workload)}
+    names = {field.name for field in dataclasses.fields(Workload)} - {"task", "root", "base_model", "warmup_steps"}
     return Workload(
-        **{name: value for name, value in vars(args).items() if name in names - {"task", "root", "base_model"}},
+        **{name: value for name, value in vars(args).items() if name in names},
+        warmup_steps=warmup_steps,
         task=made_up(root, base_model, examples, args.dev)
         if task == MADE_UP
         else _sample(task, data_root(args.root), root, examples, args.dev, args.batch_size),
@@ -265,20 +275,26 @@ def useful_flops(work: Workload, lengths: np.ndarray) -> tuple[float, float]:
     Attention's two products, forward and both gradients: 12 H l^2 per layer and example of length l. The rest, per real
     token, forward and the gradient towards the input: 4 x the parameters of the encoder's linear layers (frozen weights
     need no gradient of their own), and for each adapted layer 6 r (in + out), as LoRA's weights are trained. The pooler
-    counts once per example, the small head not at all. The same count for every side: who skips work that nobody reads
-    shows a higher share of the peak.
+    counts once per example, the small head not at all. Layers below the lowest adapted one count for nothing: what they
+    make of an example is always the same. The same count for every side: who skips work that nobody reads shows a
+    higher share of the peak.
     """
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(location(work.base_model))
     with torch.device("meta"):
         encoder = AutoModel.from_config(config)
-    adapted = set(target_paths(encoder, config.model_type, work.targets))
+    adapted = set(target_paths(encoder, config.model_type, work.targets, work.layers))
+    numbers = {path: layer_number(path, config.model_type) for path in linear_layers(encoder)}
+    lowest = min(n for path, n in numbers.items() if path in adapted and n is not None)
     rest = 0.0
     for path, layer in linear_layers(encoder).items():
+        number = numbers[path]
+        if number is not None and number < lowest:
+            continue
         flops = 4 * layer.weight.numel()
         if path in adapted:
             flops += 6 * work.rank * (layer.in_features + layer.out_features)
         rest += flops * (len(lengths) if "pooler" in path else float(lengths.sum()))
     squares = float((lengths.astype(np.float64) ** 2).sum())
-    return 12 * config.hidden_size * config.num_hidden_layers * squares, rest
+    return 12 * config.hidden_size * (config.num_hidden_layers - lowest) * squares, rest

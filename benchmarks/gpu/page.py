@@ -133,7 +133,7 @@ def _memory(rows: Mapping[str, Any]) -> list[str]:
         (c,) = row["checks"]
         m = c["members"]
         if name == "foretold":
-            what = f"a trial of one and two foretells what {m} members take"
+            what = f"a trial of two and three foretells what {m} members take"
             found = (
                 f"foretold {_mib(c['foretold'])} ({_mib(c['each'])} each + {_mib(c['shared'])}), taken "
                 f"{_mib(c['taken'])}, usable {_mib(c['usable'])}"

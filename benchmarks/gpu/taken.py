@@ -57,11 +57,11 @@ def foretold(setting: Setting) -> list[dict[str, Any]]:
 
 
 def _need(module: BankModule, data: BankData, trainer: pl.Trainer) -> Need:
-    """The line through trials of one member and of two, as the plan draws it, of training or evaluation."""
+    """The line through trials of two members and of three, as the plan draws it, of training or evaluation."""
     data.trainer = trainer
     trial = probe.Trial(module, data, trainer)
-    points = [trial.peaks(list(range(count))) for count in (1, 2)]
-    needs = [Need.through([(1, points[0][phase]), (2, points[1][phase])]) for phase in points[0]]
+    points = [trial.peaks(list(range(count))) for count in (2, 3)]
+    needs = [Need.through([(2, points[0][phase]), (3, points[1][phase])]) for phase in points[0]]
     return max(needs, key=lambda need: need.of(len(module.members)))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -80,10 +80,9 @@ class PackedEncoder:
         """
         run = _Run(self, batch, adapters, starts, states, dropout, self._weight.dtype, product_dtype(self._weight))
         with torch.autocast(self._weight.device.type, enabled=False):
-            x = run.layer(starts[0], None)
-            for number in range(starts[0] + 1, len(self.layers)):
-                x = run.layer(number, x)
-            return run.read(x)
+            for number in range(starts[0], len(self.layers)):
+                run.layer(number)
+            return run.read()
 
     @torch.no_grad()
     def frozen_states(self, batch: Mapping[str, Any], layers: Collection[int]) -> dict[int, Tensor]:
@@ -93,12 +92,12 @@ class PackedEncoder:
         layers, one past the last, it is what the head reads: (1, B, H), in the precision of the encoder's weights.
         """
         run = _Run(self, batch, {}, [0], {}, False, self._weight.dtype, product_dtype(self._weight))
-        states, x = {}, None
+        states = {}
         with torch.autocast(self._weight.device.type, enabled=False):
             for number in range(max(layers)):
-                x = run.layer(number, x)
+                run.layer(number)
                 if number + 1 in layers:
-                    states[number + 1] = run.read(x) if number + 1 == len(self.layers) else x.to(run.dtype)
+                    states[number + 1] = run.read() if number + 1 == len(self.layers) else run.parts[0][0].to(run.dtype)
         return states
 
     def _weights(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -171,18 +170,18 @@ class _Run:
     exact: torch.dtype  # of sums and norms
     dtype: torch.dtype  # of matrix products
     members: int = 0  # that have started by now
+    parts: list[Part] = field(default_factory=list)
+    """What they have come to. Nobody else holds it, so that it is freed as soon as the next layer is done with it."""
 
-    def layer(self, number: int, x: Tensor | None) -> Tensor:
-        """What a layer makes of x, which is None below the first, for the members that have started by now."""
-        parts: list[Part] = []
-        if x is not None:
-            parts.append((x, slice(0, self.members)))
+    def layer(self, number: int) -> None:
+        """Run a layer, for the members that have started and those that start there."""
         started, self.members = self.members, bisect_right(self.starts, number)
         if self.members > started:
             joining = self.states[number].to(self.exact) if number else self.embedded()
-            parts.append((joining, slice(started, self.members)))
+            self.parts.append((joining, slice(started, self.members)))
         layer, last = self.packed.layers[number], number == len(self.packed.layers) - 1
-        return (self.post_norm if self.packed.family.post_norm else self.pre_norm)(layer, parts, last)
+        x = self.post_norm(layer, last) if self.packed.family.post_norm else self.pre_norm(layer, last)
+        self.parts = [(x, slice(0, self.members))]
 
     def p(self, dropout: Any) -> float:
         """A dropout's probability in this pass."""
@@ -205,6 +204,11 @@ class _Run:
             for x, members in parts
         ]
         return outputs[0] if len(parts) == 1 else [_side_by_side(x, parts) for x in zip(*outputs, strict=True)]
+
+    def taken(self) -> Tensor:
+        """The parts side by side, for all members; the run no longer holds them."""
+        parts, self.parts = self.parts, []
+        return _side_by_side([x for x, _ in parts], parts)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: Any, window: int | None = None) -> Tensor:
         heads, p = self.packed.config.num_attention_heads, self.p(dropout)
@@ -235,31 +239,31 @@ class _Run:
             x = x.to(self.exact)
         return x
 
-    def post_norm(self, layer: Any, parts: list[Part], last: bool) -> Tensor:
+    def post_norm(self, layer: Any, last: bool) -> Tensor:
         """BERT and its kin: attention and feed-forward, each followed by its norm (Vaswani et al. 2017)."""
         get, family = layer.get_submodule, self.packed.family
         query, key, value = get(family.query), get(family.key), get(family.value)
         if last:
-            k, v = self.joined(parts, key, value)
-            parts = [(self.first(x), members) for x, members in parts]
-            (q,) = self.joined(parts, query)
+            k, v = self.joined(self.parts, key, value)
+            self.parts = [(self.first(x), members) for x, members in self.parts]
+            (q,) = self.joined(self.parts, query)
         else:
-            q, k, v = self.joined(parts, query, key, value)
-        x = _side_by_side([x for x, _ in parts], parts)
+            q, k, v = self.joined(self.parts, query, key, value)
+        x = self.taken()
         (a,) = self.project(self.attend(q, k, v, get(family.attention_dropout)), get(family.output))
         x = get(family.attention_norm)(self.add(a, x, family.output_dropout and get(family.output_dropout)))
         (up,) = self.project(x, get(family.up))
         (down,) = self.project(get(family.activation)(up), get(family.down))
         return get(family.norm)(self.add(down, x, get(family.down_dropout)))
 
-    def pre_norm(self, layer: Any, parts: list[Part], last: bool) -> Tensor:
+    def pre_norm(self, layer: Any, last: bool) -> Tensor:
         """ModernBERT: norms before attention and feed-forward, rotary positions, sliding windows, gated units."""
         from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
         config, attention, mlp = self.packed.config, layer.attn, layer.mlp
         heads, positions = config.num_attention_heads, self.batch["position_ids"][None]
-        (fused,) = self.joined([(layer.attn_norm(x), members) for x, members in parts], attention.Wqkv)
-        x = _side_by_side([x for x, _ in parts], parts)
+        (fused,) = self.joined([(layer.attn_norm(x), members) for x, members in self.parts], attention.Wqkv)
+        x = self.taken()
         q, k, v = fused.view(len(fused), -1, 3, heads, config.hidden_size // heads).unbind(2)
         rotary = self.packed.encoder.rotary_emb(x, positions, layer.attention_type)
         q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
@@ -275,8 +279,9 @@ class _Run:
         (down,) = self.project(dropped(self.parted(up, p), p), mlp.Wo)
         return x + down
 
-    def read(self, x: Tensor) -> Tensor:
-        """What the head reads of each example, (M or 1, B, H), from the last layer's output."""
+    def read(self) -> Tensor:
+        """What the head reads of each example, (M or 1, B, H), after the last layer."""
+        x = self.taken()
         if not self.packed.family.post_norm:
             x = self.packed.encoder.final_norm(x)
             if self.packed.config.classifier_pooling == "mean":

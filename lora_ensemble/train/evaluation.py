@@ -99,6 +99,7 @@ class History:
         self.diverged = [False] * len(members)
         self.best_epoch = [0] * len(members)  # each member's best evaluation, counted from 1; 0: none yet
         self._best = [-math.inf] * len(members)
+        self._anew = [0] * len(members)  # evaluations that each had when it was offered anew
         self._logits: dict[str, list[np.ndarray]] = {t.name: [] for t in tasks}  # E arrays (M, N, C) float16
         self._scores: dict[str, list[list[float]]] = {t.name: [] for t in tasks}  # E lists of M scores
 
@@ -147,7 +148,11 @@ class History:
 
     def forget_best(self, index: int) -> None:
         """Offer a member anew: its next evaluation is its best so far."""
-        self._best[index], self.best_epoch[index] = -math.inf, 0
+        self._best[index], self.best_epoch[index], self._anew[index] = -math.inf, 0, len(self)
+
+    def without_gain(self, index: int) -> int:
+        """A member's evaluations since its best one."""
+        return len(self) - max(self.best_epoch[index], self._anew[index])
 
     def overall_at(self, evaluation: int) -> list[float]:
         """Each member's overall score at an evaluation, counted from 1: (M,)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class PoolWriter(pl.Callback):
         self.records, self._summarise = records, summarise
         self.history = History([], [])
         self.goes_on = " with --ckpt_path last"  # what has to be added to the command after an interruption
-        self.paused = False  # whether the bank stops before its end, to go on with fewer members: nobody is finished
+        self.paused = False  # whether the bank stops before its end, to go on with fewer members
+        self.ended: list[int] = []  # those of a paused bank that are out of patience, and so finished
         self.finished = False  # whether training has reached its planned end, and its members were evaluated there
         self._evaluated = self._tried = 0  # optimiser steps before the last evaluation, and before the last in part
 
@@ -104,15 +106,18 @@ class PoolWriter(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Say what became of the members, in their records too. Not reached after an interruption."""
-        if trainer.fast_dev_run or self.paused:
+        if trainer.fast_dev_run:
+            return
+        if self.paused:
+            if trainer.is_global_zero:
+                self._write_results(self.ended, finished=True)
             return
         evaluated = len(self.history) > 0
         up_to_date = evaluated and self._evaluated in (_EACH_EPOCH, trainer.global_step)
         self.finished = up_to_date and restart.planned_end(trainer)
         if not trainer.is_global_zero:
             return
-        for gone in self.records.write_results(self.history, finished=self.finished):
-            say(f"{gone.task}: {gone.name} is not in the pool: deleted, or written by another run meanwhile")
+        self._write_results(range(len(self.history.members)), finished=self.finished)
         missing = restart.what_is_missing(
             trainer, evaluated=evaluated, up_to_date=up_to_date, finished=self.finished, goes_on=self.goes_on
         )
@@ -121,6 +126,10 @@ class PoolWriter(pl.Callback):
         if self._summarise:
             rows, printed = self.history.summary(), evaluated and not self.history.all_diverged
             tell_members(rows, pl_module, self.records.dir, trainer.loggers, printed=printed)
+
+    def _write_results(self, members: Sequence[int], *, finished: bool) -> None:
+        for gone in self.records.write_results(self.history, members, finished=finished):
+            say(f"{gone.task}: {gone.name} is not in the pool: deleted, or written by another run meanwhile")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Say how an interrupted run goes on."""

@@ -131,12 +131,13 @@ class PoolRecords:
                 f"of the same names: {_WAY_OUT}"
             )
 
-    def write_results(self, history: History, *, finished: bool) -> list[pool.MemberRecord]:
-        """The last word on each member, and its dev logits of every epoch; returns those that are no longer there."""
+    def write_results(self, history: History, members: Sequence[int], *, finished: bool) -> list[pool.MemberRecord]:
+        """The last word on these members, and their dev logits of every epoch; returns those that are not there."""
         gone, new = [], []
         for task, records in self._records.items() if len(history) else ():
             there = {r.name: r for r in pool.read_records(self.dir, task, history.members)}
-            for index, record in enumerate(records):
+            for index in members:
+                record = records[index]
                 before, best = there.get(record.name), history.best_epoch[index]
                 if not best:
                     continue  # its score is undefined, or it diverged at once

@@ -250,7 +250,7 @@ def test_another_error_is_no_reason_to_split(program: Program, monkeypatch: pyte
 
 
 def test_the_first_bank_is_released(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the halves train, nothing of the whole bank is held: weights, moments, fused weights, kept frozen reads."""
+    """While the halves train, nothing of the whole bank is held: weights, moments, fused weights, what is frozen."""
     failed, _ = fail_once(monkeypatch, "training_step", (1, 3))
     held: dict[str, weakref.ref[Any]] = {}
     alive: list[list[str]] = []
@@ -259,8 +259,8 @@ def test_the_first_bank_is_released(program: Program, monkeypatch: pytest.Monkey
         if not failed:
             state = self.optimizers().optimizer.state[self.bank.weights]  # type: ignore[union-attr]
             tensors = {"weights": self.bank.weights, **{n: state[n] for n in ("exp_avg", "exp_avg_sq")}}
-            tensors["fused"] = next(iter(self.bank._encode._frozen.values()))[1]
-            tensors["read"] = next(iter(self._frozen._kept.values()))
+            tensors["fused"] = next(iter(self.bank._encode._fused.values()))[1]
+            held["kept"] = weakref.ref(self._frozen)
             held.update({n: weakref.ref(t.untyped_storage()) for n, t in tensors.items()})
             held.update({n: weakref.ref(t) for n, t in tensors.items()})
         else:

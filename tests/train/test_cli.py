@@ -188,16 +188,37 @@ def test_a_frozen_encoder_reads_every_example_once(
 ) -> None:
     """In two epochs of training and evaluation, beside a member that needs the encoder in every step."""
     read: list[int] = []
-    original = Bank.read_frozen
+    original = Bank.frozen_states
 
-    def counted(bank: Bank, batch: dict[str, Any]) -> torch.Tensor:
-        read.append(batch["examples"])
+    def counted(bank: Bank, batch: dict[str, Any]) -> dict[int, torch.Tensor]:
+        read.extend([batch["examples"]] if bank.frozen_layers else [])
         return original(bank, batch)
 
-    monkeypatch.setattr(Bank, "read_frozen", counted)
+    monkeypatch.setattr(Bank, "frozen_states", counted)
     assert program("fit", members="[{targets: none, lr: 1e-2}, {rank: 2, targets: qkv}]") == 0
-    assert read == [60, 30]  # train, and then dev
-    assert "1 of 2 members leave the encoder as it is" in capsys.readouterr().out
+    assert sum(read) == 60 + 30  # train and dev
+    assert "1 of 2 members leave the encoder as it is: without dropout" in capsys.readouterr().out
+    # A later run on the same data, with members that start elsewhere too, computes only what is new.
+    assert program("fit", members="[{targets: none, lr: 2e-2}, {rank: 2, targets: qkv, layers: [1]}]") == 0
+    assert "1 of 2 members leave the encoder as it is below layer 1: without" in capsys.readouterr().out
+    assert sum(read) == 2 * (60 + 30)
+    assert program("fit", members="[{targets: none, lr: 3e-2}, {rank: 3, targets: qkv, layers: [1]}]") == 0
+    assert sum(read) == 2 * (60 + 30)
+
+
+def test_without_a_place_for_it_all_is_computed_anew(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is kept, by wish or for want of room: the same members, but for rounding."""
+    members, logits = "[{targets: none, lr: 1e-2}, {rank: 2, targets: qkv, layers: [1]}]", []
+    for size, note in (("20", False), ("0", False), ("1e-7", True)):
+        shutil.rmtree(program.folder / "frozen", ignore_errors=True)
+        assert program("fit", f"--model.frozen_cache={size}", "--pool.overwrite=true", members=members) == 0
+        assert ("(no room; model.frozen_cache): computed in each step" in capsys.readouterr().out) == note
+        assert (program.folder / "frozen").exists() == (size != "0")
+        members_of = pool.TaskPool(program.pool, "sst")
+        logits.append([members_of.logits(r.name).copy() for r in members_of.members])
+    for other in logits[1:]:
+        for a, b in zip(logits[0], other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
 def test_three_tasks_in_every_step(program: Program) -> None:

@@ -111,10 +111,12 @@ def test_when_a_bank_is_stopped() -> None:
     """Two evaluations an epoch, rungs 1, 2 and 5: at the end of each epoch the last rung that is behind it counts."""
     writer: Any = Writer()
     others: dict[int, list[float]] = {2: [0.5]}
-    gate = Gate(EarlyExit(rungs=[1, 2, 5], reserve=0), writer, rung=0, others=others.__getitem__)
+    gate = Gate(EarlyExit(rungs=[1, 2, 5], reserve=0), [None] * 2, writer, rung=0, others=others.__getitem__)
 
     def ended(epochs: int, evaluations: int, most: int = 4) -> Any:
-        trainer: Any = SimpleNamespace(current_epoch=epochs - 1, max_epochs=most, should_stop=False)
+        trainer: Any = SimpleNamespace(
+            current_epoch=epochs - 1, max_epochs=most, global_step=9, max_steps=-1, should_stop=False
+        )
         writer.evaluations = evaluations
         gate.on_train_epoch_end(trainer, None)  # type: ignore[arg-type]
         return trainer
@@ -128,8 +130,8 @@ def test_when_a_bank_is_stopped() -> None:
 
 def test_a_rung_is_looked_at_once() -> None:
     writer: Any = Writer()
-    gate = Gate(EarlyExit(rungs=[1], reserve=0), writer, rung=0, others=lambda rung: [])
-    trainer: Any = SimpleNamespace(current_epoch=0, max_epochs=4, should_stop=False)
+    gate = Gate(EarlyExit(rungs=[1], reserve=0), [None] * 2, writer, rung=0, others=lambda rung: [])
+    trainer: Any = SimpleNamespace(current_epoch=0, max_epochs=4, global_step=9, max_steps=-1, should_stop=False)
     writer.evaluations = 1
     gate.on_train_epoch_end(trainer, None)  # type: ignore[arg-type]
     gate.on_train_epoch_end(trainer, None)  # type: ignore[arg-type]

@@ -327,14 +327,15 @@ def test_members_leave_and_the_others_are_what_they_would_have_been(
 
 def test_a_kill_before_the_members_left(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint is written, the smaller bank is not: the same members leave when the sweep goes on."""
-    exits = ("--early_exit.rungs=[1]", "--early_exit.reserve=0", "--bank_size=null")
-    assert program("sweep", *exits, members=THREE) == 0
+    how = ("--early_exit.rungs=[1]", "--early_exit.reserve=0", "--bank_size=null", "--data.tasks=[sst, sts]")
+    assert program("sweep", *how, members=FIVE) == 0
     undisturbed, program.pool = contents(program.pool), program.folder / "killed"
+    assert 0 < len(pool.TaskPool(program.folder / "pool", "sst").members) < 5
     shutil.rmtree(program.folder / "runs")
     with monkeypatch.context() as patch:
-        patch.setattr(Sweep, "_was_stopped", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-        assert program("sweep", *exits, members=THREE) == 130
-    assert program("sweep", *exits, members=THREE) == 0
+        patch.setattr(Sweep, "_cut", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert program("sweep", *how, members=FIVE) == 130
+    assert program("sweep", *how, members=FIVE) == 0
     assert contents(program.pool) == undisturbed
 
 

@@ -6,6 +6,7 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble import pool
 from lora_ensemble.errors import UserError
+from lora_ensemble.scores import overall
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.evaluation import summary_header
 from lora_ensemble.train.module import BankModule
@@ -22,6 +24,7 @@ from lora_ensemble.train.notices import say
 from lora_ensemble.train.pool_writer import PoolWriter
 from lora_ensemble.train.records import tell_members
 from lora_ensemble.train.restart import RunCheckpoint, write_checkpoint
+from lora_ensemble.train.runs.halving import EarlyExit, Gate
 from lora_ensemble.train.runs.memory import is_out_of_memory
 from lora_ensemble.train.runs.plan import FILE, BankSize, Finished, Plan, PlannedBank, banks_of, read_plan, write_plan
 from lora_ensemble.train.runs.probe import TOO_LARGE, bank_size, launched_by_us
@@ -62,6 +65,8 @@ class BankRun:
         self._all_banks: Plan | None = None  # the run's plan, where ``plan`` is that of one bank trained by itself
         self._plan_folder = self.run_dir
         self._made: set[str] = set()  # keys of banks whose checkpoint was made in this process
+        self._early_exit: EarlyExit | None = None
+        self._gate: Gate | None = None  # of the bank that trains
 
     def fit(self, ckpt_path: str | None, weights_only: bool | None) -> None:
         """Train every bank to its end. ``ckpt_path``: ``last`` goes on where a run of several banks stopped.
@@ -101,17 +106,25 @@ class BankRun:
         return len(self.plan.banks) > 1 and self._is_finished(bank)
 
     def _watch(self, bank: PlannedBank, trainer: pl.Trainer) -> None:
-        """Before a bank's training starts."""
-
-    def _was_stopped(self, bank: PlannedBank, module: BankModule) -> bool:
-        """After it: whether the bank was stopped before its end, and a smaller one stands in its place."""
-        return False
+        """Before a bank's training starts: see to it that members leave it when it is time."""
+        patience = {m.name: m.patience for m in self.module.members}
+        own, others = [patience[name] for name in bank.members], partial(self._scores_at, self._others(bank))
+        self._gate = None
+        if self.keep and (self._early_exit is not None or any(own)):
+            if not any(isinstance(c, RunCheckpoint) for c in trainer.callbacks):
+                raise UserError(
+                    "model.members: a member with patience leaves its bank through the bank's checkpoint; leave "
+                    "--trainer.enable_checkpointing on, or patience out"
+                )
+            self._gate = Gate(self._early_exit, own, writer_of(trainer), rung=bank.rung, others=others)
+            trainer.callbacks.insert(0, self._gate)
 
     # The plan
 
     def _is_finished(self, bank: PlannedBank) -> bool:
         end = bank.finished
-        return end is not None and {"max_epochs": end.max_epochs, "max_steps": end.max_steps} == self._limits
+        limits = end and {"max_epochs": end.max_epochs, "max_steps": end.max_steps}
+        return end is not None and (end.early or limits == self._limits)
 
     def _made_plan(self) -> Plan:
         """The plan of this run: read where there is one to go on with, else made, and written."""
@@ -200,10 +213,44 @@ class BankRun:
             raise UserError(_ALL_DIVERGED)
         if nobody_left:
             say("every member of this bank has diverged (NaN or infinity)")
-        if not self._was_stopped(bank, module) and (writer.finished or nobody_left):
-            rows = [[None if cell != cell else cell for cell in row] for row in writer.history.summary()]
-            end = Finished(header=summary_header(module.tasks), rows=rows, **self._limits)
-            self.plan = self.plan.replaced(bank, [replace(bank, finished=end)])
+        if (gate := self._gate) is not None and gate.stayed is not None:
+            self._cut(bank, module, gate, writer)
+        elif writer.finished or nobody_left:
+            self.plan = self.plan.replaced(bank, [self._finished(bank.members, writer)])
+
+    def _finished(self, members: Sequence[str], writer: PoolWriter) -> PlannedBank:
+        """A bank of these members of the writer's, trained to their end."""
+        rows = [[None if cell != cell else cell for cell in row] for row in writer.history.summary()]
+        rows = [row for row in rows if row[0] in members]
+        header = summary_header(self.module.tasks)
+        end = Finished(header=header, rows=rows, early=bool(writer.ended), **self._limits)
+        return PlannedBank(members=list(members), finished=end)
+
+    def _cut(self, bank: PlannedBank, module: BankModule, gate: Gate, writer: PoolWriter) -> None:
+        """A smaller bank in the place of one that members left, and one of those that are finished."""
+        stay, ended = ([module.members[i].name for i in indices] for indices in (gate.stayed or [], writer.ended))
+        left = {name: gate.epochs for name in bank.members if name not in stay and name not in ended}
+        smaller = [PlannedBank(members=stay, rung=gate.rung)] if stay else []
+        self._split_checkpoint(self._last(bank), module, smaller)
+        for names, why in ((left, "early exit"), (ended, "out of patience, and finished")):
+            if names:
+                say(f"{why} after epoch {gate.epochs}: {len(names)} of {len(bank.members)} members leave the bank")
+        banks = [*([self._finished(ended, writer)] if ended else []), *smaller]
+        self.plan = replace(self.plan.replaced(bank, banks), left={**self.plan.left, **left})
+
+    def _others(self, bank: PlannedBank) -> list[str]:
+        """All members of the run that are not in this bank."""
+        return [name for name in (self._all_banks or self.plan).members if name not in bank.members]
+
+    def _scores_at(self, names: Sequence[str], rung: int) -> list[float]:
+        """Scores that these members had after so many dev evaluations; not of those that have none."""
+        scores = []
+        for records in self._records(names).values():
+            known = [r for r in records if r is not None and len(r.epoch_scores) >= rung]
+            at_rung = {r.task: (s, r.kind) for r in known if (s := r.epoch_scores[rung - 1]) is not None}
+            if len(at_rung) == len(records):
+                scores.append(overall(at_rung))
+        return scores
 
     def _halves(
         self, bank: PlannedBank, module: BankModule, trainer: pl.Trainer, checkpoint: str | None

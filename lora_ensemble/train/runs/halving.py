@@ -1,4 +1,6 @@
-"""Early exit: members that cannot catch up leave their bank (successive halving, with a reserve for diversity).
+"""Who leaves a bank before its end: members out of patience, which are finished, and members that cannot catch up.
+
+Early exit is successive halving, with a reserve for diversity.
 
 Axes: M members, N examples of dev, C outputs of a head.
 """
@@ -77,31 +79,52 @@ def _correlation(logits: Mapping[str, np.ndarray]) -> np.ndarray:
 class Gate(pl.Callback):
     """Stops a bank where members have to leave it, at the end of an epoch, after its checkpoint was written.
 
-    ``rung``: the last one that the bank has been through. ``others``: from a rung to other members' scores there.
+    ``rule``: of early exit, if there is one. ``patience``: of each of M members. ``rung``: the last one that the bank
+    has been through. ``others``: from a rung to other members' scores there.
     """
 
-    def __init__(self, rule: EarlyExit, writer: PoolWriter, *, rung: int, others: Callable[[int], list[float]]) -> None:
-        self._rule, self._writer, self._others, self.rung = rule, writer, others, rung
+    def __init__(
+        self,
+        rule: EarlyExit | None,
+        patience: Sequence[int | None],
+        writer: PoolWriter,
+        *,
+        rung: int,
+        others: Callable[[int], list[float]],
+    ) -> None:
+        self._rule, self._patience, self._writer, self._others, self.rung = rule, patience, writer, others, rung
         self.stayed: list[int] | None = None  # indices of the members that stay, once the bank was stopped
         self.epochs = 0  # that were trained until then
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A kill may have come after the checkpoint and before the members left."""
-        self._decide(trainer, trainer.current_epoch)
+        if not trainer.fit_loop.restarted_mid_epoch:
+            self._decide(trainer, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The end of an epoch is where a bank can be cut."""
         self._decide(trainer, trainer.current_epoch + 1)
 
     def _decide(self, trainer: pl.Trainer, epochs: int) -> None:
-        history = self._writer.history
-        rung = max((r for r in self._rule.rungs if r <= len(history)), default=0)
-        if rung <= self.rung or epochs == trainer.max_epochs:
+        history, everyone = self._writer.history, range(len(self._patience))
+        if epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps:
             return
-        scores, rule = history.overall_at(rung), self._rule
-        stay = survivors(scores, self._others(rung), history.logits_at(rung), keep=rule.keep, reserve=rule.reserve)
-        self.rung = rung
-        if len(stay) < len(scores):
-            self.stayed, self.epochs = stay, epochs
-            self._writer.paused = True
+        ended = [i for i, most in enumerate(self._patience) if most and history.without_gain(i) >= most]
+        if len(ended) == len(everyone):
             trainer.should_stop = True
+            return
+        stay = [i for i in self._survivors() if i not in ended]
+        if len(stay) < len(everyone):
+            self.stayed, self.epochs = stay, epochs
+            self._writer.ended, self._writer.paused = ended, True
+            trainer.should_stop = True
+
+    def _survivors(self) -> Sequence[int]:
+        """Members that early exit lets stay."""
+        history, rule = self._writer.history, self._rule
+        rung = max((r for r in rule.rungs if r <= len(history)), default=0) if rule else 0
+        if rule is None or rung <= self.rung:
+            return range(len(self._patience))
+        self.rung = rung
+        scores, logits = history.overall_at(rung), history.logits_at(rung)
+        return survivors(scores, self._others(rung), logits, keep=rule.keep, reserve=rule.reserve)

@@ -30,6 +30,7 @@ class Finished:
 
     max_epochs: int | None
     max_steps: int
+    early: bool = False  # whether its members were out of patience: no later end lets them go on
     header: list[str]
     rows: list[list[Any]]  # a row per member: name, best epoch, dev score of each task (None where undefined)
 

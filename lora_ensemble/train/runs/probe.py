@@ -1,4 +1,4 @@
-"""A short trial of a bank of one and of two, on the run's largest batches, that says what a member takes."""
+"""A short trial of banks of one, two and three, on the run's largest batches, that says what a member takes."""
 
 from __future__ import annotations
 
@@ -88,10 +88,11 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     usable = f"{gib(free)} usable on {device.type}"
     if encoder + estimate.of(m) <= _CLEARLY * free:
         return m, f"{usable}; a member takes less than {gib(estimate.each)}"
-    widest = sorted(range(m), key=lambda i: -row_width(bank.row_shapes([i])))[:2]
+    # Of a single member the largest moment may be another one than of more: the line goes through the last two.
+    widest = sorted(range(m), key=lambda i: -row_width(bank.row_shapes([i])))[:3]
     trial = Trial(module, data, trainer)
     peaks = []
-    for count in (1, 2):
+    for count in range(1, len(widest) + 1):
         try:
             peaks.append(trial.peaks(widest[:count]))
         except Exception as e:
@@ -103,9 +104,10 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     # A member's dev logits: collected and in order, and every epoch's in half precision.
     logits = sum(len(data.splits["dev"][t.name]) * t.num_outputs for t in module.tasks)
     extra = padding + logits * (3 * 4 + 2 * max(trainer.max_epochs or 1, 1))
-    needs = [memory.Need.through([(1, peaks[0][phase]), (2, peaks[1][phase])]) for phase in peaks[0]]
+    last = len(widest)
+    needs = [memory.Need.through([(last - 1, peaks[-2][p]), (last, peaks[-1][p])]) for p in peaks[0]]
     worst = min((memory.Need(n.shared, n.each + extra) for n in needs), key=lambda n: n.fits(free))
-    said = f"a member takes {gib(worst.each)} + {gib(worst.shared)} shared; probe of 1 and 2 members"
+    said = f"a member takes {gib(worst.each)} + {gib(worst.shared)} shared; probe of 1 to {last} members"
     return min(max(worst.fits(free), 1), m), f"{usable}; {said}"
 
 

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -16,11 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from lora_ensemble import pool
 from lora_ensemble.errors import UserError
 from lora_ensemble.files import sole_process
-from lora_ensemble.scores import overall
-from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import say
 from lora_ensemble.train.runs.banks import BankRun, writer_of
-from lora_ensemble.train.runs.halving import EarlyExit, Gate
+from lora_ensemble.train.runs.halving import EarlyExit
 from lora_ensemble.train.runs.plan import Plan, PlannedBank, read_plan
 from lora_ensemble.train.runs.progress import SweepProgress, duration
 
@@ -28,6 +25,11 @@ Train = Callable[[Plan, list[int], Callable[[PlannedBank], Path]], None]
 """From a plan, the numbers of the banks to train and a bank's folder to nothing: has others train them, or only says
 what there is to train."""
 _WAIT = 60.0  # seconds to wait for a process that is about to die with its node
+
+
+def _was_patient(record: pool.MemberRecord) -> bool:
+    """Whether a finished member ended by its patience, so that no later end would let it go on."""
+    return bool(record.patience) and (record.epochs_done or 0) - (record.best_epoch or 0) >= (record.patience or 0)
 
 
 @dataclass(eq=False)
@@ -40,8 +42,6 @@ class Sweep(BankRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._resumes = True
-        self._early_exit: EarlyExit | None = None
-        self._gate: Gate | None = None
 
     def sweep(
         self, early_exit: EarlyExit | None = None, *, bank: int | None = None, train: Train | None = None
@@ -102,7 +102,8 @@ class Sweep(BankRun):
         self.data.setup("fit")
         there = writer_of(self.trainer).records.existing(self.data, self.module, resumed=saved is not None)
         ends = {name: {key: record.settings.get(key) for key in self._limits} for name, (record, _) in there.items()}
-        finished = {name for name, (_, whole) in there.items() if whole and ends[name] == self._limits}  # long enough
+        long_enough = {name for name, (r, _) in there.items() if ends[name] == self._limits or _was_patient(r)}
+        finished = {name for name, (_, whole) in there.items() if whole and name in long_enough}
         if saved is not None:
             plan = self._checked(self._with_plans_of_banks(saved), finished, set(there))
         else:
@@ -166,42 +167,12 @@ class Sweep(BankRun):
         return self._is_finished(bank)
 
     def _watch(self, bank: PlannedBank, trainer: pl.Trainer) -> None:
+        super()._watch(bank, trainer)
         writer = writer_of(trainer)
         writer.goes_on = ""
-        self._gate = None
-        if self._early_exit is not None:
-            others = self._others(bank)
-            self._gate = Gate(self._early_exit, writer, rung=bank.rung, others=partial(self._scores_at, others))
-            trainer.callbacks.insert(0, self._gate)
         # After the pool's writer, whose scores it shows.
         progress = SweepProgress(self.plan, bank, writer, self.module.tasks)
         trainer.callbacks.insert(trainer.callbacks.index(writer) + 1, progress)
-
-    def _others(self, bank: PlannedBank) -> list[str]:
-        """All members of the run that are not in this bank."""
-        return [name for name in (self._all_banks or self.plan).members if name not in bank.members]
-
-    def _scores_at(self, names: Sequence[str], rung: int) -> list[float]:
-        """Scores that these members had after so many dev evaluations; not of those that have none."""
-        scores = []
-        for records in self._records(names).values():
-            known = [r for r in records if r is not None and len(r.epoch_scores) >= rung]
-            at_rung = {r.task: (s, r.kind) for r in known if (s := r.epoch_scores[rung - 1]) is not None}
-            if len(at_rung) == len(records):
-                scores.append(overall(at_rung))
-        return scores
-
-    def _was_stopped(self, bank: PlannedBank, module: BankModule) -> bool:
-        gate = self._gate
-        if gate is None or gate.stayed is None:
-            return False
-        stay = [module.members[i].name for i in gate.stayed]
-        left = {name: gate.epochs for name in bank.members if name not in stay}
-        smaller = PlannedBank(members=stay, rung=gate.rung)
-        self._split_checkpoint(self._last(bank), module, [smaller])
-        say(f"early exit after epoch {gate.epochs}: {len(left)} of {len(bank.members)} members leave the bank")
-        self.plan = replace(self.plan.replaced(bank, [smaller]), left={**self.plan.left, **left})
-        return True
 
     # What was done
 
