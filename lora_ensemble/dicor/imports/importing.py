@@ -64,18 +64,17 @@ def import_predictions(request: Request) -> tuple[list[Imported], Truth, list[st
         advice = "import its dev predictions first (--split dev): members are chosen by them"
         raise UserError(f"{member_folder(pool, task, unknown[0])}: no such member; {advice}")
     replaced = sources if request.overwrite and split == "dev" else ()
-    notices: list[str] = []
-    truth = find_truth(request, [record for name, record in records.items() if name not in replaced], notices)
+    truth = find_truth(request, [record for name, record in records.items() if name not in replaced])
     examples = truth.examples
-    notices += one_label(examples.labels, truth.task.labels, f"{split} labels")
-    notices += [notice for source in sources.values() if source.table for notice in source.table.notices]
+    notices = [*truth.notices, *one_label(examples.labels, truth.task.labels, f"{split} labels")]
     imported = []
     for name, source in sources.items():
-        outputs, form = to_logits(source, truth.task, request, notices)
-        logits, old = outputs[rows_of_examples(source, truth, request, notices)], records.get(name)
+        outputs, form = to_logits(source, truth.task, request)
+        logits, old = outputs[rows_of_examples(source, truth, request)], records.get(name)
         value = None if examples.labels is None else score(logits, examples.labels, truth.task.kind)
         unchanged = old is not None and _is_there(old, logits, truth, request)
         imported.append(Imported(name, source, logits, form, value, old, unchanged))
+        notices += source.notices
     # Everything that can be refused has been, before anything is written.
     write_examples(pool, task, split, examples.ids, examples.labels)
     for member in imported:
