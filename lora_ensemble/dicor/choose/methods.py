@@ -109,7 +109,7 @@ class Best(Method):
 
 @dataclass(kw_only=True)
 class Omni(Method):
-    """All members (Tolkunov's Omni)."""
+    """All members (Tolkunov's Omni). He lets classifiers vote; the mean is the harder one to beat."""
 
     top_k = sys.maxsize
     strategy: Strategy = "mean"

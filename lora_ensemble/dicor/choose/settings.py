@@ -44,9 +44,6 @@ DEFAULT_METHOD: dict[Kind, MethodName] = {
     "binary": "weighted-offset",
     "regression": "weighted",
 }
-# How Omni, to which all methods are compared, combines all members. Voting is the paper's for classifiers; the mean is
-# the harder one to beat.
-OMNI_STRATEGY: dict[Kind, Strategy] = {"multiclass": "mean", "binary": "mean", "regression": "mean"}
 # `dicor-auto`: as much for the score as for being different.
 DEFAULT_TRADE_OFF = 0.5
 # `exhaustive` tries all ensembles of the best so many.
