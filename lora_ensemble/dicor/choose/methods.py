@@ -7,6 +7,7 @@ greedy.names_, greedy.weights_, greedy.predict(test_logits)
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,27 +75,26 @@ class Method:
         dev, good = dev.scored(scores)
         members, which = dev.top(scores[good], self.top_k)
         self.choice_ = self.choose(members)
-        chosen, weights = self.choice_.members, self.choice_.weights
-        self.kind_, self.notices_ = kind, dev.notices
-        self.members_ = [dev.columns[which[m]] for m in chosen]
-        self.names_, self._ranks = [members.names[m] for m in chosen], [members.ranks[m] for m in chosen]
-        self.scores_ = members.scores[chosen]
+        chosen, weights = members.take(self.choice_.members), self.choice_.weights
+        self._chosen, self.names_, self.scores_ = chosen, chosen.names, chosen.scores
+        self.members_ = [dev.columns[which[m]] for m in self.choice_.members]
         self.weights_ = np.full(len(chosen), 1 / len(chosen)) if weights is None else weights
+        self.notices_ = dev.notices
         return self
 
     def predict(self, logits: np.ndarray) -> np.ndarray:
         """What the ensemble decides (N,), from logits (M, N, C) of all members in the order of ``fit``."""
-        logits = self._chosen(logits)
-        return decide(Members(logits, self.kind_, self.names_, self._ranks, self.scores_), self.choice_)
+        return decide(self._said(logits), self.choice_)
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Probabilities (N, classes), from logits (M, N, C); ``UserError`` for a regression."""
-        return probabilities(self._chosen(logits), self.choice_, kind=self.kind_)
+        said = self._said(logits)
+        return probabilities(said.logits, self.choice_, kind=said.kind)
 
-    def _chosen(self, logits: np.ndarray) -> np.ndarray:
+    def _said(self, logits: np.ndarray) -> Members:
         if not hasattr(self, "choice_"):
             raise UserError(f"{type(self).__name__}: not fitted yet; call fit first")
-        return np.stack([np.asarray(logits[m]) for m in self.members_])
+        return dataclasses.replace(self._chosen, logits=np.stack([np.asarray(logits[m]) for m in self.members_]))
 
 
 @dataclass(kw_only=True)
@@ -242,18 +242,10 @@ class Exhaustive(Method):
         if k > 16:
             raise UserError(f"exhaustive: {k} members have {2**k - 1} ensembles; give --top-k 16 or less")
         sums = Sums(members, self.criterion)
-        best, chosen = -np.inf, [0]
-
-        def search(ensemble: list[int], total: np.ndarray) -> None:
-            nonlocal best, chosen
-            for m in range(ensemble[-1] + 1 if ensemble else 0, k):
-                longer, more = [*ensemble, m], total + sums.each[m]
-                value = float(sums.value(more, len(longer)))
-                # Depth first: of those as good and as large, the one ranked higher is met first.
-                if value > best or (value == best and len(longer) < len(chosen)):
-                    best, chosen = value, longer
-                if len(longer) < (self.size or k):
-                    search(longer, more)
-
-        search([], np.zeros_like(sums.each[0]))
-        return fitted(members, Choice(members=chosen, strategy=self.strategy))
+        best, chosen = -np.inf, tuple[int, ...]()
+        for size in range(1, min(self.size or k, k) + 1):
+            for ensemble in itertools.combinations(range(k), size):  # in the order of their ranks
+                value = float(sums.value(sums.each[list(ensemble)].sum(axis=0), size))
+                if value > best:
+                    best, chosen = value, ensemble
+        return fitted(members, Choice(members=list(chosen), strategy=self.strategy))

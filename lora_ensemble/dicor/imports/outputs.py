@@ -23,6 +23,7 @@ from lora_ensemble.tasks import Task, class_reader, number
 EPSILON = 1e-6
 """Probabilities are kept this far from 0 and 1: a forest's certain 0 is "none of my trees", not log 0, and files have
 about six digits. Its logit, 13.8, still outweighs any that BERT gives."""
+LARGEST = 1e38  # of a number: the difference of two fits 32 bits as well
 _PROBABILITY = re.compile(r"p(r|rob\w*)?([_\W\d]|$)")  # p, p1, p_1, pr.yes, prob, proba_1, probability
 _SLACK = 1e-6  # what rounding may add beyond 0 and 1
 _NAMES = ["p", "prob", "proba", "probs", "probability", "probabilities", "logit", "logits", "output", "pred"]
@@ -58,14 +59,7 @@ def to_logits(source: Source, task: Task, request: Request) -> tuple[np.ndarray,
         values = _log_probabilities(source, values, picked)
     if task.kind == "binary" and values.shape[1] == 2:
         values = values[:, 1:] - values[:, :1]  # the sigmoid of this is the softmax of those
-    with np.errstate(over="ignore"):
-        logits = values.astype(np.float32)
-    large = ~np.isfinite(logits)
-    source.refuse(
-        large.any(axis=1),
-        lambda row: f"found {values[row][large[row]][0]:g}; expected a number that fits 32 bits (up to 3e38)",
-    )
-    return logits, form
+    return values.astype(np.float32), form
 
 
 def _refuse_decisions(source: Source, name: str, task: Task) -> None:
@@ -255,10 +249,11 @@ def _read_numbers(source: Source, name: str) -> np.ndarray:
     values = np.array([[_float(v) for v in (cell if several else [cell])] for cell in cells]).reshape(len(cells), width)
 
     def wrong(row: int) -> str:
-        comma = "; write 0,5 as 0.5" if isinstance(cells[row], str) and "," in cells[row] else ""
-        return f"{source.cell(name, cells[row])}; expected {'finite numbers' if several else 'a finite number'}{comma}"
+        way = "; write 0,5 as 0.5" if isinstance(cells[row], str) and "," in cells[row] else ""
+        way = f", at most {LARGEST:g}" if np.isfinite(values[row]).all() else way
+        return f"{source.cell(name, cells[row])}; expected {'finite numbers' if several else 'a finite number'}{way}"
 
-    source.refuse(~np.isfinite(values).all(axis=1), wrong)
+    source.refuse(~(np.abs(values) <= LARGEST).all(axis=1), wrong)
     return values
 
 
