@@ -19,27 +19,21 @@ from lora_ensemble.scores import one_label, overall_score, score_decisions
 from lora_ensemble.tasks import PRESETS, Kind
 
 
-class Files:
-    """The logits (N, C) of each member of a pool, opened when they are asked for, the first time with all checks.
+class Logits:
+    """The logits (N, C) of a member of a pool, opened whenever numpy asks for them, the first time with all checks.
 
     What is kept open counts as resident memory, which for ten thousand members would be a copy of all logits.
     """
 
-    def __init__(self, task_pool: TaskPool) -> None:
-        self._pool = task_pool
-        self._checked: set[int] = set()
+    def __init__(self, task_pool: TaskPool, name: str) -> None:
+        self._pool, self._name, self._checked = task_pool, name, False
 
-    def __len__(self) -> int:
-        return len(self._pool.members)
-
-    def __getitem__(self, index: int, /) -> np.ndarray:
-        name = self._pool.members[index].name
-        if index in self._checked:
-            folder = member_folder(self._pool.pool, self._pool.name, name)
+    def __array__(self, dtype: None = None, copy: None = None) -> np.ndarray:
+        if self._checked:
+            folder = member_folder(self._pool.pool, self._pool.name, self._name)
             return map_array(folder / logits_file(self._pool.split))
-        logits = self._pool.logits(name)
-        self._checked.add(index)
-        return logits
+        self._checked = True
+        return self._pool.logits(self._name)
 
 
 def dev_of(task_pool: TaskPool) -> Dev:
@@ -50,7 +44,7 @@ def dev_of(task_pool: TaskPool) -> Dev:
         raise UserError(f"{where}: the dev examples have no labels, so there is no score to choose by")
     file = logits_file(task_pool.split)
     dev = Dev.of(
-        Files(task_pool),
+        [Logits(task_pool, r.name) for r in records],
         examples.labels,
         kind=task_pool.kind,
         names=[r.name for r in records],

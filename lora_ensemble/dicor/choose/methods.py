@@ -21,7 +21,7 @@ from lora_ensemble.dicor.choose.criteria import Sums
 from lora_ensemble.dicor.choose.settings import Criterion, Similarity, Strategy
 from lora_ensemble.dicor.choose.similarity import features, pick
 from lora_ensemble.dicor.choose.weights import fitted
-from lora_ensemble.dicor.members import Dev, Members
+from lora_ensemble.dicor.members import Dev, Members, numbered
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import score
 from lora_ensemble.tasks import Kind
@@ -70,14 +70,15 @@ class Method:
         ``choice_``; ``notices_``: what was left out. ``UserError`` where shapes do not fit, a value is not finite, or
         no member has a score.
         """
+        names = numbered(len(logits)) if names is None else list(names)
         dev = Dev.of(logits, labels, kind=kind, names=names, ranks=ranks, ids=ids)
         scores = np.array([score(dev.logits_of(m), dev.labels, kind) for m in range(len(dev))])
         dev, good = dev.scored(scores)
-        members, which = dev.top(scores[good], self.top_k)
+        members = dev.top(scores[good], self.top_k)
         self.choice_ = self.choose(members)
         chosen, weights = members.take(self.choice_.members), self.choice_.weights
         self._chosen, self.names_, self.scores_ = chosen, chosen.names, chosen.scores
-        self.members_ = [dev.columns[which[m]] for m in self.choice_.members]
+        self.members_ = [names.index(name) for name in chosen.names]
         self.weights_ = np.full(len(chosen), 1 / len(chosen)) if weights is None else weights
         self.notices_ = dev.notices
         return self

@@ -97,7 +97,7 @@ def estimate(
     seen = replace(seen, scores=seen.scores[:, good], epochs=seen.epochs[:, good])
     methods = {"best": Best(), **{name: method for name, method in methods.items() if name not in ("best", "omni")}}
     limit = max(method.top_k for method in methods.values())
-    candidates, _ = dev.top(seen.scores[-1], limit)
+    candidates = dev.top(seen.scores[-1], limit)
     held, likely = dict[str, np.ndarray](), dict[str, np.ndarray]()
     if repeats:
         held, likely = _held_out(dev, methods, seen, fold[:, order], folds, limit, probabilities)

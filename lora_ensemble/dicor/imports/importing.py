@@ -133,34 +133,30 @@ def _is_there(old: MemberRecord, logits: np.ndarray, truth: Truth, request: Requ
 
 
 def _write(member: Imported, truth: Truth, request: Request, notices: list[str]) -> None:
-    split, old, source = request.split, member.old, member.source
+    """Write a member with its dev logits, or add those of another split to it."""
+    split, source = request.split, member.source
     origin = {
         "file": source.path.name,
         "sha256": checksum(source.path).removeprefix("sha256:"),
         "model": source.name or None,
         "from": member.form,
     }
-    files = {logits_file(split): member.logits}
-    if split != "dev" and old is not None:
-        settings = {**old.settings, IMPORTED: {**old.settings.get(IMPORTED, {}), split: origin}}
-        record = replace(old, settings=settings, examples={**old.examples, split: truth.fingerprint})
-        write_member(request.pool, record, files, keep=old)
-        return
-    if old is not None and (others := sorted(set(old.examples) - {"dev"})):
+    kept = None if split == "dev" else member.old
+    if kept is None and member.old is not None and (others := sorted(set(member.old.examples) - {"dev"})):
         # The old model's predictions of another split are not the new model's.
         notices.append(f"{member.name}: its {', '.join(others)} predictions went with the old ones; import them again")
-    record = MemberRecord(
+    record = kept or MemberRecord(
         name=member.name,
         task=request.task,
         kind=truth.task.kind,
         labels=truth.task.labels,
         finished=True,
         score=None if member.score is None or math.isnan(member.score) else member.score,
-        examples={"dev": truth.fingerprint},
-        settings={IMPORTED: {"dev": origin}},
         versions={"lora-ensemble": __version__},
     )
-    write_member(request.pool, record, files)
+    settings = {**record.settings, IMPORTED: {**record.settings.get(IMPORTED, {}), split: origin}}
+    record = replace(record, settings=settings, examples={**record.examples, split: truth.fingerprint})
+    write_member(request.pool, record, {logits_file(split): member.logits}, keep=kept)
 
 
 def _doubts(member: Imported, truth: Truth, request: Request) -> list[str]:
