@@ -54,10 +54,9 @@ class Members:
 
     def take(self, which: Sequence[int] | np.ndarray, rows: np.ndarray | None = None) -> Members:
         """These members alone, in this order, and, where ``rows`` are given, these examples alone."""
-        first = np.array_equal(which, np.arange(len(which)))
-        if first and rows is None and len(which) == len(self):
-            return self
-        logits, labels = self.logits[: len(which)] if first else self.logits[which], self.labels
+        if rows is None and np.array_equal(which, np.arange(len(self))):
+            return self  # with what it has worked out
+        logits, labels = self.logits[which], self.labels
         if rows is not None:
             logits, labels = logits[:, rows], labels[rows]
         names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]

@@ -34,7 +34,7 @@ class Source:
     path: Path
     columns: Mapping[str, list[Any]]
     """Cells as they stand, by column. An array is a column of numbers or texts, or of lists; an .npy file's is ''."""
-    ids: list[str] | None  # None where the file has none
+    ids: list[str]  # empty where the file has none
     table: Table | None  # None: the file holds arrays
     notices: list[str]  # what is to be known of the file
     rows: Sequence[int] | None = None  # of a model in a table: their numbers in it
@@ -42,7 +42,7 @@ class Source:
     """What the file calls the model: its array, its column, or its entry in the column of models; '' if it is alone."""
 
     def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), self.ids or ()))
+        return len(next(iter(self.columns.values()), self.ids))
 
     @property
     def where(self) -> str:
@@ -82,7 +82,7 @@ class Source:
         if rows is None:
             return replace(self, name=name, columns=cells)
         part = {column: [cells[column][row] for row in rows] for column in columns}
-        ids = None if self.ids is None else [self.ids[row] for row in rows]
+        ids = [self.ids[row] for row in rows] if self.ids else []
         return replace(self, name=name, columns=part, ids=ids, rows=rows)
 
 
@@ -120,13 +120,13 @@ def read_models(path: Path, request: Request) -> list[Source]:
 
 def check_ids(source: Source, request: Request) -> None:
     """``UserError`` for an id that is empty, endless or there twice, and for a table without any but ``by_row``."""
-    if source.ids is None and source.table and not request.by_row:
+    if not source.ids and source.table and not request.by_row:
         raise UserError(
             f"{source.path}: no column of ids; {source.shown}; name it with --id, or say --by-row if its rows are in "
             "the order of the labels"
         )
     several = "" if source.name else "; several models in one file: name their column with --model-column"
-    readers.check_ids(source.ids or [], source.at, advice=f"each example once{several}")
+    readers.check_ids(source.ids, source.at, advice=f"each example once{several}")
 
 
 def read_source(path: Path, request: Request) -> Source:
@@ -144,7 +144,7 @@ def read_source(path: Path, request: Request) -> Source:
     names = [n for n in columns if n == request.id or n.lower() in ("id", "ids") or (table and not n)]
     rest = {n: cells for n, cells in columns.items() if n not in names}
     if not names:
-        return Source(path, rest, None, table, notices)
+        return Source(path, rest, [], table, notices)
     name = min(names, key=lambda n: (n != request.id, not n))
     ids = columns[name]
     if table is None and isinstance(ids[0], float | list):

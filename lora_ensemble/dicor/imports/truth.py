@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,18 +56,17 @@ def find_truth(request: Request, members: Sequence[MemberRecord]) -> Truth:
     cells = _label_cells(source, column, request)
     if cells is None and request.split == "dev" and in_pool is None:
         raise UserError(f"{source.path}: all labels are empty; dev needs them: members are chosen by their dev score")
-    ids = source.ids
-    if ids is None:
+    if not source.ids:
         source.notices.append(f"{source.path.name}: it has no ids; its rows are numbered from 0")
-        ids = [str(i) for i in range(len(source))]
+        source = replace(source, ids=[str(i) for i in range(len(source))])
     if labels is None and kind != "regression":
         labels = _labels_of(source, column, cells, kind)
     task = _task(request, kind, labels)
     values = None if cells is None else _values(source, column, task)
     if in_pool is not None:
-        _check_against(in_pool, request, source, ids, values)
-    examples = Examples(np.array(ids), values) if in_pool is None else in_pool
-    return Truth(task, examples, ids, source.path.name, source.notices)
+        _check_against(in_pool, request, source, values)
+    examples = Examples(np.array(source.ids), values) if in_pool is None else in_pool
+    return Truth(task, examples, source.ids, source.path.name, source.notices)
 
 
 def _task(request: Request, kind: Kind, labels: list[str] | None) -> Task:
@@ -110,7 +109,7 @@ def _in_pool(request: Request, members: Sequence[MemberRecord]) -> Examples | No
 
 def _label_cells(source: Source, column: str, request: Request) -> list[Any] | None:
     """The true labels in a file as they stand; None where there are none. ``UserError`` where they must be, or some."""
-    if source.table is None and source.ids is None and column:
+    if source.table is None and not source.ids and column:
         raise UserError(f"{source.path}: no array 'ids'; {source.shown}; save ids and labels in it")
     check_ids(source, request)
     if column not in source.columns:
@@ -167,12 +166,10 @@ def _values(source: Source, column: str, task: Task) -> np.ndarray:
     return values
 
 
-def _check_against(
-    in_pool: Examples, request: Request, source: Source, ids: Sequence[str], values: np.ndarray | None
-) -> None:
+def _check_against(in_pool: Examples, request: Request, source: Source, values: np.ndarray | None) -> None:
     """``UserError`` unless the labels file says of the pool's examples what the pool says, and of no others."""
     where, way_out = request.pool / request.task, "leave out --labels: the pool has them; or give another --task"
-    rows = _rows_of(in_pool, source, ids, f"{request.split} examples of {where}", extra=way_out, missing=way_out)
+    rows = _rows_of(in_pool, source, f"{request.split} examples of {where}", extra=way_out, missing=way_out)
     if values is None:
         return
     if in_pool.labels is None:
@@ -181,7 +178,7 @@ def _check_against(
     there[rows] = in_pool.labels
     source.refuse(
         there != values,
-        lambda row: f"the label of {ids[row]!r} is {values[row]}, but {there[row]} in {where}; {way_out}",
+        lambda row: f"the label of {source.ids[row]!r} is {values[row]}, but {there[row]} in {where}; {way_out}",
     )
 
 
@@ -191,34 +188,29 @@ def rows_of_examples(source: Source, truth: Truth, request: Request) -> np.ndarr
     A source without ids must have as many rows, in the order of ``truth.row_ids`` (which a notice says). ``UserError``
     for ids that are missing, or of something else.
     """
-    what, ids = f"{request.split} examples", source.ids
-    if ids is None:
-        if len(source) != len(truth.row_ids):
-            expected = f"{len(truth.row_ids)}, one for each of the {what} in the order of the labels"
+    what, n = f"{request.split} examples", len(truth.row_ids)
+    if not source.ids:
+        if len(source) != n:
+            expected = f"{n}, one for each of the {what} in the order of the labels"
             raise UserError(f"{source.where}: {len(source)} rows without ids; expected {expected}")
         source.notices.append(f"{source.where}: no ids; its rows are taken in the order of {truth.source}")
-        ids = truth.row_ids
+        source = replace(source, ids=truth.row_ids)
     extra, missing = "remove it, or give labels that have it", "every example needs one"
-    return _rows_of(truth.examples, source, ids, what, extra=extra, missing=missing)
+    return _rows_of(truth.examples, source, what, extra=extra, missing=missing)
 
 
-def _rows_of(
-    examples: Examples, source: Source, ids: Sequence[str], what: str, *, extra: str, missing: str
-) -> np.ndarray:
-    """(N,) where each example stands among ``ids``; ``extra``, ``missing``: what to do with ids too many or too few."""
-    wanted, row_of = examples.ids.tolist(), {name: row for row, name in enumerate(ids)}
-    known = set(wanted)
+def _rows_of(examples: Examples, source: Source, what: str, *, extra: str, missing: str) -> np.ndarray:
+    """(N,) where each example is in the source; ``extra``, ``missing``: what to do with ids too many or too few."""
+    ids, wanted = source.ids, examples.ids.tolist()
+    known, row_of = set(wanted), {name: row for row, name in enumerate(ids)}
+    what = f"the {len(wanted)} {what}"
     if known.isdisjoint(ids):
         raise UserError(
-            f"{source.where}: none of its ids is one of the {len(wanted)} {what}: {ids[0]!r} here, {wanted[0]!r} "
-            "there; is it another split, or another column of ids (--id)?"
+            f"{source.where}: none of its ids is one of {what}: {ids[0]!r} here, {wanted[0]!r} there; is it another "
+            "split, or another column of ids (--id)?"
         )
-    source.refuse(
-        [name not in known for name in ids],
-        lambda row: f"id {ids[row]!r} is not one of the {len(wanted)} {what}; {extra}",
-    )
-    lacking = [name for name in wanted if name not in row_of]
-    if lacking:
+    source.refuse([name not in known for name in ids], lambda row: f"id {ids[row]!r} is not one of {what}; {extra}")
+    if lacking := [name for name in wanted if name not in row_of]:
         first = f"the first with id {lacking[0]!r}"
-        raise UserError(f"{source.where}: no row for {len(lacking)} of the {len(wanted)} {what}, {first}; {missing}")
+        raise UserError(f"{source.where}: no row for {len(lacking)} of {what}, {first}; {missing}")
     return np.array([row_of[name] for name in wanted])
