@@ -201,12 +201,10 @@ def _arrays(path: Path, start: bytes) -> dict[str, list[Any]]:
         where = f"{path}: array {name!r}" if name else path
         if not isinstance(array, np.ndarray):
             raise UserError(f"{path}: a zip archive, but no .npz: it holds {name!r}; save the predictions as CSV")
-        if array.dtype.kind not in "biufSU" or array.ndim not in (1, 2):
+        if array.dtype.kind not in "biufSU" or array.ndim not in (1, 2) or not array.size:
             several = "; several models: one array for each in an .npz file" if array.ndim == 3 else ""
             expected = f"expected (N,) or (N, C) numbers: a row for each example{several}"
             raise UserError(f"{where}: {array.dtype} of shape {array.shape}; {expected}")
-        if not array.size:
-            raise UserError(f"{where}: shape {array.shape}: no numbers; expected a row for each example")
     return {name: (array if array.size > len(array) else array.reshape(-1)).tolist() for name, array in arrays.items()}
 
 
