@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from lora_ensemble.tasks import Kind
+from lora_ensemble.tasks import Kind
 
 Similarity = Literal["cosine", "pearson", "error", "kappa", "double-fault"]
 Strategy = Literal["mean", "mean-probability", "majority", "weighted"]
