@@ -200,8 +200,9 @@ def check(options: Options, kind: Kind, members: int) -> None:
 
 def refuse_unheard(options: Options, methods: Sequence[MethodName]) -> None:
     """``UserError`` for an option that none of the methods listens to."""
-    for name in vars(options):
-        if getattr(options, name) not in (None, False) and not any(name in LISTENS[m] for m in methods):
+    for name, value in vars(options).items():
+        given = value is not None and value is not False  # a 0 was given
+        if given and not any(name in LISTENS[m] for m in methods):
             heard = ", ".join(m for m in METHODS if name in LISTENS[m])
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} has no meaning for --method {methods[0]}; it is for {heard}")
