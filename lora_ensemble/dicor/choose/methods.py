@@ -244,8 +244,8 @@ class Exhaustive(Method):
             raise UserError(f"exhaustive: {k} members have {2**k - 1} ensembles; give --top-k 16 or less")
         sums = Sums(members, self.criterion)
         best, chosen = -np.inf, tuple[int, ...]()
-        for size in range(1, min(self.size or k, k) + 1):
-            for ensemble in itertools.combinations(range(k), size):  # in the order of their ranks
+        for size in range(1, min(self.size or k, k) + 1):  # of equals, the first is kept
+            for ensemble in itertools.combinations(range(k), size):
                 value = float(sums.value(sums.each[list(ensemble)].sum(axis=0), size))
                 if value > best:
                     best, chosen = value, ensemble
