@@ -161,7 +161,7 @@ class Contest:
     def _compare_greedy(self, one: Draw, scores: dict[str, float]) -> None:
         """Whether AutoGluon chooses what ours does, from the same members in the same order."""
         each = np.array([scores[name] for name in one.dev.names])
-        members, _ = one.dev.top(each, len(one.dev))
+        members = one.dev.top(each, len(one.dev))
         for by in ("loss", "score"):
             # With its own metrics the first few times: the formulas in numpy must not be what makes them agree.
             own = len(self.same[by]) < 3

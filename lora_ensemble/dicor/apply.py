@@ -31,19 +31,17 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> tuple[Examples, np.nd
             f"lack them); run lora-ensemble predict first, or dicor import --split {split} for one that was imported"
         )
     fingerprint = records[0].examples[split]
-    for folder, r in zip(folders, records, strict=True):
-        if r.examples[split] != fingerprint:
-            raise UserError(
-                f"{folder} and {records[0].name} have predicted other {split} examples; run lora-ensemble predict for "
-                "both"
-            )
     examples = read_examples(pool, ensemble.task, split, fingerprint)
     shape = (len(examples.ids), len(ensemble.labels) if ensemble.kind == "multiclass" else 1)
-    logits = [read_array(pool, r, file) for r in records]
-    for folder, array in zip(folders, logits, strict=True):
-        if array.shape != shape:
+    logits = []
+    for folder, r in zip(folders, records, strict=True):
+        if r.examples[split] != fingerprint:
+            both = f"{folder} and {records[0].name} have predicted other {split} examples"
+            raise UserError(f"{both}; run lora-ensemble predict for both")
+        logits.append(read_array(pool, r, file))
+        if logits[-1].shape != shape:
             expected = f"{shape}: the examples by the outputs of the task"
-            raise UserError(f"{folder / file}: shape {array.shape}; expected {expected}")
+            raise UserError(f"{folder / file}: shape {logits[-1].shape}; expected {expected}")
     decided = ensemble.decide(np.stack(logits))
     score = None if examples.labels is None else score_decisions(decided, examples.labels, ensemble.kind)
     return examples, decided, score

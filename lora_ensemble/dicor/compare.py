@@ -18,37 +18,22 @@ from lora_ensemble.pool import DISTILLED, TaskPool, logits_file, map_array, memb
 from lora_ensemble.scores import one_label, overall_score, score_decisions
 from lora_ensemble.tasks import PRESETS, Kind
 
-SMALL = 32_000_000
 
+class Logits:
+    """The logits (N, C) of a member of a pool, opened whenever numpy asks for them, the first time with all checks.
 
-class Files:
-    """The logits (N, C) of each member of a pool, opened when they are asked for, the first time with all checks.
-
-    What is kept open counts as resident memory, which for ten thousand members would be a copy of all logits. The first
-    ``SMALL`` bytes are kept all the same: opening costs time.
+    What is kept open counts as resident memory, which for ten thousand members would be a copy of all logits.
     """
 
-    def __init__(self, task_pool: TaskPool) -> None:
-        self._pool, self._room = task_pool, SMALL
-        self._checked: set[int] = set()
-        self._kept: dict[int, np.ndarray] = {}
+    def __init__(self, task_pool: TaskPool, name: str) -> None:
+        self._pool, self._name, self._checked = task_pool, name, False
 
-    def __len__(self) -> int:
-        return len(self._pool.members)
-
-    def __getitem__(self, index: int, /) -> np.ndarray:
-        if index in self._kept:
-            return self._kept[index]
-        name = self._pool.members[index].name
-        if index in self._checked:
-            folder = member_folder(self._pool.pool, self._pool.name, name)
-            return np.asarray(map_array(folder / logits_file(self._pool.split)))
-        logits = self._pool.logits(name)
-        self._checked.add(index)
-        if self._room >= logits.nbytes:
-            self._room -= logits.nbytes
-            self._kept[index] = logits = np.array(logits)
-        return logits
+    def __array__(self, dtype: None = None, copy: None = None) -> np.ndarray:
+        if self._checked:
+            folder = member_folder(self._pool.pool, self._pool.name, self._name)
+            return map_array(folder / logits_file(self._pool.split))
+        self._checked = True
+        return self._pool.logits(self._name)
 
 
 def dev_of(task_pool: TaskPool) -> Dev:
@@ -59,7 +44,7 @@ def dev_of(task_pool: TaskPool) -> Dev:
         raise UserError(f"{where}: the dev examples have no labels, so there is no score to choose by")
     file = logits_file(task_pool.split)
     dev = Dev.of(
-        Files(task_pool),
+        [Logits(task_pool, r.name) for r in records],
         examples.labels,
         kind=task_pool.kind,
         names=[r.name for r in records],
@@ -143,13 +128,13 @@ def overall(comparisons: Mapping[str, Comparison]) -> dict[str, tuple[float, flo
     """
     if not all(name in comparisons and comparisons[name].kind == task.kind for name, task in PRESETS.items()):
         return None
+    kinds = {name: task.kind for name, task in PRESETS.items()}
     of = {name: comparisons[name].estimates.of for name in PRESETS}
-
-    overall_scores = {}
+    scores = {}
     for method in of["sst"]:
         if all(method in estimates for estimates in of.values()):
-            each = [(name, task.kind, of[name][method]) for name, task in PRESETS.items()]
-            honest = {name: (e.honest.value if e.honest else float("nan"), kind) for name, kind, e in each}
-            in_sample = overall_score({name: (e.in_sample, kind) for name, kind, e in each})
-            overall_scores[method] = in_sample, overall_score(honest)
-    return overall_scores
+            each = {name: estimates[method] for name, estimates in of.items()}
+            honest = {name: e.honest.value if e.honest else float("nan") for name, e in each.items()}
+            in_sample = overall_score({name: (e.in_sample, kinds[name]) for name, e in each.items()})
+            scores[method] = in_sample, overall_score({name: (value, kinds[name]) for name, value in honest.items()})
+    return scores

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lora_ensemble.dicor.choose.probabilities import losses, soft_votes, true_probabilities
 from lora_ensemble.dicor.estimate.splits import canonical
@@ -54,10 +54,9 @@ class Members:
 
     def take(self, which: Sequence[int] | np.ndarray, rows: np.ndarray | None = None) -> Members:
         """These members alone, in this order, and, where ``rows`` are given, these examples alone."""
-        first = np.array_equal(which, np.arange(len(which)))
-        if first and rows is None and len(which) == len(self):
-            return self
-        logits, labels = self.logits[: len(which)] if first else self.logits[which], self.labels
+        if rows is None and np.array_equal(which, np.arange(len(self))):
+            return self  # with what it has worked out
+        logits, labels = self.logits[which], self.labels
         if rows is not None:
             logits, labels = logits[:, rows], labels[rows]
         names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
@@ -74,31 +73,28 @@ class Members:
         return true_probabilities(self.logits, self.labels, self.kind)
 
 
-class Opened(Protocol):
-    """Arrays by number: a list of them, one of them all, or what opens a member's file when it is asked."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> np.ndarray: ...
+def numbered(m: int) -> list[str]:
+    """Names (M,) for members that have none, which sort as they stand."""
+    return [f"m{i:0{len(str(m))}d}" for i in range(m)]
 
 
 @dataclass(frozen=True, eq=False)
 class Dev:
     """All members' logits on labelled examples; members by name, none twice."""
 
-    logits: Opened  # M of (N, C)
+    logits: Sequence[ArrayLike]  # M of (N, C), each an array, or opened whenever numpy asks for it
     labels: np.ndarray  # (N,)
     ids: np.ndarray  # (N,) unicode
     kind: Kind
     names: list[str]
     ranks: list[int | None]
     epochs: Sequence[np.ndarray | None]  # M of (E, N, C) logits of every epoch, or None where they were not kept
-    columns: list[int]  # M places in ``logits`` and ``epochs``, which are as they were given to ``of``
     notices: list[str] = field(default_factory=list)  # what was left out, or is to be known, in words
 
     @classmethod
     def of(
         cls,
-        logits: Opened,
+        logits: Sequence[ArrayLike] | np.ndarray,
         labels: np.ndarray,
         *,
         kind: Kind,
@@ -114,7 +110,7 @@ class Dev:
         where lengths differ, an id or a name is there twice, a label is no class, or a value is not finite.
         """
         m, n, labels = len(logits), len(labels), np.asarray(labels)
-        names = [f"m{i:0{len(str(m))}d}" for i in range(m)] if names is None else list(names)
+        names = numbered(m) if names is None else list(names)
         ranks, epochs = [None] * m if ranks is None else ranks, [None] * m if epochs is None else epochs
         ids = np.arange(n).astype(np.str_) if ids is None else np.asarray(ids, np.str_)
         if not m or not n:
@@ -127,7 +123,7 @@ class Dev:
             raise UserError("a name of a member or an id of an example is there twice; each must be unique")
         if fingerprints is None:
             fingerprints = [_fingerprint(logits[i], names[i], n, kind) for i in range(m)]
-            _check_labels(labels, kind, logits[0].shape[-1])
+            _check_labels(labels, kind, np.shape(logits[0])[-1])
         same: dict[str, list[int]] = {}
         for i in sorted(range(m), key=names.__getitem__):
             same.setdefault(fingerprints[i], []).append(i)
@@ -138,7 +134,7 @@ class Dev:
             + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             for name, *others in copied
         ]
-        dev = cls(logits, labels, ids, kind, names, list(ranks), epochs, list(range(m)))
+        dev = cls([logits[i] for i in range(m)], labels, ids, kind, names, list(ranks), epochs)
         return dev.only([places[0] for places in same.values()], notices)
 
     def __len__(self) -> int:
@@ -151,17 +147,18 @@ class Dev:
 
     def logits_of(self, m: int) -> np.ndarray:
         """(N, C) of the m-th."""
-        return np.asarray(self.logits[self.columns[m]])
+        return np.asarray(self.logits[m])
 
     def epochs_of(self, m: int) -> np.ndarray | None:
         """(E, N, C) of the m-th, or None."""
-        return self.epochs[self.columns[m]]
+        return self.epochs[m]
 
     def only(self, which: Sequence[int], notices: Sequence[str]) -> Dev:
         """These members alone, in this order, with further notices."""
+        logits, epochs = [self.logits[m] for m in which], [self.epochs[m] for m in which]
         names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
-        columns = [self.columns[m] for m in which]
-        return replace(self, names=names, ranks=ranks, columns=columns, notices=[*self.notices, *notices])
+        notices = [*self.notices, *notices]
+        return replace(self, logits=logits, epochs=epochs, names=names, ranks=ranks, notices=notices)
 
     def members(self, which: Sequence[int], logits: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> Members:
         """Some members in memory, on some examples: their logits (k, N', C), scores (k,) and labels (N',) there."""
@@ -182,8 +179,8 @@ class Dev:
         others = f" (and {len(undefined) - 1} more like it)" if len(undefined) > 1 else ""
         return self.only(good, [f"{what} is undefined; left out{others}"]), good
 
-    def top(self, scores: np.ndarray, limit: int) -> tuple[Members, list[int]]:
-        """The ``limit`` best by ``scores`` (M,), none undefined, on all examples in ``order``; and which they are."""
+    def top(self, scores: np.ndarray, limit: int) -> Members:
+        """The ``limit`` best by ``scores`` (M,), none undefined, on all examples in ``order``."""
         if limit < 1:
             raise UserError(f"top_k {limit}: there must be at least one candidate")
 
@@ -194,10 +191,10 @@ class Dev:
         logits = np.stack([self.logits_of(m)[self.order] for m in which])
         # As the task scores it: sums over folds round otherwise.
         scores = np.array([score(self.logits_of(m), self.labels, self.kind) for m in which])
-        return self.members(which, logits, scores, self.labels[self.order]), which
+        return self.members(which, logits, scores, self.labels[self.order])
 
 
-def _fingerprint(logits: np.ndarray, name: str, n: int, kind: Kind) -> str:
+def _fingerprint(logits: ArrayLike, name: str, n: int, kind: Kind) -> str:
     """A text that is equal where logits are; ``UserError`` where they are not (N, C) or not finite."""
     logits = np.asarray(logits)
     right = logits.ndim == 2 and len(logits) == n and (logits.shape[1] == 1) == (kind != "multiclass")

@@ -140,44 +140,32 @@ def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> t
     """The method of that name for a pool of M ``members``, and notices; ``check`` has seen that the options fit."""
     from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Greedy, Omni, Weighted
 
-    o = options
-    top_k = None if o.top_k is None else min(o.top_k, members)
-    most = None if o.size == "auto" else o.size
-    if name == "best":
-        return Best(), []
-    if name == "omni":
-        return Omni(strategy=o.strategy if o.strategy not in (None, "weighted") else s.OMNI_STRATEGY[kind]), []
+    given = {option: value for option in LISTENS[name] if (value := getattr(options, option)) is not None}
+    if "top_k" in given:
+        given["top_k"] = min(given["top_k"], members)
     if name == "dicor":
-        size, notices = _paper_size(kind, members, o)
-        return Dicor(
-            size=size,
-            top_k=top_k or min(max(s.DEFAULT_TOP_K, 0 if size == "auto" else size), members),
-            similarity=o.similarity or s.DEFAULT_SIMILARITY[kind],
-            strategy=o.strategy or s.DEFAULT_STRATEGY[kind],
-            temperature=o.temperature,
-        ), notices
-    if name == "dicor-auto":
-        return Dicor(
-            size=o.size or "auto",
-            top_k=top_k or s.DEFAULT_TOP_K,
-            similarity=o.similarity or "error",
-            strategy=o.strategy or "mean-probability",
-            trade_off=s.DEFAULT_TRADE_OFF if o.trade_off is None else o.trade_off,
-            temperature=o.temperature,
-        ), []
-    if name in ("weighted", "weighted-offset"):
-        offset = name == "weighted-offset"
-        return Weighted(top_k=top_k or s.DEFAULT_TOP_K, temperature=o.temperature, offset=offset), []
-    if name == "exhaustive":
-        return Exhaustive(size=most, top_k=top_k or s.EXHAUSTIVE_TOP_K, strategy=o.strategy or "mean-probability"), []
-    return Greedy(
-        steps=most or s.GREEDY_STEPS,
-        top_k=top_k or s.GREEDY_TOP_K,
-        criterion="score" if name == "greedy-score" else None,
-        sorted_start=name == "greedy-bagged",
-        bags=s.GREEDY_BAGS if name == "greedy-bagged" else 1,
-        example_share=0.8 if name == "greedy-bagged" else 1.0,
-    ), []
+        given["size"], notices = _paper_size(kind, members, options)
+        top_k = min(max(s.DEFAULT_TOP_K, 0 if given["size"] == "auto" else given["size"]), members)
+        paper = Dicor(top_k=top_k, similarity=s.DEFAULT_SIMILARITY[kind], strategy=s.DEFAULT_STRATEGY[kind])
+        return paper.set_params(**given), notices
+    if name != "dicor-auto" and given.get("size") == "auto":
+        del given["size"]
+    if name.startswith("greedy") and "size" in given:
+        given["steps"] = given.pop("size")
+    if name == "omni" and given.get("strategy") == "weighted":
+        del given["strategy"]
+    methods: dict[str, Method] = {
+        "best": Best(),
+        "omni": Omni(),
+        "dicor-auto": Dicor(similarity="error", strategy="mean-probability", trade_off=s.DEFAULT_TRADE_OFF),
+        "greedy": Greedy(),
+        "greedy-score": Greedy(criterion="score"),
+        "greedy-bagged": Greedy(sorted_start=True, bags=s.GREEDY_BAGS, example_share=0.8),
+        "weighted": Weighted(),
+        "weighted-offset": Weighted(offset=True),
+        "exhaustive": Exhaustive(),
+    }
+    return methods[name].set_params(**given), []
 
 
 def _paper_size(kind: Kind, members: int, o: Options) -> tuple[int | Literal["auto"], list[str]]:
@@ -212,8 +200,9 @@ def check(options: Options, kind: Kind, members: int) -> None:
 
 def refuse_unheard(options: Options, methods: Sequence[MethodName]) -> None:
     """``UserError`` for an option that none of the methods listens to."""
-    for name in vars(options):
-        if getattr(options, name) not in (None, False) and not any(name in LISTENS[m] for m in methods):
+    for name, value in vars(options).items():
+        given = value is not None and value is not False  # a 0 was given
+        if given and not any(name in LISTENS[m] for m in methods):
             heard = ", ".join(m for m in METHODS if name in LISTENS[m])
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} has no meaning for --method {methods[0]}; it is for {heard}")

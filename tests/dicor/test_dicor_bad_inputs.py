@@ -404,6 +404,7 @@ def test_a_member_record_that_is_none(content, home, fails):
             ["--method", "dicor", "--trade-off", 0.5],
             "--trade-off has no meaning for --method dicor; it is for dicor-auto",
         ),
+        (["--method", "dicor", "--trade-off", 0], "--trade-off has no meaning for --method dicor"),
         (["--method", "dicor-auto", "--trade-off", 1.5], "task sst: trade_off 1.5: expected 0"),
         (["--method", "dicor", "--temperature"], "--temperature: only a classifier's probabilities have one"),
         (["--method", "exhaustive", "--top-k", 20], None),

@@ -664,11 +664,11 @@ def test_a_repeated_id_may_mean_several_models(home: Path, fails: Callable[..., 
         (P3[:, :2], "m.npy: 2 columns of outputs; expected 3, one for each label (neg, neu, pos); if there are others"),
         (P, "m.npy: 1 column of outputs; expected 3"),
         (np.stack([P3, P3]), "m.npy: float64 of shape (2, 5, 3); expected (N,) or (N, C)"),
-        (np.array([["a"] * 3] * 5), "m.npy: it is an array of <U1; expected numbers"),
+        (np.array([["a"] * 3] * 5), "m.npy: row 0: found ['a', 'a', 'a']; expected finite numbers (5 such rows)"),
         (np.where(np.arange(15).reshape(5, 3) == 7, np.nan, P3), "m.npy: row 2: found [0.05, nan, 0.9]; expected"),
-        (P3 - [1e39, 0, 0], "m.npy: row 0: found -1e+39; expected a number that fits 32 bits"),
+        (P3 - [1e39, 0, 0], "m.npy: row 0: found [-1e+39, 0.2, 0.1]; expected finite numbers, at most 1e+38"),
         (P3 * [[1], [1], [1], [1], [0.5]], "m.npy: row 4: the probabilities sum to 0.5; expected 1"),
-        (np.zeros((0, 3)), "m.npy: shape (0, 3): no numbers; expected a row for each example"),
+        (np.zeros((0, 3)), "m.npy: float64 of shape (0, 3); expected (N,) or (N, C) numbers: a row for each example"),
         (np.zeros(5, [("id", int), ("p", float)]), "m.npy: [('id', '<i8'), ('p', '<f8')] of shape (5,)"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
@@ -713,11 +713,11 @@ def test_a_pickle_is_never_loaded(home: Path, fails: Callable[..., str], name: s
 def test_archives_that_are_wrong(home: Path, fails: Callable[..., str]) -> None:
     path = home / "m.npz"
     np.savez(path, ids=IDS, m=P[:4])
-    fails("binary", path, says=["m.npz: 4 rows, but 5 ids; expected one for each"])
+    fails("binary", path, says=["m.npz: array 'm': 4 rows, but 5 ids; expected one for each"])
     np.savez(path, ids=IDS, labels=LABELS)
     fails("binary", path, says=["m.npz: no array but ids and labels; expected one for each model"])
     np.savez(path, ids=np.array(P), m=P)
-    fails("binary", path, says=["m.npz: array 'ids' is float64; expected ids: text or whole numbers"])
+    fails("binary", path, says=["m.npz: array 'ids' holds 0.9; expected ids: text or whole numbers"])
     np.savez(path, ids=IDS, a=-P, b=P * np.nan)
     fails("binary", path, says=["m.npz: array 'b': row 0: found nan; expected a finite number (5 such rows)"])
     raw = path.read_bytes()
@@ -750,6 +750,15 @@ def test_archives_that_are_wrong(home: Path, fails: Callable[..., str]) -> None:
 def test_labels_that_are_wrong(home: Path, fails: Callable[..., str], kind: str, content: str, says: str) -> None:
     (home / "l.csv").write_text(content)
     fails(kind, table(home / "m.csv", ["id", "v"], list(zip(IDS, -P, strict=True))), labels="l.csv", says=[says])
+
+
+def test_a_truth_of_several_columns_is_no_label(home: Path, fails: Callable[..., str]) -> None:
+    """One-hot, or a list: a row of it is not one label."""
+    np.save(home / "y.npy", np.eye(3, dtype=int)[[0, 1, 2, 1, 0]])
+    np.save(home / "m.npy", P3)
+    fails("multiclass", home / "m.npy", labels="y.npy", says=["y.npy: row 0: found [1, 0, 0]; expected one label"])
+    table(home / "y.jsonl", ["id", "label"], [(i, [k]) for i, k in zip(IDS, LABELS, strict=True)])
+    fails("multiclass", home / "m.npy", labels="y.jsonl", says=["y.jsonl:1: column 'label' is [1]; expected one label"])
 
 
 def test_labels_out_of_range(home: Path, fails: Callable[..., str]) -> None:

@@ -195,16 +195,14 @@ def test_logits_are_memory_mapped_and_read_only(pool):
         logits[0] = 0
 
 
-def test_logits_that_find_no_room_are_opened_again(pool, monkeypatch):
-    monkeypatch.setattr(compare, "SMALL", LOGITS.nbytes)  # room for one of two members
-    files = compare.Files(TaskPool(pool, "quora"))
+def test_the_logits_of_a_whole_pool_are_opened_and_not_kept(pool):
+    one, two = (compare.Logits(TaskPool(pool, "quora"), name) for name in ("m0", "m1"))
     for _ in range(3):
-        np.testing.assert_array_equal(files[0], LOGITS)
-        np.testing.assert_array_equal(files[1], -LOGITS)
-    assert files[0] is files[0]
-    assert files[1] is not files[1]
+        np.testing.assert_array_equal(one, LOGITS)
+        np.testing.assert_array_equal(two, -LOGITS)
+    assert not np.shares_memory(np.asarray(one), np.asarray(one))
     with pytest.raises(ValueError, match="read-only"):
-        files[1][0] = 0
+        np.asarray(two)[0] = 0
 
 
 def test_replacing_a_member_leaves_nothing_of_the_old(pool):

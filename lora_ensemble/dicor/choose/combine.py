@@ -14,8 +14,6 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.scores import decisions
 from lora_ensemble.tasks import Kind
 
-MOST_VOTES = 4_000_000  # that are counted at a time: those of ten thousand members on all examples are many
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -108,16 +106,14 @@ def majority(decided: np.ndarray, order: Sequence[int], num_classes: int) -> np.
 
     Of tied classes it is that of the first in ``order``, see ``tie_order``, who voted for one of them.
     """
-    winner = np.empty(decided.shape[1], np.int64)
-    block = max(MOST_VOTES // len(order), 1)
-    for start in range(0, len(winner), block):
-        votes = decided[order, start : start + block].astype(np.int64)
-        n = votes.shape[1]
-        cells = votes + num_classes * np.arange(n)  # one counter for every example and class
-        counts = np.bincount(cells.ravel(), minlength=n * num_classes).reshape(n, num_classes)
-        leading = counts == counts.max(axis=1, keepdims=True)  # (n, num_classes)
-        won, tied = np.argmax(leading, axis=1), np.flatnonzero(leading.sum(axis=1) > 1)
-        first = np.argmax(leading[tied, votes[:, tied]], axis=0)  # the first to vote for one of the tied classes
-        won[tied] = votes[first, tied]
-        winner[start : start + block] = won
+    votes = decided[order]
+    counts = np.stack([np.count_nonzero(votes == c, axis=0) for c in range(num_classes)], axis=1)
+    leading = counts == counts.max(axis=1, keepdims=True)  # (N, num_classes)
+    winner, tied = np.argmax(leading, axis=1), np.flatnonzero(leading.sum(axis=1) > 1)
+    for vote in votes:
+        settled = leading[tied, vote[tied]]
+        winner[tied[settled]] = vote[tied[settled]]
+        tied = tied[~settled]
+        if not len(tied):
+            break
     return winner

@@ -7,6 +7,7 @@ greedy.names_, greedy.weights_, greedy.predict(test_logits)
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from lora_ensemble.dicor.choose.criteria import Sums
 from lora_ensemble.dicor.choose.settings import Criterion, Similarity, Strategy
 from lora_ensemble.dicor.choose.similarity import features, pick
 from lora_ensemble.dicor.choose.weights import fitted
-from lora_ensemble.dicor.members import Dev, Members
+from lora_ensemble.dicor.members import Dev, Members, numbered
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import score
 from lora_ensemble.tasks import Kind
@@ -69,32 +70,32 @@ class Method:
         ``choice_``; ``notices_``: what was left out. ``UserError`` where shapes do not fit, a value is not finite, or
         no member has a score.
         """
+        names = numbered(len(logits)) if names is None else list(names)
         dev = Dev.of(logits, labels, kind=kind, names=names, ranks=ranks, ids=ids)
         scores = np.array([score(dev.logits_of(m), dev.labels, kind) for m in range(len(dev))])
         dev, good = dev.scored(scores)
-        members, which = dev.top(scores[good], self.top_k)
+        members = dev.top(scores[good], self.top_k)
         self.choice_ = self.choose(members)
-        chosen, weights = self.choice_.members, self.choice_.weights
-        self.kind_, self.notices_ = kind, dev.notices
-        self.members_ = [dev.columns[which[m]] for m in chosen]
-        self.names_, self._ranks = [members.names[m] for m in chosen], [members.ranks[m] for m in chosen]
-        self.scores_ = members.scores[chosen]
+        chosen, weights = members.take(self.choice_.members), self.choice_.weights
+        self._chosen, self.names_, self.scores_ = chosen, chosen.names, chosen.scores
+        self.members_ = [names.index(name) for name in chosen.names]
         self.weights_ = np.full(len(chosen), 1 / len(chosen)) if weights is None else weights
+        self.notices_ = dev.notices
         return self
 
     def predict(self, logits: np.ndarray) -> np.ndarray:
         """What the ensemble decides (N,), from logits (M, N, C) of all members in the order of ``fit``."""
-        logits = self._chosen(logits)
-        return decide(Members(logits, self.kind_, self.names_, self._ranks, self.scores_), self.choice_)
+        return decide(self._said(logits), self.choice_)
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Probabilities (N, classes), from logits (M, N, C); ``UserError`` for a regression."""
-        return probabilities(self._chosen(logits), self.choice_, kind=self.kind_)
+        said = self._said(logits)
+        return probabilities(said.logits, self.choice_, kind=said.kind)
 
-    def _chosen(self, logits: np.ndarray) -> np.ndarray:
+    def _said(self, logits: np.ndarray) -> Members:
         if not hasattr(self, "choice_"):
             raise UserError(f"{type(self).__name__}: not fitted yet; call fit first")
-        return np.stack([np.asarray(logits[m]) for m in self.members_])
+        return dataclasses.replace(self._chosen, logits=np.stack([np.asarray(logits[m]) for m in self.members_]))
 
 
 @dataclass(kw_only=True)
@@ -109,7 +110,7 @@ class Best(Method):
 
 @dataclass(kw_only=True)
 class Omni(Method):
-    """All members (Tolkunov's Omni)."""
+    """All members (Tolkunov's Omni). He lets classifiers vote; the mean is the harder one to beat."""
 
     top_k = sys.maxsize
     strategy: Strategy = "mean"
@@ -242,18 +243,10 @@ class Exhaustive(Method):
         if k > 16:
             raise UserError(f"exhaustive: {k} members have {2**k - 1} ensembles; give --top-k 16 or less")
         sums = Sums(members, self.criterion)
-        best, chosen = -np.inf, [0]
-
-        def search(ensemble: list[int], total: np.ndarray) -> None:
-            nonlocal best, chosen
-            for m in range(ensemble[-1] + 1 if ensemble else 0, k):
-                longer, more = [*ensemble, m], total + sums.each[m]
-                value = float(sums.value(more, len(longer)))
-                # Depth first: of those as good and as large, the one ranked higher is met first.
-                if value > best or (value == best and len(longer) < len(chosen)):
-                    best, chosen = value, longer
-                if len(longer) < (self.size or k):
-                    search(longer, more)
-
-        search([], np.zeros_like(sums.each[0]))
-        return fitted(members, Choice(members=chosen, strategy=self.strategy))
+        best, chosen = -np.inf, tuple[int, ...]()
+        for size in range(1, min(self.size or k, k) + 1):  # of equals, the first is kept
+            for ensemble in itertools.combinations(range(k), size):
+                value = float(sums.value(sums.each[list(ensemble)].sum(axis=0), size))
+                if value > best:
+                    best, chosen = value, ensemble
+        return fitted(members, Choice(members=list(chosen), strategy=self.strategy))

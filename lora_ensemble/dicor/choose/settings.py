@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from lora_ensemble.tasks import Kind
+from lora_ensemble.tasks import Kind
 
 Similarity = Literal["cosine", "pearson", "error", "kappa", "double-fault"]
 Strategy = Literal["mean", "mean-probability", "majority", "weighted"]
@@ -44,9 +43,6 @@ DEFAULT_METHOD: dict[Kind, MethodName] = {
     "binary": "weighted-offset",
     "regression": "weighted",
 }
-# How Omni, to which all methods are compared, combines all members. Voting is the paper's for classifiers; the mean is
-# the harder one to beat.
-OMNI_STRATEGY: dict[Kind, Strategy] = {"multiclass": "mean", "binary": "mean", "regression": "mean"}
 # `dicor-auto`: as much for the score as for being different.
 DEFAULT_TRADE_OFF = 0.5
 # `exhaustive` tries all ensembles of the best so many.

@@ -97,31 +97,30 @@ def estimate(
     seen = replace(seen, scores=seen.scores[:, good], epochs=seen.epochs[:, good])
     methods = {"best": Best(), **{name: method for name, method in methods.items() if name not in ("best", "omni")}}
     limit = max(method.top_k for method in methods.values())
-    candidates, _ = dev.top(seen.scores[-1], limit)
-    choices = {name: method.choose(candidates) for name, method in methods.items()}
-    nothing: tuple[Held, Held] = ({}, {})
-    fold = fold[:, order]
-    held, likely = _held_out(dev, methods, seen, fold, folds, limit, probabilities) if repeats else nothing
-    of = {}
-    for name, choice in choices.items():
-        chosen = candidates.take(choice.members)
-        if probabilities and not repeats:
-            likely[name] = probabilities_of(chosen.logits, choice, kind=dev.kind)[None]
+    candidates = dev.top(seen.scores[-1], limit)
+    held, likely = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    if repeats:
+        held, likely = _held_out(dev, methods, seen, fold[:, order], folds, limit, probabilities)
+        held["omni"] = seen.omni[:-1, order]
+    if seen.omni_probabilities is not None:
+        likely["omni"] = seen.omni_probabilities[: repeats or None, order]
+    of: dict[str, Estimate] = {}
+    for name in dict.fromkeys(["best", "omni", *methods]):
+        if name == "omni":
+            choice, names, decided = Choice(members=[], strategy=omni.strategy), dev.names, seen.omni[-1][order]
+        else:
+            choice = methods[name].choose(candidates)
+            chosen = candidates.take(choice.members)
+            names, decided = chosen.names, decide(chosen, choice)
+            if probabilities and not repeats:
+                likely[name] = probabilities_of(chosen.logits, choice, kind=dev.kind)[None]
         of[name] = Estimate(
             choice=choice,
-            names=chosen.names,
-            in_sample=score_decisions(decide(chosen, choice), candidates.labels, dev.kind),
+            names=names,
+            in_sample=score_decisions(decided, candidates.labels, dev.kind),
             held_out=held.get(name),
             probabilities=likely.get(name),
         )
-    of_omni = Estimate(
-        choice=Choice(members=[], strategy=omni.strategy),
-        names=dev.names,
-        in_sample=score_decisions(seen.omni[-1][order], candidates.labels, dev.kind),
-        held_out=seen.omni[:-1, order] if repeats else None,
-        probabilities=None if seen.omni_probabilities is None else seen.omni_probabilities[: repeats or None, order],
-    )
-    of = {"best": of["best"], "omni": of_omni, **of}
     if repeats:
         of = _with_intervals(of, candidates.labels, dev.kind, folds)
     scores = dict(zip(dev.names, seen.scores[-1].tolist(), strict=True))

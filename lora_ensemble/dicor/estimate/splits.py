@@ -18,8 +18,7 @@ REPEATS = 10
 
 def hashes(ids: Sequence[str] | np.ndarray) -> np.ndarray:
     """A number (N,) uint64 for each id, from its text alone."""
-    texts = ids.tolist() if isinstance(ids, np.ndarray) else ids
-    digests = b"".join(hashlib.blake2b(str(i).encode(), digest_size=8).digest() for i in texts)
+    digests = b"".join(hashlib.blake2b(str(i).encode(), digest_size=8).digest() for i in ids)
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 

@@ -64,18 +64,17 @@ def import_predictions(request: Request) -> tuple[list[Imported], Truth, list[st
         advice = "import its dev predictions first (--split dev): members are chosen by them"
         raise UserError(f"{member_folder(pool, task, unknown[0])}: no such member; {advice}")
     replaced = sources if request.overwrite and split == "dev" else ()
-    notices: list[str] = []
-    truth = find_truth(request, [record for name, record in records.items() if name not in replaced], notices)
+    truth = find_truth(request, [record for name, record in records.items() if name not in replaced])
     examples = truth.examples
-    notices += one_label(examples.labels, truth.task.labels, f"{split} labels")
-    notices += [notice for source in sources.values() if source.table for notice in source.table.notices]
+    notices = [*truth.notices, *one_label(examples.labels, truth.task.labels, f"{split} labels")]
     imported = []
     for name, source in sources.items():
-        outputs, form = to_logits(source, truth.task, request, notices)
-        logits, old = outputs[rows_of_examples(source, truth, request, notices)], records.get(name)
+        outputs, form = to_logits(source, truth.task, request)
+        logits, old = outputs[rows_of_examples(source, truth, request)], records.get(name)
         value = None if examples.labels is None else score(logits, examples.labels, truth.task.kind)
         unchanged = old is not None and _is_there(old, logits, truth, request)
         imported.append(Imported(name, source, logits, form, value, old, unchanged))
+        notices += source.notices
     # Everything that can be refused has been, before anything is written.
     write_examples(pool, task, split, examples.ids, examples.labels)
     for member in imported:
@@ -134,34 +133,30 @@ def _is_there(old: MemberRecord, logits: np.ndarray, truth: Truth, request: Requ
 
 
 def _write(member: Imported, truth: Truth, request: Request, notices: list[str]) -> None:
-    split, old, source = request.split, member.old, member.source
+    """Write a member with its dev logits, or add those of another split to it."""
+    split, source = request.split, member.source
     origin = {
         "file": source.path.name,
         "sha256": checksum(source.path).removeprefix("sha256:"),
         "model": source.name or None,
         "from": member.form,
     }
-    files = {logits_file(split): member.logits}
-    if split != "dev" and old is not None:
-        settings = {**old.settings, IMPORTED: {**old.settings.get(IMPORTED, {}), split: origin}}
-        record = replace(old, settings=settings, examples={**old.examples, split: truth.fingerprint})
-        write_member(request.pool, record, files, keep=old)
-        return
-    if old is not None and (others := sorted(set(old.examples) - {"dev"})):
+    kept = None if split == "dev" else member.old
+    if kept is None and member.old is not None and (others := sorted(set(member.old.examples) - {"dev"})):
         # The old model's predictions of another split are not the new model's.
         notices.append(f"{member.name}: its {', '.join(others)} predictions went with the old ones; import them again")
-    record = MemberRecord(
+    record = kept or MemberRecord(
         name=member.name,
         task=request.task,
         kind=truth.task.kind,
         labels=truth.task.labels,
         finished=True,
         score=None if member.score is None or math.isnan(member.score) else member.score,
-        examples={"dev": truth.fingerprint},
-        settings={IMPORTED: {"dev": origin}},
         versions={"lora-ensemble": __version__},
     )
-    write_member(request.pool, record, files)
+    settings = {**record.settings, IMPORTED: {**record.settings.get(IMPORTED, {}), split: origin}}
+    record = replace(record, settings=settings, examples={**record.examples, split: truth.fingerprint})
+    write_member(request.pool, record, {logits_file(split): member.logits}, keep=kept)
 
 
 def _doubts(member: Imported, truth: Truth, request: Request) -> list[str]:

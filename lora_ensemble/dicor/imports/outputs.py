@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_ensemble.dicor.imports.sources import Cells, Source
+from lora_ensemble.dicor.imports.sources import Source
 from lora_ensemble.dicor.options import Form, Request
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task, class_reader, number
@@ -23,6 +23,7 @@ from lora_ensemble.tasks import Task, class_reader, number
 EPSILON = 1e-6
 """Probabilities are kept this far from 0 and 1: a forest's certain 0 is "none of my trees", not log 0, and files have
 about six digits. Its logit, 13.8, still outweighs any that BERT gives."""
+LARGEST = 1e38  # of a number: the difference of two fits 32 bits as well
 _PROBABILITY = re.compile(r"p(r|rob\w*)?([_\W\d]|$)")  # p, p1, p_1, pr.yes, prob, proba_1, probability
 _SLACK = 1e-6  # what rounding may add beyond 0 and 1
 _NAMES = ["p", "prob", "proba", "probs", "probability", "probabilities", "logit", "logits", "output", "pred"]
@@ -31,7 +32,7 @@ _LONE = {*_NAMES, "preds", "prediction", "predictions", "predicted", "outputs"}
 _PREFIXES = {*_NAMES, "", "pr", "prediction", "score", "scores", "class", "label"}
 
 
-def to_logits(source: Source, task: Task, request: Request, notices: list[str]) -> tuple[np.ndarray, Form]:
+def to_logits(source: Source, task: Task, request: Request) -> tuple[np.ndarray, Form]:
     """Logits (N, C) float32 of a source's rows, and what the file held: never "auto".
 
     ``UserError`` where columns or values are not what ``request`` says, or where "auto" could be mistaken.
@@ -39,44 +40,33 @@ def to_logits(source: Source, task: Task, request: Request, notices: list[str]) 
     form = request.from_
     if task.kind == "regression" and form not in ("auto", "logits"):
         raise UserError(f"--from {form}: a regression has values; leave it out")
-    picked = _pick(source, task, request, notices)
-    cells = _one_each(source.columns[picked[0]]) if len(picked) == 1 else None
+    picked = _pick(source, task, request)
+    alone = len(picked) == 1 and not isinstance(source.columns[picked[0]][0], list)
     if form == "decisions":
-        return _decided(source, picked[0], cells, task, notices), form
-    if form == "auto" and task.kind != "regression" and cells is not None:
-        _refuse_decisions(source, picked[0], cells, task)
+        if not alone:
+            raise UserError(f"{source.where}: --from decisions: several columns; expected one of class labels")
+        return _decided(source, picked[0], task), form
+    if form == "auto" and task.kind != "regression" and alone:
+        _refuse_decisions(source, picked[0], task)
     values = np.concatenate([_read_numbers(source, name) for name in picked], axis=1)
     _check_width(source, values.shape[1], picked, task)
     if task.kind != "regression" and values.shape[1] > len(picked):  # columns without names
-        notices.append(f"{source.where}: its columns are taken in the order of the labels: {', '.join(task.labels)}")
+        order = f"its columns are taken in the order of the labels: {', '.join(task.labels)}"
+        source.notices.append(f"{source.where}: {order}")
     if form == "auto":
         form = "logits" if task.kind == "regression" else _guess(source, values, picked[0] if source.table else "")
     if form == "probabilities":
-        values = _log_probabilities(source, values, picked, notices)
+        values = _log_probabilities(source, values, picked)
     if task.kind == "binary" and values.shape[1] == 2:
         values = values[:, 1:] - values[:, :1]  # the sigmoid of this is the softmax of those
-    with np.errstate(over="ignore"):
-        logits = values.astype(np.float32)
-    large = ~np.isfinite(logits)
-    source.refuse(
-        large.any(axis=1),
-        lambda row: f"found {values[row][large[row]][0]:g}; expected a number that fits 32 bits (up to 3e38)",
-    )
-    return logits, form
+    return values.astype(np.float32), form
 
 
-def _one_each(cells: Cells) -> list | None:
-    """Cells that are one value each; None where they are lists, or an array of several columns."""
-    if isinstance(cells, np.ndarray):
-        return cells.reshape(-1).tolist() if cells.size == len(cells) else None
-    return None if isinstance(cells[0], list) else list(cells)
-
-
-def _refuse_decisions(source: Source, name: str, cells: list, task: Task) -> None:
+def _refuse_decisions(source: Source, name: str, task: Task) -> None:
     """``UserError`` where the outputs can only be class labels: what is lost with them is for the user to accept."""
     read = _class_of(task)
     # A binary 0 or 1 may be a certain probability as well, which comes to the same; any other label may not.
-    if all(read(cell) is not None for cell in cells):
+    if all(read(cell) is not None for cell in source.columns[name]):
         what = f"column {name!r} holds" if source.table else "it holds"
         raise UserError(
             f"{source.where}: {what} class labels only; give probabilities or logits if you can: votes know no doubt, "
@@ -84,12 +74,10 @@ def _refuse_decisions(source: Source, name: str, cells: list, task: Task) -> Non
         )
 
 
-def _decided(source: Source, name: str, cells: list | None, task: Task, notices: list[str]) -> np.ndarray:
+def _decided(source: Source, name: str, task: Task) -> np.ndarray:
     """Logits that say a class and nothing of how sure: 1 for it and 0 for the others; binary: 1 or -1."""
-    if cells is None:
-        raise UserError(f"{source.where}: --from decisions: several columns; expected one of class labels")
-    logits = np.eye(len(task.labels), dtype=np.float32)[read_classes(source, name, cells, task)]
-    notices.append(
+    logits = np.eye(len(task.labels), dtype=np.float32)[read_classes(source, name, task)]
+    source.notices.append(
         f"{source.where}: decisions are taken as one weak vote each (a logit of 1); a majority counts them fully, "
         "an average of logits or probabilities hardly"
     )
@@ -124,7 +112,7 @@ def _wrong_sums(p: np.ndarray) -> np.ndarray:
     return np.abs(p.sum(axis=1) - 1) > min(0.005 * p.shape[1], 0.05) + _SLACK
 
 
-def _log_probabilities(source: Source, values: np.ndarray, picked: Sequence[str], notices: list[str]) -> np.ndarray:
+def _log_probabilities(source: Source, values: np.ndarray, picked: Sequence[str]) -> np.ndarray:
     """(N, K) logits of probabilities (N, K): logarithms of several, for a column alone log(p / (1 - p))."""
     outside = (values < -_SLACK) | (values > 1 + _SLACK)
 
@@ -149,7 +137,7 @@ def _log_probabilities(source: Source, values: np.ndarray, picked: Sequence[str]
         p = p / sums
     certain = ((p < EPSILON) | (p > 1 - EPSILON)).any(axis=1)
     if certain.any():
-        notices.append(
+        source.notices.append(
             f"{source.where}: {certain.sum()} of {len(p)} rows hold certain (or almost certain) probabilities; they "
             f"are kept {EPSILON:g} from 0 and 1"
         )
@@ -157,7 +145,7 @@ def _log_probabilities(source: Source, values: np.ndarray, picked: Sequence[str]
     return np.log(p) - np.log1p(-p) if alone else np.log(p)
 
 
-def _pick(source: Source, task: Task, request: Request, notices: list[str]) -> list[str]:
+def _pick(source: Source, task: Task, request: Request) -> list[str]:
     """The columns of the outputs, in the order of the labels: as asked, named after labels, or the one of numbers."""
     asked = list(request.columns) or ([source.name] if request.member_columns else [])
     source.require(asked)
@@ -165,7 +153,7 @@ def _pick(source: Source, task: Task, request: Request, notices: list[str]) -> l
         return asked or list(source.columns)
     names = [name for name in source.columns if name != request.label_column]
     decisions, labels = request.from_ == "decisions", ", ".join(task.labels)
-    if task.kind != "regression" and not decisions and (named := _named_after_labels(source, names, task, notices)):
+    if task.kind != "regression" and not decisions and (named := _named_after_labels(source, names, task)):
         return named
     holds = _class_of(task) if decisions else _number
     likely = [n for n in names if n.lower() in _LONE] or [n for n in names if holds(_first(source, n)) is not None]
@@ -184,7 +172,7 @@ def _pick(source: Source, task: Task, request: Request, notices: list[str]) -> l
     return likely
 
 
-def _named_after_labels(source: Source, names: list[str], task: Task, notices: list[str]) -> list[str]:
+def _named_after_labels(source: Source, names: list[str], task: Task) -> list[str]:
     """The one set of columns that are a usual prefix and a label or its number, if no others could be outputs too."""
     labels, sets = ", ".join(task.labels), []
     for endings in (task.labels, [str(i) for i in range(len(task.labels))]):
@@ -209,7 +197,7 @@ def _named_after_labels(source: Source, names: list[str], task: Task, notices: l
         )
     if picked != [prefix + label for label in task.labels]:
         order = f"columns {', '.join(picked)} are taken in the order of the labels: {labels}"
-        notices.append(f"{source.path.name}: {order}")
+        source.notices.append(f"{source.path.name}: {order}")
     return picked
 
 
@@ -237,9 +225,9 @@ def _class_of(task: Task) -> Callable[[Any], int | None]:
     return class_reader(task.labels, truth=task.labels == ["0", "1"])
 
 
-def read_classes(source: Source, name: str, cells: Cells, task: Task) -> np.ndarray:
-    """Class numbers (N,) int64 of cells of a column; ``UserError`` for one that is none of the task's labels."""
-    read = _class_of(task)
+def read_classes(source: Source, name: str, task: Task) -> np.ndarray:
+    """Class numbers (N,) int64 of the cells of a column; ``UserError`` for one that is none of the task's labels."""
+    cells, read = source.columns[name], _class_of(task)
     classes = [read(cell) for cell in cells]
     expected = f"one of {', '.join(task.labels)}"
     if task.kind == "multiclass":
@@ -249,39 +237,32 @@ def read_classes(source: Source, name: str, cells: Cells, task: Task) -> np.ndar
 
 
 def _read_numbers(source: Source, name: str) -> np.ndarray:
-    """A column's cells as finite numbers (N, K) float64; K is 1 unless its cells are lists or it is an array."""
+    """A column's cells as finite numbers (N, K) float64; K is 1 unless its cells are lists."""
     cells = source.columns[name]
-    if isinstance(cells, np.ndarray):
-        if cells.dtype.kind not in "biuf":
-            raise UserError(f"{source.where}: it is an array of {cells.dtype}; expected numbers")
-        values = np.asarray(cells, np.float64).reshape(len(cells), -1)
-    elif isinstance(cells[0], list):
-        width = len(cells[0])
-
-        def fits(cell: Any) -> bool:
-            if not isinstance(cell, list) or len(cell) != width:
-                return False
-            # JSON's whole numbers have no end, float64 has.
-            return all(isinstance(v, float) or (isinstance(v, int) and abs(v) < 1e300) for v in cell)
-
-        source.refuse(
-            [not fits(cell) for cell in cells],
-            lambda row: f"{source.cell(name, cells[row])}; expected {width} numbers, as many as in the first row",
-        )
-        values = np.array(cells, np.float64).reshape(len(cells), width)
-    else:
-        try:
-            values = np.array(cells, np.float64).reshape(-1, 1)
-        except (TypeError, ValueError, OverflowError):
-            values = np.array([[number(str(cell).strip())] for cell in cells])
+    several = isinstance(cells[0], list)
+    width = len(cells[0]) if several else 1
+    expected = f"{width} number{'s' * (width != 1)}, as many as in the first row"
+    source.refuse(
+        [isinstance(cell, list) != several or (several and len(cell) != width) for cell in cells],
+        lambda row: f"{source.cell(name, cells[row])}; expected {expected}",
+    )
+    values = np.array([[_float(v) for v in (cell if several else [cell])] for cell in cells]).reshape(len(cells), width)
 
     def wrong(row: int) -> str:
-        comma = "; write 0,5 as 0.5" if isinstance(cells[row], str) and "," in cells[row] else ""
-        expected = "finite numbers" if values.shape[1] > 1 else "a finite number"
-        return f"{source.cell(name, cells[row])}; expected {expected}{comma}"
+        way = "; write 0,5 as 0.5" if isinstance(cells[row], str) and "," in cells[row] else ""
+        way = f", at most {LARGEST:g}" if np.isfinite(values[row]).all() else way
+        return f"{source.cell(name, cells[row])}; expected {'finite numbers' if several else 'a finite number'}{way}"
 
-    source.refuse(~np.isfinite(values).all(axis=1), wrong)
+    source.refuse(~(np.abs(values) <= LARGEST).all(axis=1), wrong)
     return values
+
+
+def _float(cell: Any) -> float:
+    """The number that a cell is; NaN where it is none."""
+    try:
+        return number(cell.strip()) if isinstance(cell, str) else float(cell)
+    except (TypeError, ValueError, OverflowError):  # JSON's whole numbers have no end, float64 has
+        return math.nan
 
 
 def _check_width(source: Source, width: int, picked: Sequence[str], task: Task) -> None:

@@ -1,7 +1,7 @@
 """Anyone's files, read as they stand: tables and arrays of predictions or labels.
 
-.npy (memory-mapped) and .npz arrays are known by their first bytes; everything else is a table with a header. What the
-columns mean is decided elsewhere. No pickle is loaded. Axes: N rows, K columns.
+.npy and .npz arrays are known by their first bytes; everything else is a table with a header. What the columns mean is
+decided elsewhere. No pickle is loaded. Axes: N rows, K columns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from lora_ensemble.tasks import number
 from lora_ensemble.text import readers
 from lora_ensemble.text.tables import DAMAGED, GZIP, Table, one_line, read_table
 
-Cells = Sequence[Any] | np.ndarray
 _NPY, _ZIP = b"\x93NUMPY", b"PK"
 _PICKLES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt")
 
@@ -33,16 +32,17 @@ class Source:
     """N rows of a file: all of it, or one model's part."""
 
     path: Path
-    columns: Mapping[str, Cells]
-    """Cells as they stand, by column; of a file that is no table its arrays (N,) or (N, K), an .npy file's as ''."""
-    ids: list[str] | None  # None where the file has none
-    table: Table | None = None
-    rows: Sequence[int] = ()  # of a table: their numbers in it
+    columns: Mapping[str, list[Any]]
+    """Cells as they stand, by column. An array is a column of numbers or texts, or of lists; an .npy file's is ''."""
+    ids: list[str]  # empty where the file has none
+    table: Table | None  # None: the file holds arrays
+    notices: list[str]  # what is to be known of the file
+    rows: Sequence[int] | None = None  # of a model in a table: their numbers in it
     name: str = ""
     """What the file calls the model: its array, its column, or its entry in the column of models; '' if it is alone."""
 
     def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), self.ids or ()))
+        return len(next(iter(self.columns.values()), self.ids))
 
     @property
     def where(self) -> str:
@@ -51,12 +51,10 @@ class Source:
 
     def at(self, row: int) -> str:
         """Where one of the N rows is, for an error."""
-        return self.table.at(self.rows[row]) if self.table else f"{self.where}: row {row}"
+        return self.table.at(self.rows[row] if self.rows else row) if self.table else f"{self.where}: row {row}"
 
     def cell(self, name: str, cell: Any) -> str:
         """A cell of a column, as the start of an error."""
-        if isinstance(cell, np.ndarray | np.generic):
-            cell = cell.tolist()
         shown = "empty" if cell in ("", None) else f"{cell:g}" if isinstance(cell, float) else repr(cell)[:80]
         return f"column {name!r} is {shown}" if self.table else f"found {shown}"
 
@@ -84,7 +82,7 @@ class Source:
         if rows is None:
             return replace(self, name=name, columns=cells)
         part = {column: [cells[column][row] for row in rows] for column in columns}
-        ids = None if self.ids is None else [self.ids[row] for row in rows]
+        ids = [self.ids[row] for row in rows] if self.ids else []
         return replace(self, name=name, columns=part, ids=ids, rows=rows)
 
 
@@ -101,8 +99,6 @@ def read_models(path: Path, request: Request) -> list[Source]:
         if not arrays:
             raise UserError(f"{path}: no array but ids and labels; expected one for each model")
         models = [source.cut(name if len(arrays) > 1 else "", [name]) for name in arrays]
-        for model in models:
-            _check_array(model)
     elif request.model_column is not None or by in source.columns:
         source.require([by])
         rows: dict[str, list[int]] = {}
@@ -122,28 +118,15 @@ def read_models(path: Path, request: Request) -> list[Source]:
     return models
 
 
-def _check_array(model: Source) -> None:
-    (array,) = (np.asanyarray(cells) for cells in model.columns.values())
-    if array.dtype.names or array.ndim not in (1, 2):
-        raise UserError(
-            f"{model.where}: {array.dtype} of shape {array.shape}; expected (N,) or (N, C): a row for each example"
-            + ("; several models: one array for each in an .npz file" if array.ndim == 3 else "")
-        )
-    if not array.size:
-        raise UserError(f"{model.where}: shape {array.shape}: no numbers; expected a row for each example")
-    if model.ids is not None and len(model.ids) != len(array):
-        raise UserError(f"{model.where}: {len(array)} rows, but {len(model.ids)} ids; expected one for each")
-
-
 def check_ids(source: Source, request: Request) -> None:
     """``UserError`` for an id that is empty, endless or there twice, and for a table without any but ``by_row``."""
-    if source.ids is None and source.table and not request.by_row:
+    if not source.ids and source.table and not request.by_row:
         raise UserError(
             f"{source.path}: no column of ids; {source.shown}; name it with --id, or say --by-row if its rows are in "
             "the order of the labels"
         )
     several = "" if source.name else "; several models in one file: name their column with --model-column"
-    readers.check_ids(source.ids or [], source.at, advice=f"each example once{several}")
+    readers.check_ids(source.ids, source.at, advice=f"each example once{several}")
 
 
 def read_source(path: Path, request: Request) -> Source:
@@ -154,21 +137,22 @@ def read_source(path: Path, request: Request) -> Source:
     """
     start = _start(path)
     table = None if start.startswith((_NPY, _ZIP)) else _table(path)
-    columns: dict[str, Cells] = {**(_arrays(path, start) if table is None else table.columns)}
-    rows = range(len(next(iter(columns.values())))) if table else ()
+    columns = {**(_arrays(path, start) if table is None else table.columns)}
+    notices = [] if table is None else [*table.notices]
     if table and table.found[0]:
         columns.pop("", None)
     names = [n for n in columns if n == request.id or n.lower() in ("id", "ids") or (table and not n)]
     rest = {n: cells for n, cells in columns.items() if n not in names}
     if not names:
-        return Source(path, rest, None, table, rows)
+        return Source(path, rest, [], table, notices)
     name = min(names, key=lambda n: (n != request.id, not n))
-    cells = columns[name]
-    if isinstance(cells, np.ndarray):
-        cells = vector(path, cells)
-        if cells.dtype.kind not in "SUiu":
-            raise UserError(f"{path}: array {name!r} is {cells.dtype}; expected ids: text or whole numbers")
-    return Source(path, rest, [_id(cell) for cell in cells], table, rows)
+    ids = columns[name]
+    if table is None and isinstance(ids[0], float | list):
+        raise UserError(f"{path}: array {name!r} holds {ids[0]!r:.80}; expected ids: text or whole numbers")
+    for other, cells in rest.items():
+        if len(cells) != len(ids):
+            raise UserError(f"{path}: array {other!r}: {len(cells)} rows, but {len(ids)} ids; expected one for each")
+    return Source(path, rest, [_id(cell) for cell in ids], table, notices)
 
 
 def _id(cell: Any) -> str:
@@ -177,14 +161,6 @@ def _id(cell: Any) -> str:
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)  # whole numbers that pandas made floats of
     return "" if cell is None or isinstance(cell, list | dict) else str(cell).strip()
-
-
-def vector(path: Path, cells: Cells) -> np.ndarray:
-    """Ids or labels that an array holds: (N,), of (N,) or (N, 1)."""
-    array = np.asarray(cells)
-    if array.ndim == 0 or array.size != len(array):
-        raise UserError(f"{path}: an array of shape {array.shape}; expected one number or name for each row")
-    return array.reshape(-1)
 
 
 def _start(path: Path) -> bytes:
@@ -208,14 +184,13 @@ def _start(path: Path) -> bytes:
     return start
 
 
-def _arrays(path: Path, start: bytes) -> dict[str, np.ndarray]:
-    """The array of an .npy file, memory-mapped, or those of an .npz file."""
+def _arrays(path: Path, start: bytes) -> dict[str, list[Any]]:
+    """The array of an .npy file, or those of an .npz file, as columns."""
     try:
-        if start.startswith(_NPY):
-            return {"": np.lib.format.open_memmap(path, mode="r")}  # never unpickles, unlike np.load
         # Opened here: np.load leaves a damaged archive's file open.
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
+        with open(path, "rb") as f:
+            data = np.load(f, allow_pickle=False)
+            arrays = {"": data} if start.startswith(_NPY) else {name: data[name] for name in data.files}
     except Exception as e:  # damaged headers and zips raise many kinds of exception
         what = "an array" if start.startswith(_NPY) else "an .npz archive"
         raise UserError(
@@ -223,9 +198,14 @@ def _arrays(path: Path, start: bytes) -> dict[str, np.ndarray]:
             "and numpy.savez write them; Python objects are never loaded"
         ) from e
     for name, array in arrays.items():
+        where = f"{path}: array {name!r}" if name else path
         if not isinstance(array, np.ndarray):
             raise UserError(f"{path}: a zip archive, but no .npz: it holds {name!r}; save the predictions as CSV")
-    return arrays
+        if array.dtype.kind not in "biufSU" or array.ndim not in (1, 2) or not array.size:
+            several = "; several models: one array for each in an .npz file" if array.ndim == 3 else ""
+            expected = f"expected (N,) or (N, C) numbers: a row for each example{several}"
+            raise UserError(f"{where}: {array.dtype} of shape {array.shape}; {expected}")
+    return {name: (array if array.size > len(array) else array.reshape(-1)).tolist() for name, array in arrays.items()}
 
 
 def _table(path: Path) -> Table:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from lora_ensemble.dicor.imports.outputs import read_classes
-from lora_ensemble.dicor.imports.sources import Source, check_ids, read_source, vector
+from lora_ensemble.dicor.imports.sources import Source, check_ids, read_source
 from lora_ensemble.dicor.options import Request
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import Examples, MemberRecord, examples_fingerprint, read_examples
@@ -31,13 +31,14 @@ class Truth:
     row_ids: list[str]
     """The ids (N,) in the order of the rows of predictions that have none: that of the labels file if there is one."""
     source: str  # what that order is called in a notice
+    notices: list[str]  # what is to be known of the labels file
 
     @cached_property
     def fingerprint(self) -> str:
         return examples_fingerprint(self.examples.ids, self.examples.labels)
 
 
-def find_truth(request: Request, members: Sequence[MemberRecord], notices: list[str]) -> Truth:
+def find_truth(request: Request, members: Sequence[MemberRecord]) -> Truth:
     """The truth about a split, from ``members``, a file of labels or both; ``UserError`` where they differ."""
     members = [m for m in members if m.finished] or list(members)  # others are not selected, and may be left over
     kind, labels = _known(request, members)
@@ -48,33 +49,28 @@ def find_truth(request: Request, members: Sequence[MemberRecord], notices: list[
                 f"{request.pool / request.task}: no {request.split} examples in this pool yet; give a file of their "
                 "ids and labels with --labels FILE"
             )
-        task = Task(name=request.task, kind=kind, text=["text"], label_names=labels or [])
-        return Truth(task, in_pool, in_pool.ids.tolist(), "the pool's examples")
+        return Truth(_task(request, kind, labels), in_pool, in_pool.ids.tolist(), "the pool's examples", [])
     source, column = read_source(request.labels, request), request.label_column
-    notices += source.table.notices if source.table else []
     if source.table is None:
         column = next((name for name in ("", column) if name in source.columns), "labels")
     cells = _label_cells(source, column, request)
     if cells is None and request.split == "dev" and in_pool is None:
         raise UserError(f"{source.path}: all labels are empty; dev needs them: members are chosen by their dev score")
-    ids = source.ids
-    if ids is None:
-        notices.append(f"{source.path.name}: it has no ids; its rows are numbered from 0")
-        ids = [str(i) for i in range(len(source))]
+    if not source.ids:
+        source.notices.append(f"{source.path.name}: it has no ids; its rows are numbered from 0")
+        source = replace(source, ids=[str(i) for i in range(len(source))])
     if labels is None and kind != "regression":
-        if cells is None:
-            raise UserError(f"{source.path}: no labels to tell the classes; name them with --label-names")
         labels = _labels_of(source, column, cells, kind)
-        if kind == "multiclass":
-            order = f"the labels are {', '.join(labels)}, in this order"
-            notices.append(f"{source.path.name}: {order}; --label-names says others")
-    task = Task(name=request.task, kind=kind, text=["text"], label_names=labels or [])
-    values = None if cells is None else _values(source, column, cells, task)
-    if in_pool is None:
-        in_pool = Examples(np.array(ids), values)
-    else:
-        _check_against(in_pool, request, source, ids, values)
-    return Truth(task, in_pool, ids, source.path.name)
+    task = _task(request, kind, labels)
+    values = None if cells is None else _values(source, column, task)
+    if in_pool is not None:
+        _check_against(in_pool, request, source, values)
+    examples = Examples(np.array(source.ids), values) if in_pool is None else in_pool
+    return Truth(task, examples, source.ids, source.path.name, source.notices)
+
+
+def _task(request: Request, kind: Kind, labels: list[str] | None) -> Task:
+    return Task(name=request.task, kind=kind, text=["text"], label_names=labels or [])
 
 
 def _known(request: Request, members: Sequence[MemberRecord]) -> tuple[Kind, list[str] | None]:
@@ -111,9 +107,9 @@ def _in_pool(request: Request, members: Sequence[MemberRecord]) -> Examples | No
     return read_examples(request.pool, request.task, request.split, *fingerprints) if fingerprints else None
 
 
-def _label_cells(source: Source, column: str, request: Request) -> Sequence[Any] | None:
+def _label_cells(source: Source, column: str, request: Request) -> list[Any] | None:
     """The true labels in a file as they stand; None where there are none. ``UserError`` where they must be, or some."""
-    if source.table is None and source.ids is None and column:
+    if source.table is None and not source.ids and column:
         raise UserError(f"{source.path}: no array 'ids'; {source.shown}; save ids and labels in it")
     check_ids(source, request)
     if column not in source.columns:
@@ -121,10 +117,9 @@ def _label_cells(source: Source, column: str, request: Request) -> Sequence[Any]
             raise UserError(f"{source.path}: no labels: no column {column!r}; {source.shown}; name it with --label")
         return None
     cells = source.columns[column]
-    if isinstance(cells, np.ndarray):
-        cells = vector(source.path, cells).tolist()
-    if source.ids is not None and len(cells) != len(source.ids):
-        raise UserError(f"{source.path}: {len(source.ids)} ids, but {len(cells)} labels; expected one for each")
+    source.refuse(
+        [isinstance(cell, list) for cell in cells], lambda row: f"{source.cell(column, cells[row])}; expected one label"
+    )
     empty = [cell is None or cell != cell or not str(cell).strip() for cell in cells]
     if all(empty):
         return None
@@ -133,8 +128,10 @@ def _label_cells(source: Source, column: str, request: Request) -> Sequence[Any]
     return cells
 
 
-def _labels_of(source: Source, column: str, cells: Sequence[Any], kind: Kind) -> list[str]:
+def _labels_of(source: Source, column: str, cells: list[Any] | None, kind: Kind) -> list[str]:
     """Class labels that a file has: numbers by value, words by the alphabet, as scikit-learn orders them."""
+    if cells is None:
+        raise UserError(f"{source.path}: no labels to tell the classes; name them with --label-names")
     texts = list(dict.fromkeys(str(cell).strip() for cell in cells))
     # Of 1 and 1.0, the first counts. A word is no number, and so its own key.
     by_value = {text if math.isnan(n := number(text)) else n: text for text in reversed(texts)}
@@ -152,27 +149,27 @@ def _labels_of(source: Source, column: str, cells: Sequence[Any], kind: Kind) ->
         only = ", ".join(texts)
         raise UserError(f"{source.path}: column {column!r} has one label only ({only}); name all with --label-names")
     values = sorted(n for n in by_value if isinstance(n, float) and math.isfinite(n))
-    if len(values) < len(by_value):
-        return sorted(texts)
     whole = all(n.is_integer() for n in values)
-    return [str(int(n)) if whole else by_value[n] for n in values]
+    labels = [str(int(n)) if whole else by_value[n] for n in values] if len(values) == len(by_value) else sorted(texts)
+    order = f"the labels are {', '.join(labels)}, in this order"
+    source.notices.append(f"{source.path.name}: {order}; --label-names says others")
+    return labels
 
 
-def _values(source: Source, column: str, cells: Sequence[Any], task: Task) -> np.ndarray:
+def _values(source: Source, column: str, task: Task) -> np.ndarray:
     """(N,) labels as class numbers or values."""
     if task.kind != "regression":
-        return read_classes(source, column, cells, task)
+        return read_classes(source, column, task)
+    cells = source.columns[column]
     values = np.array([math.nan if isinstance(cell, bool) else number(str(cell)) for cell in cells])
     source.refuse(~np.isfinite(values), lambda row: f"label {cells[row]!r}; expected a finite number")
     return values
 
 
-def _check_against(
-    in_pool: Examples, request: Request, source: Source, ids: Sequence[str], values: np.ndarray | None
-) -> None:
+def _check_against(in_pool: Examples, request: Request, source: Source, values: np.ndarray | None) -> None:
     """``UserError`` unless the labels file says of the pool's examples what the pool says, and of no others."""
     where, way_out = request.pool / request.task, "leave out --labels: the pool has them; or give another --task"
-    rows = _rows_of(in_pool, source, ids, f"{request.split} examples of {where}", extra=way_out, missing=way_out)
+    rows = _rows_of(in_pool, source, f"{request.split} examples of {where}", extra=way_out, missing=way_out)
     if values is None:
         return
     if in_pool.labels is None:
@@ -181,44 +178,39 @@ def _check_against(
     there[rows] = in_pool.labels
     source.refuse(
         there != values,
-        lambda row: f"the label of {ids[row]!r} is {values[row]}, but {there[row]} in {where}; {way_out}",
+        lambda row: f"the label of {source.ids[row]!r} is {values[row]}, but {there[row]} in {where}; {way_out}",
     )
 
 
-def rows_of_examples(source: Source, truth: Truth, request: Request, notices: list[str]) -> np.ndarray:
+def rows_of_examples(source: Source, truth: Truth, request: Request) -> np.ndarray:
     """(N,) for each example, in the pool's order, the row of the source that is of it, by id.
 
     A source without ids must have as many rows, in the order of ``truth.row_ids`` (which a notice says). ``UserError``
     for ids that are missing, or of something else.
     """
-    what, ids = f"{request.split} examples", source.ids
-    if ids is None:
-        if len(source) != len(truth.row_ids):
-            expected = f"{len(truth.row_ids)}, one for each of the {what} in the order of the labels"
+    what, n = f"{request.split} examples", len(truth.row_ids)
+    if not source.ids:
+        if len(source) != n:
+            expected = f"{n}, one for each of the {what} in the order of the labels"
             raise UserError(f"{source.where}: {len(source)} rows without ids; expected {expected}")
-        notices.append(f"{source.where}: no ids; its rows are taken in the order of {truth.source}")
-        ids = truth.row_ids
+        source.notices.append(f"{source.where}: no ids; its rows are taken in the order of {truth.source}")
+        source = replace(source, ids=truth.row_ids)
     extra, missing = "remove it, or give labels that have it", "every example needs one"
-    return _rows_of(truth.examples, source, ids, what, extra=extra, missing=missing)
+    return _rows_of(truth.examples, source, what, extra=extra, missing=missing)
 
 
-def _rows_of(
-    examples: Examples, source: Source, ids: Sequence[str], what: str, *, extra: str, missing: str
-) -> np.ndarray:
-    """(N,) where each example stands among ``ids``; ``extra``, ``missing``: what to do with ids too many or too few."""
-    wanted, row_of = examples.ids.tolist(), {name: row for row, name in enumerate(ids)}
-    known = set(wanted)
+def _rows_of(examples: Examples, source: Source, what: str, *, extra: str, missing: str) -> np.ndarray:
+    """(N,) where each example is in the source; ``extra``, ``missing``: what to do with ids too many or too few."""
+    ids, wanted = source.ids, examples.ids.tolist()
+    known, row_of = set(wanted), {name: row for row, name in enumerate(ids)}
+    what = f"the {len(wanted)} {what}"
     if known.isdisjoint(ids):
         raise UserError(
-            f"{source.where}: none of its ids is one of the {len(wanted)} {what}: {ids[0]!r} here, {wanted[0]!r} "
-            "there; is it another split, or another column of ids (--id)?"
+            f"{source.where}: none of its ids is one of {what}: {ids[0]!r} here, {wanted[0]!r} there; is it another "
+            "split, or another column of ids (--id)?"
         )
-    source.refuse(
-        [name not in known for name in ids],
-        lambda row: f"id {ids[row]!r} is not one of the {len(wanted)} {what}; {extra}",
-    )
-    lacking = [name for name in wanted if name not in row_of]
-    if lacking:
+    source.refuse([name not in known for name in ids], lambda row: f"id {ids[row]!r} is not one of {what}; {extra}")
+    if lacking := [name for name in wanted if name not in row_of]:
         first = f"the first with id {lacking[0]!r}"
-        raise UserError(f"{source.where}: no row for {len(lacking)} of the {len(wanted)} {what}, {first}; {missing}")
+        raise UserError(f"{source.where}: no row for {len(lacking)} of {what}, {first}; {missing}")
     return np.array([row_of[name] for name in wanted])
