@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_ensemble.bank import optim
 from lora_ensemble.bank.base_model import commit_of, encoder_fingerprint, hub_id, load_classifier, on_hub
 from lora_ensemble.bank.encode import States
 from lora_ensemble.bank.lora import Member, derived_seed, expand_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
-from lora_ensemble.train import optimiser
 from lora_ensemble.train.evaluation import Evaluation, check_metrics, evaluate, member_losses
 from lora_ensemble.train.frozen import FrozenStates
 from lora_ensemble.train.notices import say
-from lora_ensemble.train.restart import check_checkpoint
+from lora_ensemble.train.restart import check_checkpoint, planned_steps
 
 
 class BankModule(pl.LightningModule):
@@ -139,7 +139,7 @@ class BankModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse what would couple members, and say what is done otherwise than one might expect."""
-        optimiser.check_precision(self.trainer.precision)
+        optim.check_precision(self.trainer.precision)
         if not self.bank.packs:
             say(f"{self.bank.config.model_type}: its relative positions need padded batches; examples share no row")
         for layer in self.bank.frozen_layers:
@@ -171,9 +171,8 @@ class BankModule(pl.LightningModule):
             return {}
         data = self.trainer.datamodule
         if self._frozen is None:
-            self._frozen = FrozenStates(
-                self.bank, self.base_fingerprint(data), self.frozen_dir, most=self.frozen_cache * 2**30
-            )
+            base, most = self.base_fingerprint(data), self.frozen_cache * 2**30
+            self._frozen = FrozenStates(self.bank, base, self.frozen_dir, most)
         kept = {n: self._frozen(data.splits[split][n], part["rows"]) for n, part in batch.items() if len(part["rows"])}
         return {name: states for name, states in kept.items() if states is not None}
 
@@ -199,22 +198,22 @@ class BankModule(pl.LightningModule):
 
     def alive(self) -> list[bool]:
         """For each member, whether its training has stayed finite."""
-        return optimiser.finite_members(self.bank, self.optimizers())
+        return optim.finite_members(self.bank, self.optimizers())
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """The Trainer's clipping, for each member by itself."""
         if gradient_clip_val:
-            optimiser.clip_gradients(self.bank, float(gradient_clip_val), gradient_clip_algorithm)
+            optim.clip_gradients(self.bank, float(gradient_clip_val), gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         """AdamW, a rate per member; the schedule multiplies them all."""
         decay, schedule, warmup = (self.training_settings[key] for key in ("weight_decay", "schedule", "warmup"))
-        optimizer = optimiser.make_optimizer(self.bank, decay)
+        optimizer = optim.make_optimizer(self.bank, decay)
         if schedule == "constant" and warmup == 0:
             return optimizer
-        scheduler = optimiser.make_scheduler(optimizer, schedule, warmup, optimiser.planned_steps(self.trainer))
+        scheduler = optim.make_scheduler(optimizer, schedule, warmup, planned_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # Evaluation

@@ -18,9 +18,9 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
+from lora_ensemble.bank.optim import check_precision
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
-from lora_ensemble.train.optimiser import check_precision
 from lora_ensemble.train.runs.halving import EarlyExit
 from lora_ensemble.train.runs.ray_sweep import RayOptions
 

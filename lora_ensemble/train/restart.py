@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 import signal
 import threading
@@ -54,6 +55,18 @@ def planned_end(trainer: pl.Trainer) -> bool:
     if most_epochs not in (None, -1) and done >= most_epochs and whole_epoch(trainer):
         return True
     return not out_of_time(trainer) or (most_steps == -1 and most_epochs in (None, -1))
+
+
+def planned_steps(trainer: pl.Trainer) -> int | None:
+    """Optimiser steps of the whole run; None where it has no end."""
+    # Not trainer.estimated_stepping_batches: it sets the loaders up before Lightning restores their state, so a
+    # run resumed in mid-epoch would start the epoch again (lightning 2.6).
+    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = math.ceil(batches / trainer.accumulate_grad_batches)
+    ends = [steps * trainer.max_epochs] if trainer.max_epochs not in (None, -1) else []
+    ends += [trainer.max_steps] if trainer.max_steps != -1 else []
+    return min(ends, default=None)
 
 
 def out_of_time(trainer: pl.Trainer) -> bool:

@@ -19,7 +19,7 @@ from lora_ensemble.tasks import PRESETS, Kind, Task
 from lora_ensemble.train.evaluation import Evaluation, History, check_metrics, member_losses, metric
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import print_summary
-from lora_ensemble.train.optimiser import planned_steps
+from lora_ensemble.train.restart import planned_steps
 
 
 def test_losses_are_torchs_for_each_member() -> None:
@@ -72,7 +72,7 @@ def test_schedules(
         schedule=schedule,  # type: ignore[arg-type]
         warmup=warmup,
     )
-    monkeypatch.setattr("lora_ensemble.train.optimiser.planned_steps", lambda trainer: 8)
+    monkeypatch.setattr("lora_ensemble.train.module.planned_steps", lambda trainer: 8)
     monkeypatch.setattr(module, "_trainer", object(), raising=False)
     made = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
