@@ -32,6 +32,9 @@ from lora_ensemble.tasks import PRESETS
 Predict = Callable[[str, str, list[MemberRecord]], None]
 """Adds members' test logits to a part's pool, given its folder, the task and the members."""
 
+Systems = dict[str, dict[str, Estimate]]
+"""What is known on dev of a report's systems, by name and task; where one diverged, it has no such task."""
+
 REPORT = "report.md"
 _OURS = "our default"
 
@@ -55,43 +58,43 @@ def _is_number(cell: str) -> bool:
         return False
 
 
-class Systems:
-    """Scores of a report's systems, by name and task, on the dev set that they were chosen on, and honest estimates."""
+def _figures(of: Mapping[str, Estimate], *, honest: bool = False) -> list[float]:
+    """A system's score of each task, in-sample or honest, and the overall one; NaN where there is none."""
+    known = {t: (e.honest.value if e.honest else math.nan) if honest else e.in_sample for t, e in of.items()}
+    scores = {t: known.get(t, math.nan) for t in TASKS}
+    return [*scores.values(), overall_score({t: (score, PRESETS[t].kind) for t, score in scores.items()})]
 
-    def __init__(self, names: Sequence[str]) -> None:  # None: there is none
-        self.in_sample: dict[str, dict[str, float | None]] = {name: dict.fromkeys(TASKS) for name in names}
-        self.honest: dict[str, dict[str, float | None]] = {name: dict.fromkeys(TASKS) for name in names}
 
-    def add(self, name: str, task: str, estimate: Estimate, score: float | None) -> None:
-        """``score``: the one on dev."""
-        self.in_sample[name][task] = score
-        self.honest[name][task] = None if estimate.honest is None else estimate.honest.value
+def _row(of: Mapping[str, Estimate], *, honest: bool = False) -> list[str]:
+    return [_text(value) for value in _figures(of, honest=honest)]
 
-    def dev_table(self, what: str, paper: Paper) -> str:
-        """The report's figures and ours in turn."""
-        header = [what, *(f"{t} ({who})" for t in (*TASKS, "overall") for who in ("report", "ours")), "ours, honest"]
-        rows = []
-        for name, scores in self.in_sample.items():
-            reported = paper.dev.get(name, (None,) * 4)
-            theirs = ["not reported"] * 4 if reported is None else map(_text, reported)
-            pairs = zip(theirs, _row(scores), strict=True)
-            rows.append([name, *itertools.chain.from_iterable(pairs), _text(overall(self.honest[name]))])
-        return markdown_table(header, rows)
 
-    def test_section(self, number: int, paper: Paper, ours: str, scores: list[str]) -> str:
-        """The report's table of test scores, and ours: in words, a task each."""
-        name, reported = paper.test
-        known = "not known" if "not known" in scores else ""
-        rows = [
-            [f"report, {name}", *map(_text, reported)],
-            [ours, *scores, known],
-            ["ours, honest estimate from dev", *_row(self.honest[name])],
-        ]
-        return (
-            f"## Test (its table {number})\n\n{markdown_table(['', *TASKS, 'overall'], rows)}\n\n"
-            "Our test predictions are written in the course's format; where the files have no labels, the score is not "
-            "known."
-        )
+def _dev_table(what: str, systems: Systems, paper: Paper) -> str:
+    """The report's figures and ours in turn."""
+    header = [what, *(f"{t} ({who})" for t in (*TASKS, "overall") for who in ("report", "ours")), "ours, honest"]
+    rows = []
+    for name, of in systems.items():
+        reported = paper.dev.get(name, (math.nan,) * 4)
+        theirs = ["not reported"] * 4 if reported is None else map(_text, reported)
+        pairs = zip(theirs, _row(of), strict=True)
+        rows.append([name, *itertools.chain.from_iterable(pairs), _row(of, honest=True)[-1]])
+    return markdown_table(header, rows)
+
+
+def _test_section(number: int, paper: Paper, systems: Systems, ours: str, scores: list[str]) -> str:
+    """The report's table of test scores, and ours: in words, a task each."""
+    name, reported = paper.test
+    known = "not known" if "not known" in scores else ""
+    rows = [
+        [f"report, {name}", *map(_text, reported)],
+        [ours, *scores, known],
+        ["ours, honest estimate from dev", *_row(systems[name], honest=True)],
+    ]
+    return (
+        f"## Test (its table {number})\n\n{markdown_table(['', *TASKS, 'overall'], rows)}\n\n"
+        "Our test predictions are written in the course's format; where the files have no labels, the score is not "
+        "known."
+    )
 
 
 def write_results(name: PaperName, scale: Scale, output: Path, *, base_model: str, predict: Predict) -> list[Path]:
@@ -115,17 +118,8 @@ def write_results(name: PaperName, scale: Scale, output: Path, *, base_model: st
     return [output / REPORT, *files]
 
 
-def _text(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-def overall(scores: Mapping[str, float | None]) -> float:
-    """The overall score of a system's three; NaN where one is missing."""
-    return overall_score({t: (math.nan if (score := scores[t]) is None else score, PRESETS[t].kind) for t in TASKS})
-
-
-def _row(scores: Mapping[str, float | None]) -> list[str]:
-    return [*(_text(scores[t]) for t in TASKS), _text(overall(scores))]
+def _text(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _differences(paper: Paper, scale: Scale, output: Path, base_model: str) -> str:
@@ -160,7 +154,7 @@ def _test_predictions(
 
 
 def _oyeniyi(paper: Paper, scale: Scale, output: Path, predict: Predict) -> tuple[list[str], list[Path]]:
-    systems, tested = Systems(list(paper.dev)), paper.test[0]
+    systems: Systems = {name: {} for name in paper.dev}
     files, on_test = [], dict.fromkeys(TASKS, "diverged")
     for name, task in itertools.product(paper.dev, TASKS):
         alone = TaskPool(output / "pool", task)
@@ -168,23 +162,22 @@ def _oyeniyi(paper: Paper, scale: Scale, output: Path, predict: Predict) -> tupl
         if not alone.members:
             continue  # it diverged
         comparison = compare(alone, ["best"], Options())
-        systems.add(name, task, comparison.estimates.of["best"], alone.members[0].score)
-        if name == tested:
+        systems[name][task] = comparison.estimates.of["best"]
+        if name == paper.test[0]:
             file, on_test[task] = _test_predictions(comparison, "best", output, f"{task}-{name}", predict)
             files.append(file)
     sections = [
-        f"## Dev (its table 2)\n\n{systems.dev_table('model', paper)}\n\n"
+        f"## Dev (its table 2)\n\n{_dev_table('model', systems, paper)}\n\n"
         "Ours is at each model's best epoch by overall score on dev. Honest: the epoch chosen, by each task's own "
         "score, on two thirds of dev and scored on the third, in turn.",
-        f"## What it claims, and what we saw\n\n{oyeniyi_claims(systems.in_sample)}",
-        systems.test_section(3, paper, "ours", list(on_test.values())),
+        f"## What it claims, and what we saw\n\n{oyeniyi_claims({n: _figures(of)[-1] for n, of in systems.items()})}",
+        _test_section(3, paper, systems, "ours", list(on_test.values())),
     ]
     return sections, files
 
 
-def oyeniyi_claims(scores: Mapping[str, Mapping[str, float | None]]) -> str:
-    """The report's claims, held against scores on dev (model to task to score), as Markdown."""
-    ours = {name: overall(of_tasks) for name, of_tasks in scores.items()}
+def oyeniyi_claims(ours: Mapping[str, float]) -> str:
+    """The report's claims, held against each model's overall score on dev, as Markdown."""
     said = {name: _text(value) for name, value in ours.items()}
     lora = [name for name in ours if name != "1-baseline"]
     not_above = [name for name in lora if not ours[name] > ours["1-baseline"]]
@@ -205,29 +198,29 @@ def oyeniyi_claims(scores: Mapping[str, Mapping[str, float | None]]) -> str:
 
 
 def _tolkunov(paper: Paper, scale: Scale, output: Path, predict: Predict) -> tuple[list[str], list[Path]]:
-    systems, files, on_test = Systems([*paper.dev, _OURS]), [], []
-    verdicts, trends, explained = [], [], ""
+    systems: Systems = {name: {} for name in (*paper.dev, _OURS)}
+    files, on_test, verdicts, trends, explained = [], [], [], [], ""
     for task in TASKS:
         for system, folder in (("Frozen BERT", "frozen"), ("Finetuned BERT", "finetuned")):
             try:
                 alone = TaskPool(output / folder, task)
             except UserError:  # it diverged, or its score was never defined
                 continue
-            systems.add(system, task, compare(alone, ["best"], Options()).estimates.of["best"], alone.members[0].score)
+            systems[system][task] = compare(alone, ["best"], Options()).estimates.of["best"]
         comparison = compare(TaskPool(output / "grid", task), ["best", "omni", "dicor"], dicor_options(task, scale))
         default = DEFAULT_METHOD[PRESETS[task].kind]  # what dicor select takes unless told otherwise
         by_default = compare(TaskPool(output / "grid", task), [default], Options()).estimates.of[default]
         of = comparison.estimates.of
-        estimates = (of["best"], of["omni"], of["dicor"], by_default)
-        for system, estimate in zip(("LoRA (best)", "Omni-LoRA", "DiCor-LoRA", _OURS), estimates, strict=True):
-            systems.add(system, task, estimate, estimate.in_sample)
+        for system, method in (("LoRA (best)", "best"), ("Omni-LoRA", "omni"), ("DiCor-LoRA", "dicor")):
+            systems[system][task] = of[method]
+        systems[_OURS][task] = by_default
         verdicts.append(f"* {task}: {verdict('dicor', of['dicor'])}")
         trends.append(_trends(comparison))
         explained = about(comparison.estimates)
         file, score = _test_predictions(comparison, "dicor", output, f"{task}-dicor", predict)
         files.append(file)
         on_test.append(score)
-    by_task = markdown_table(["honest", *TASKS, "overall"], [[n, *_row(s)] for n, s in systems.honest.items()])
+    by_task = markdown_table(["honest", *TASKS, "overall"], [[n, *_row(of, honest=True)] for n, of in systems.items()])
     defaults = ", ".join(f"{t} {DEFAULT_METHOD[PRESETS[t].kind]}" for t in TASKS)
     trend_names = ["", *(f"{what} with {of}" for what in ("score", "similarity") for of in ("rank", "scaling"))]
     figures = "\n".join(
@@ -238,9 +231,9 @@ def _tolkunov(paper: Paper, scale: Scale, output: Path, predict: Predict) -> tup
         for task in TASKS
     )
     sections = [
-        f"## Dev (its table 1)\n\n{systems.dev_table('system', paper)}\n\n{by_task}\n\n"
+        f"## Dev (its table 1)\n\n{_dev_table('system', systems, paper)}\n\n{by_task}\n\n"
         f"Our default: {defaults}.\n\n{explained}",
-        systems.test_section(2, paper, "ours, DiCor-LoRA", on_test),
+        _test_section(2, paper, systems, "ours, DiCor-LoRA", on_test),
         "## What it claims, and what we saw\n\n*DiCor is above Omni and above the best*, by its honest estimate:\n\n"
         + "\n".join(verdicts)
         + "\n\n*More rank is better; diversity grows with rank and scaling* (Spearman's correlation over members):\n\n"
