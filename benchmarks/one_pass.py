@@ -54,11 +54,14 @@ class Run:
     """(M, N, C)"""
 
 
-def make(folder: Path, task_name: str, members: int, rank: int, targets: str, base_model: str) -> None:
+def make(
+    folder: Path, task_name: str, members: int, rank: int, targets: str, base_model: str, layers: str = "all"
+) -> None:
     """A pool of members with random weights and their ensemble, and each merged into a model of its own."""
     task = PRESETS[task_name]
     classifier, fresh = load_classifier(base_model, num_labels=task.num_outputs)
-    entries = expand_members([Member(rank=rank, targets=targets, seed=i) for i in range(members)])
+    seeds = list(range(members))
+    entries = expand_members([Member(rank=rank, targets=targets, layers=layers, seed=seeds)])
     bank = Bank(classifier, members=entries, tasks=[task], fresh=fresh)
     rng = np.random.default_rng(0)
     n = 50
@@ -162,6 +165,7 @@ def main() -> int:
     parser.add_argument("--members", type=int, default=11)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", default="qv")
+    parser.add_argument("--layers", default="all", help="as in the members' settings (default: all)")
     parser.add_argument(
         "--base_model", default="all-MiniLM-L6-v2", help=f"hub id, folder, or random weights: {', '.join(SHAPES)}"
     )
@@ -181,7 +185,7 @@ def main() -> int:
         base = given.base_model
         if base in SHAPES:
             base = random_model(base, Path(folder) / "model")
-        make(Path(folder), given.task, given.members, given.rank, given.targets, base)
+        make(Path(folder), given.task, given.members, given.rank, given.targets, base, given.layers)
         for repeat in range(given.repeats):
             for i in range(len(sides)):
                 side = sides[(repeat + i) % len(sides)]
@@ -189,8 +193,8 @@ def main() -> int:
                 runs[side].append(in_fresh_process(side, *arguments))
     print(f"{describe(device, given.threads)}; load {os.getloadavg()[0]:.1f}")
     print(
-        f"{given.members} members, rank {given.rank} {given.targets}, {given.base_model}, {given.precision}; "
-        f"{len(texts)} texts of {given.task} dev; medians of {given.repeats}, ratios pair by pair\n"
+        f"{given.members} members, rank {given.rank} {given.targets}, layers {given.layers}, {given.base_model}, "
+        f"{given.precision}; {len(texts)} texts of {given.task} dev; medians of {given.repeats}, ratios pair by pair\n"
     )
     print("| side | texts / s | × file order | first answer, s | memory, MiB | share of file order's |")
     print("|---|---:|---:|---:|---:|---:|")

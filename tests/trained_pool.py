@@ -25,7 +25,7 @@ WORDS = ["good", "bad", "film", "the", "a", "story", "slow", "bright", "very", "
 ENTRIES = (
     Member(rank=2, targets="qkv", scaling=2.0, seed=1),
     Member(rank=5, targets="all-linear", seed=2),
-    Member(rank=3, targets="all-linear", scaling=0.5, seed=3),
+    Member(rank=3, targets="all-linear", layers="top-half", scaling=0.5, seed=3),
     Member(targets="none", seed=4),
 )
 

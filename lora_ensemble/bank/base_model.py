@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from transformers.utils import hub, logging
 
 from lora_ensemble.bank.families import family_of, set_dropout
@@ -41,6 +42,11 @@ def location(base_model: str) -> str:
 def on_hub(base_model: str) -> bool:
     """Whether it comes from the hub, and so has revisions."""
     return not Path(location(base_model)).is_dir()
+
+
+def is_here(base_model: str) -> bool:
+    """Whether it is on this machine: a folder, or in the cache of the hub."""
+    return not on_hub(base_model) or isinstance(try_to_load_from_cache(hub_id(base_model), "config.json"), str)
 
 
 @contextlib.contextmanager

@@ -113,25 +113,29 @@ class Ensemble:
         return [m.name for m in self.record.members]
 
     def logits(self, texts: Sequence[Text], *, progress: Callable[[int], object] | None = None) -> np.ndarray:
-        """What each member says: (M, N, C) float32.
+        """What each member says: (M, N, C) float32. Equal texts are computed once.
 
         ``texts``: N texts, or N pairs of texts. ``progress``: told how many texts are done after each pass. Raises
         ``UserError`` for what is no text, or a text where pairs are read.
         """
-        columns = self._columns(texts)
+        rows = list(zip(*self._columns(texts), strict=True))
         c = len(self.labels) if self.record.kind == "multiclass" else 1
-        out = np.empty((self.record.size, len(texts), c), np.float32)
-        if not len(texts):
+        distinct = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        out = np.empty((self.record.size, len(distinct), c), np.float32)
+        if not rows:
             return out
+        place = np.array([distinct[row] for row in rows])  # of each text among the distinct ones
+        times = np.bincount(place)
+        columns = list(zip(*distinct, strict=True))
         with self._lock, torch.inference_mode():
             for number, part in enumerate(self._parts):
                 budget = TOKENS.get(part.bank.weights.device.type, TOKENS["cpu"])
                 tokens = Tokens(columns, part.tokenizer, max_length=part.max_length)
-                for rows in _passes(tokens.lengths, budget // len(part.places)):
-                    out[np.ix_(np.array(part.places), rows)] = self._pass(part.bank, tokens.row(rows))
+                for some in _passes(tokens.lengths, budget // len(part.places)):
+                    out[np.ix_(np.array(part.places), some)] = self._pass(part.bank, tokens.row(some))
                     if progress is not None and number == len(self._parts) - 1:
-                        progress(len(rows))
-        return out
+                        progress(int(times[some].sum()))
+        return out[:, place]
 
     def _pass(self, bank: Bank, row: dict[str, Any]) -> np.ndarray:
         device = bank.weights.device

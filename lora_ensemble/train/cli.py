@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,6 +21,7 @@ from lora_ensemble import __version__
 from lora_ensemble.bank.encode import bf16_advice
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import check_name
+from lora_ensemble.train.batches import TokenisedSplit
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import default_loggers, say, unfailing
@@ -42,11 +43,14 @@ Run = TypeVar("Run", bound=BankRun)
 class CLI(LightningCLI):
     """LightningCLI with ``sweep``, ``--pool.*``, ``--experiment`` and ``--bank_size``.
 
-    ``trainer_class``: has a method for each command of ours, whose arguments become the command's.
+    ``trainer_class``: has a method for each command of ours, whose arguments become the command's. ``read``: splits
+    that commands of one program read once: :attr:`BankData.read`.
     """
 
-    def __init__(self, args: Sequence[str], trainer_class: type[pl.Trainer]) -> None:
-        self._command = args[0]
+    def __init__(
+        self, args: Sequence[str], trainer_class: type[pl.Trainer], *, read: dict[Any, TokenisedSplit] | None = None
+    ) -> None:
+        self._command, self._read = args[0], {} if read is None else read
         super().__init__(
             BankModule,
             BankData,
@@ -102,6 +106,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer for all members in one bank, with this run's folder, its checkpoint and its curves."""
         config, sweep = self.config[self.subcommand], self.subcommand == "sweep"
+        self.datamodule.read = self._read
         self._trains = self.subcommand not in ("validate", "test", "predict")
         given = config.trainer
         dry = given.fast_dev_run or given.barebones
@@ -245,7 +250,7 @@ class CommandTrainer(BankTrainer):
     sweep = CLI.sweep
 
 
-def run(args: Sequence[str], cli: type[CLI] = CLI, trainer_class: type[pl.Trainer] = CommandTrainer) -> int:
+def run(args: Sequence[str], cli: Callable[..., CLI] = CLI, trainer_class: type[pl.Trainer] = CommandTrainer) -> int:
     """Parse and run a command; returns the exit code. ``UserError`` for what the user can put right."""
     quieten()
     try:

@@ -69,6 +69,8 @@ class BankData(pl.LightningDataModule):
         self.taught: dict[str, Any] = {}
         """What :meth:`teach` was given, in words: it goes into the settings of the members that are trained here."""
         self._tokenizer: Any = None
+        self.read: dict[tuple[Any, ...], TokenisedSplit] = {}
+        """Splits that were read and tokenised, by what decides them: for data modules of one program to share."""
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the splits that a stage needs, once."""
@@ -84,10 +86,13 @@ class BankData(pl.LightningDataModule):
                 split_file(task, split, self.root)
 
     def _read(self, task: Task, split: str, *, need_labels: bool) -> TokenisedSplit:
-        raw = read_split(task, split, self.root, need_labels=need_labels)
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.base_model, self.revision)
-        tokenised = TokenisedSplit(raw, self._tokenizer, max_length=self._limit())
+        key = (repr(task), split, need_labels, self.root, self.base_model, self.revision, self._limit())
+        if key in self.read:
+            return self.read[key]
+        raw = read_split(task, split, self.root, need_labels=need_labels)
+        tokenised = self.read[key] = TokenisedSplit(raw, self._tokenizer, max_length=self._limit())
         tokenised.notices += one_label(raw.labels, task.labels)
         train = self.splits.get("train", {}).get(task.name)
         if split == "dev" and train is not None and (shared := shared_texts(train.source, raw)):

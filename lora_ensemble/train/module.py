@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -80,7 +81,8 @@ class BankModule(pl.LightningModule):
             **{"frozen_dropout": frozen_dropout, "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup},
         }
         self.any_base = False  # whether to go on from a checkpoint over another base model
-        self.frozen_cache, self.frozen_dir = frozen_cache, None  # its size in GiB and its folder; None: kept by nobody
+        self.frozen_cache = frozen_cache
+        self.frozen_dir: Path | None = None  # where what is frozen is kept; None: in a folder that goes with the module
         self.evaluations: dict[str, Evaluation] = {}  # task name to what the last validation, test or prediction gave
         self._collected: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
         self._loss_sum: Tensor | None = None
@@ -115,11 +117,9 @@ class BankModule(pl.LightningModule):
 
     def with_members(self, members: Sequence[Member]) -> BankModule:
         """A new module with the same settings for other members."""
-        same: dict[str, Any] = {
-            key: getattr(self, key) for key in ("tasks", "base_model", "finetune", "seed", "revision")
-        }
-        same |= {"frozen_cache": self.frozen_cache, "metrics": self._metrics_of_all}
-        made = BankModule(**same, **self.training_settings, members=tuple(members))
+        keys = ("tasks", "base_model", "finetune", "seed", "revision", "frozen_cache")
+        same: dict[str, Any] = {key: getattr(self, key) for key in keys} | self.training_settings
+        made = BankModule(**same, members=tuple(members), metrics=self._metrics_of_all)
         made.any_base, made.frozen_dir = self.any_base, self.frozen_dir
         return made
 

@@ -251,3 +251,22 @@ def test_texts_of_other_columns_do_not_mix(trained: Callable[..., Path], tmp_pat
     path.write_text(json.dumps({**json.loads(path.read_text()), "text": ["a", "b"]}))
     with pytest.raises(UserError, match="must read the same"):
         Ensemble.load(select(pool, "--method", "omni"))
+
+
+def test_equal_texts_are_computed_once(trained: Callable[..., Path], tmp_path: Path) -> None:
+    """Blanks around them make no difference; and progress counts all of them."""
+    ensemble = Ensemble.load(select(trained("bert", "multiclass"), "--method", "omni", to=tmp_path))
+    asked: list[int] = []
+    original = ensemble._pass
+
+    def counted(bank: Any, row: dict[str, Any]) -> np.ndarray:
+        asked.append(row["examples"])
+        return original(bank, row)
+
+    ensemble._pass = counted  # type: ignore[method-assign]
+    texts, done = ["good", "not bad", " good", "good", "bad", "not bad "], []
+    logits = ensemble.logits(texts, progress=done.append)
+    assert (sum(asked), sum(done)) == (3, 6)
+    for i, same in ((2, 0), (3, 0), (5, 1)):
+        assert np.array_equal(logits[:, i], logits[:, same])
+    np.testing.assert_allclose(logits[:, 4], ensemble.logits(["bad"])[:, 0], rtol=0, atol=1e-5)

@@ -172,15 +172,15 @@ def test_a_column_is_of_numbers_where_nothing_else_stands_in_it() -> None:
 
 
 def test_how_long_a_part_takes_by_hand() -> None:
-    speed = Speed(device="", seconds=0.01, tokens={"a": 5.0, "b": 2.0}, examples={"a": (100, 10), "b": (40, 20)})
+    speed, examples = Speed(device="", seconds=0.01, tokens={"a": 5.0, "b": 2.0}), {"a": (100, 10), "b": (40, 20)}
     some = Work(members=5, heads_only=2, full=False, epochs=3, steps_per_epoch=None, learning_rates=[])
-    assert work.steps(some, ("a", "b"), speed.examples) == 3 * 13  # 100 examples in batches of 8
-    assert work.steps(replace(some, steps_per_epoch=4), ("a", "b"), speed.examples) == 3 * 4
+    assert work.steps(some, ("a", "b"), examples) == 3 * 13  # 100 examples in batches of 8
+    assert work.steps(replace(some, steps_per_epoch=4), ("a", "b"), examples) == 3 * 4
     # Three members: 39 steps of 8 × (5 + 2) tokens, three times 10 × 5 + 20 × 2 of dev at a third. Two heads: the
     # encoder once over 110 × 5 + 60 × 2 tokens, at a third.
-    assert work.seconds(some, ("a", "b"), speed) == pytest.approx(0.01 * (3 * (2184 + 90) + 670 / 3))
+    assert work.seconds(some, ("a", "b"), examples, speed) == pytest.approx(0.01 * (3 * (2184 + 90) + 670 / 3))
     full = replace(some, members=1, heads_only=0, full=True)
-    assert work.seconds(full, ("a",), speed) == pytest.approx(0.01 * (2.5 * 39 * 8 * 5 + 50))
+    assert work.seconds(full, ("a",), examples, speed) == pytest.approx(0.01 * (2.5 * 39 * 8 * 5 + 50))
 
 
 def test_the_members_of_figure_4() -> None:
@@ -282,6 +282,19 @@ def test_what_the_figures_need_is_asked_for_before_hours_of_training(
     assert main([*arguments, "--accelerator=cpu", "--plan"]) == 0
 
 
+def test_a_plan_needs_no_base_model(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    """Members and steps are counted from configurations and files; how long it takes is left open, and said to be."""
+    plan = ["reproduce", "tolkunov", f"--data.root={program.root}", "--accelerator=cpu", "--plan"]
+    assert main([*plan, "--base_model=nobody/has-this"]) == 0
+    unknown = capsys.readouterr().out
+    assert "nobody/has-this is not on this machine yet" in unknown
+    assert main([*plan, f"--base_model={program.base}"]) == 0
+    known = capsys.readouterr().out
+    tables = [[line.split("|")[1:-2] for line in out.splitlines() if line.startswith("| ")] for out in (unknown, known)]
+    assert [[c.strip() for c in row] for row in tables[0]] == [[c.strip() for c in row] for row in tables[1]]
+    assert len(tables[0]) > 8
+
+
 def test_small_reproduction_of_oyeniyi(
     program: Program, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +310,7 @@ def test_small_reproduction_of_oyeniyi(
     capfd.readouterr()
     assert main(arguments) == 0
     out = capfd.readouterr().out
+    assert out.count("quora train: 60 examples") == 1  # read once, for the plan and for all parts
     text = (output / "report.md").read_text()
     assert text in out
     assert "| 9-all-1-r4       |        0.256 | " in text  # the report's figure
@@ -304,7 +318,6 @@ def test_small_reproduction_of_oyeniyi(
     assert len((output / "sst-9-all-1-r4-test.csv").read_text().splitlines()) == 21  # a header and 20 examples
     tested = [r.name for r in TaskPool(output / "pool", "sst").members if "test" in r.examples]
     assert tested == ["9-all-1-r4"]  # no model that the table of test scores has not
-    monkeypatch.setattr(command, "_program", lambda module, *given: main(list(given)))  # each start takes seconds
     assert main(arguments) == 0
     out = capfd.readouterr().out
     assert "11 of 11 members are finished" in out

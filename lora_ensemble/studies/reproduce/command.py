@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import signal
@@ -11,14 +12,16 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from lora_ensemble.errors import Parser, UserError
+from lora_ensemble.errors import Interrupted, Parser, UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.studies.reproduce.papers import PAPERS, TASKS, Paper, PaperName, Part, Scale
 from lora_ensemble.studies.reproduce.work import config_files, measure, seconds, steps, work_of
 from lora_ensemble.tasks import PRESETS, SPLITS
+from lora_ensemble.text.readers import read_split
 
 BASE_MODELS: dict[Scale, str] = {"full": "bert-base-uncased", "small": "all-MiniLM-L6-v2"}
 
@@ -41,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--precision", help="of training (default: bf16-mixed where the device multiplies bf16 itself, else 32-true)"
     )
     p.add_argument("--accelerator", default="auto", help="auto, cpu or gpu")
-    p.add_argument("--devices", default="auto", help="how many of them")
+    p.add_argument("--devices", default="1", help="how many of them (default: 1)")
     p.add_argument("--plan", action="store_true", help="say what would be trained and how long it takes, and stop")
     return p
 
@@ -62,21 +65,23 @@ def run(args: Sequence[str]) -> int:
 
     device = "cuda" if torch.cuda.is_available() and given.accelerator != "cpu" else "cpu"
     given.precision = given.precision or ("bf16-mixed" if computes_bf16(device) else "32-true")
+    given.read = {}  # the splits, once for all parts
     _say_plan(paper, given, device)
     if given.plan:
         return 0
     started = time.monotonic()
     for number, part in enumerate(paper.parts, 1):
         print(f"\n== part {number} of {len(paper.parts)}: {part.name}", flush=True)
-        if code := _train("sweep", part, given):
+        try:
+            _train("sweep", part, given)
+        except BaseException:
             print(f"lora-ensemble: stopped in part {number} ({part.name}); the same command goes on", file=sys.stderr)
-            return code
+            raise
 
     def predict(pool: str, task: str, members: list[MemberRecord]) -> None:
         part = next(p for p in paper.parts if p.pool == pool and task in p.tasks)
         entries = json.dumps([asdict(Member.of_record(r)) for r in members])
-        if _train("predict", part, given, f"--model.members={entries}"):
-            raise UserError(f"predictions of {part.name} failed; the same command goes on")
+        _train("predict", part, given, f"--model.members={entries}")
 
     files = write_results(given.paper, given.scale, given.output, base_model=given.base_model, predict=predict)
     if given.paper == "tolkunov":
@@ -104,25 +109,43 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _say_plan(paper: Paper, given: argparse.Namespace, device: str) -> None:
+    """Say what is trained; how long that takes, where the base model is here or is about to be needed anyway."""
+    from lora_ensemble.bank.base_model import is_here
     from lora_ensemble.studies.reproduce.results import markdown_table
+    from lora_ensemble.train.data import BankData
     from lora_ensemble.train.runs.progress import duration
 
-    speed = measure(given.root, TASKS, given.base_model, precision=given.precision, device=device)
+    speed = None
+    if given.plan and not is_here(given.base_model):
+        splits = [[read_split(PRESETS[t], s, given.root, need_labels=True) for s in ("train", "dev")] for t in TASKS]
+    else:
+        data = BankData(base_model=given.base_model, root=str(given.root), tasks=TASKS)
+        data.read = given.read
+        data.setup("fit")
+        splits = [[data.splits[s][t].source for s in ("train", "dev")] for t in TASKS]
+        speed = measure(data, precision=given.precision, device=device)
+    examples = {t: (len(train), len(dev)) for t, (train, dev) in zip(TASKS, splits, strict=True)}
     rows, total = [], 0.0
     for part in paper.parts:
         work = work_of(part, given.scale)
-        took = seconds(work, part.tasks, speed)
+        took = seconds(work, part.tasks, examples, speed) if speed else 0.0
         total += took
         rates = ", ".join(f"{rate:g}" for rate in work.learning_rates)
-        number = steps(work, part.tasks, speed.examples)
-        rows.append([part.name, str(work.members), str(work.epochs), str(number), rates, duration(took)])
-    print(f"\n{paper.title}, --scale {given.scale}, {given.base_model}, {given.precision} on {speed.device}\n")
+        number = steps(work, part.tasks, examples)
+        about = duration(took) if speed else "?"
+        rows.append([part.name, str(work.members), str(work.epochs), str(number), rates, about])
+    where = f" on {speed.device}" if speed else ""
+    print(f"\n{paper.title}, --scale {given.scale}, {given.base_model}, {given.precision}{where}\n")
     print(markdown_table(["trains", "members", "epochs", "steps", "learning rates", "about"], rows))
-    print(f"\nabout {duration(total)} in all, if nothing else runs here; output: {given.output}", flush=True)
+    if speed:
+        print(f"\nabout {duration(total)} in all, if nothing else runs here; output: {given.output}", flush=True)
+    else:
+        print(f"\n{given.base_model} is not on this machine yet, so how long it takes is not known")
 
 
 def _figures(given: argparse.Namespace) -> list[Path]:
     """Each task's page of ``dicor report`` with its plots, figures 1 and 3 among them, and figure 4; the files."""
+    from lora_ensemble.dicor.cli import main as dicor
     from lora_ensemble.studies.reproduce.figures import save_embeddings
     from lora_ensemble.studies.reproduce.results import dicor_options
 
@@ -132,16 +155,21 @@ def _figures(given: argparse.Namespace) -> list[Path]:
         chosen = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
         files += [page, folder / f"{task}-embeddings.png"]
         paths = [f"--pool={pool}", f"--output={page}", f"--plots={folder}"]
-        if _program("lora_ensemble.dicor", "report", f"--task={task}", "--method=dicor", *paths, *chosen):
+        if dicor(["report", f"--task={task}", "--method=dicor", *paths, *chosen]):
             raise UserError(f"the figures of {task} failed; the same command goes on")
         save_embeddings(pool, task, given.root, given.base_model, files[-1])
     return files
 
 
-def _train(verb: str, part: Part, given: argparse.Namespace, *more: str) -> int:
-    """Run ``lora-ensemble`` for a part; returns its exit code."""
-    return _program(
-        "lora_ensemble",
+def _train(verb: str, part: Part, given: argparse.Namespace, *more: str) -> None:
+    """Run ``lora-ensemble`` for a part; ``UserError`` for what the user can put right.
+
+    In this process, which has the data, unless several devices have one each: they are started with its own command.
+    """
+    from lora_ensemble.train.cli import CLI
+    from lora_ensemble.train.cli import run as lora_ensemble
+
+    arguments = [
         verb,
         *(f"--config={file}" for file in config_files(part, given.scale)),
         f"--data.root={given.root}",
@@ -154,12 +182,20 @@ def _train(verb: str, part: Part, given: argparse.Namespace, *more: str) -> int:
         f"--trainer.devices={given.devices}",
         f"--experiment={given.paper}-{given.scale}",
         *more,
-    )
+    ]
+    code = lora_ensemble(arguments, partial(CLI, read=given.read)) if given.devices == "1" else _program(arguments)
+    if code > 128:
+        raise Interrupted(code - 128)
+    if code:
+        raise UserError(f"{verb} failed for {part.name}")
+    gc.collect()
+    if (wandb := sys.modules.get("wandb")) is not None:
+        wandb.finish()
 
 
-def _program(module: str, *arguments: Any) -> int:
-    """Run one of our programs in a process of its own: it has the machine's memory to itself, and leaves nothing."""
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments])
+def _program(arguments: Sequence[str]) -> int:
+    """Run ``lora-ensemble`` in a process of its own."""
+    process = subprocess.Popen([sys.executable, "-m", "lora_ensemble", *arguments])
     # A scheduler tells this process alone to end; the one that trains has the checkpoint to write.
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:

@@ -28,7 +28,7 @@ def low_and_high(members: Sequence[MemberRecord]) -> tuple[MemberRecord, MemberR
 def embeddings(pool: Path, task: str, records: Sequence[MemberRecord], root: Path, base_model: str) -> np.ndarray:
     """The first token's last hidden state of each dev example: (M, N, H), rows in the order of the pool's examples."""
     data = BankData(base_model=base_model, root=str(root), tasks=(task,))
-    data.setup("fit")
+    data.setup("validate")
     module = BankModule(data.tasks, base_model, members=tuple(Member.of_record(r) for r in records))
     fingerprint = module.base_fingerprint(data)
     restore_members(module.bank, pool, base_model=hub_id(base_model), fingerprint=fingerprint)

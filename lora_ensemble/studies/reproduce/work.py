@@ -10,12 +10,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.studies.reproduce.papers import Part, Scale
+
+if TYPE_CHECKING:
+    from lora_ensemble.train.data import BankData
 
 BATCH = 8
 _MEMBERS, _STEPS, _SAMPLE = 4, 3, 512
@@ -42,7 +45,6 @@ class Speed:
     device: str
     seconds: float  # of training one member on one token
     tokens: dict[str, float]  # task to mean tokens of an example
-    examples: dict[str, tuple[int, int]]  # task to examples of train and dev
 
 
 def config_folder() -> Path:
@@ -78,25 +80,19 @@ def work_of(part: Part, scale: Scale) -> Work:
     )
 
 
-def measure(root: Path, tasks: tuple[str, ...], base_model: str, *, precision: str, device: str) -> Speed:
-    """Read the data, and train a small bank for a few steps.
-
-    ``UserError`` where data are missing or wrong, with the file and what to do.
-    """
+def measure(data: BankData, *, precision: str, device: str) -> Speed:
+    """Train a small bank for a few steps on data that were read."""
     import torch
     from lightning.fabric.utilities import move_data_to_device
 
     from lora_ensemble.bank.lora import Member
     from lora_ensemble.bank.optim import BankAdamW
-    from lora_ensemble.train.data import BankData
     from lora_ensemble.train.module import BankModule
     from lora_ensemble.train.runs.probe import train_step
 
-    data = BankData(base_model=base_model, root=str(root), tasks=tasks)
-    data.setup("fit")
-    module = BankModule(data.tasks, base_model, members=(Member(rank=8, seed=list(range(_MEMBERS))),)).to(device)
+    module = BankModule(data.tasks, data.base_model, members=(Member(rank=8, seed=list(range(_MEMBERS))),)).to(device)
     optimizer = BankAdamW(module.bank.weights, module.bank.rates)
-    train, dev, times = data.splits["train"], data.splits["dev"], []
+    train, times = data.splits["train"], []
     for _, batch in zip(range(_STEPS + 1), data.train_dataloader(), strict=False):
         on_device = move_data_to_device(batch, device)
         started = time.perf_counter()
@@ -110,7 +106,6 @@ def measure(root: Path, tasks: tuple[str, ...], base_model: str, *, precision: s
         device=torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads",
         seconds=min(times[1:]),  # the first one pays for what later ones find done
         tokens={n: float(train[n].lengths[:_SAMPLE].mean()) for n in train},
-        examples={n: (len(train[n]), len(dev[n])) for n in train},
     )
 
 
@@ -119,11 +114,14 @@ def steps(work: Work, tasks: tuple[str, ...], examples: Mapping[str, tuple[int, 
     return work.epochs * (work.steps_per_epoch or max(-(-examples[t][0] // BATCH) for t in tasks))
 
 
-def seconds(work: Work, tasks: tuple[str, ...], speed: Speed) -> float:
-    """About how long a part takes: training, and a dev evaluation after each epoch at a third of its price a token."""
-    trained = steps(work, tasks, speed.examples) * BATCH * sum(speed.tokens[t] for t in tasks)
-    dev = sum(speed.examples[t][1] * speed.tokens[t] for t in tasks)
+def seconds(work: Work, tasks: tuple[str, ...], examples: Mapping[str, tuple[int, int]], speed: Speed) -> float:
+    """About how long a part takes: training, and a dev evaluation after each epoch at a third of its price a token.
+
+    ``examples``: task to how many train and dev have.
+    """
+    trained = steps(work, tasks, examples) * BATCH * sum(speed.tokens[t] for t in tasks)
+    dev = sum(examples[t][1] * speed.tokens[t] for t in tasks)
     cost = (work.members - work.heads_only) * (trained * (_FULL if work.full else 1) + work.epochs * dev / 3)
     if work.heads_only:  # the encoder runs once over all of it
-        cost += sum(sum(speed.examples[t]) * speed.tokens[t] for t in tasks) / 3
+        cost += sum(sum(examples[t]) * speed.tokens[t] for t in tasks) / 3
     return cost * speed.seconds
