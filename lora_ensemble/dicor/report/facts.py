@@ -199,6 +199,7 @@ def members_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
 
 
 def settings(r: MemberRecord) -> list[str]:
-    """A member's name, rank, scaling, targets, learning rate and seed as texts."""
-    values = (r.rank, r.scaling, r.targets, r.lr, r.seed)
+    """A member's name, rank, scaling, targets (and their layers), learning rate and seed as texts."""
+    targets = r.targets if r.layers is None else f"{r.targets}, {r.layers}"
+    values = (r.rank, r.scaling, targets, r.lr, r.seed)
     return [r.name, *("-" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
