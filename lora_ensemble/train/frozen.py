@@ -50,6 +50,7 @@ class FrozenStates:
         if not self._shared:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._files: dict[tuple[TokenisedSplit, int, torch.dtype], _StateFile | None] = {}
+        self._sizes: dict[str, int] = {}  # bytes of each file that is in use, by name
 
     def __call__(self, split: TokenisedSplit, rows: np.ndarray) -> dict[int, Tensor] | None:
         """Of the examples ``rows`` (B,), as a packed row; None where they cannot be kept, which is said once."""
@@ -62,9 +63,9 @@ class FrozenStates:
             missing = sorted({block for file in files.values() for block in file.missing(rows)})
             with torch.inference_mode(False):  # an evaluation's tensors would be of no use to training
                 for block in missing:
-                    batch = move_data_to_device(split.batch(files[layer].examples(block)), device)
-                    for layer, state in bank.frozen_states(batch).items():
-                        files[layer].write(block, state[0])
+                    batch = split.batch(next(iter(files.values())).examples(block))
+                    for reached, state in bank.frozen_states(move_data_to_device(batch, device)).items():
+                        files[reached].write(block, state[0])
                 return {n: file.read(rows).to(device, non_blocking=True) for n, file in files.items()}
         except OSError as e:
             say(f"{self._folder}: {e.strerror}: what is frozen cannot be kept there, and is computed in each step")
@@ -84,10 +85,9 @@ class FrozenStates:
             size = width * int(split.lengths.sum() if by_token else len(split))
             self._files[key], why = None, "no room"
             try:
-                if _has_room(self._folder, name, size, self._most):
-                    self._files[key] = _StateFile(
-                        split, self._folder / name, width=width, dtype=dtype, by_token=by_token
-                    )
+                if _has_room(self._folder, name, size, self._most, self._sizes):
+                    folder, self._sizes[name] = self._folder / name, size
+                    self._files[key] = _StateFile(split, folder, width=width, dtype=dtype, by_token=by_token)
             except OSError as e:
                 why = e.strerror or str(e)
             below = f"below layer {layer}: {gib(size)} of {len(split)} examples"
@@ -102,17 +102,23 @@ _STATES, _CHECKSUMS = "states", "checksums"
 _MENTIONED = 2**26  # bytes: of less, nobody needs to know
 
 
-def _has_room(folder: Path, name: str, size: int, most: float) -> bool:
-    """Whether a file of ``size`` bytes can be made in the folder, the oldest others deleted where that makes room."""
+def _has_room(folder: Path, name: str, size: int, most: float, in_use: Mapping[str, int]) -> bool:
+    """Whether a file of ``size`` bytes can be made in the folder, where that needs it by deleting the oldest others.
+
+    ``in_use``: files that stay, by name, and how large they may get.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    others = sorted((p for p in folder.iterdir() if p.name != name and p.is_dir()), key=lambda p: p.stat().st_mtime)
-    sizes = [_on_disk(other) for other in others]
-    here = _on_disk(folder / name)
-    while others and sum(sizes) + size > most:
-        shutil.rmtree(others.pop(0), ignore_errors=True)
-        sizes.pop(0)
+    others = [p for p in folder.iterdir() if p.name not in in_use and p.name != name and p.is_dir()]
+    sizes = {p: _on_disk(p) for p in sorted(others, key=lambda p: p.stat().st_mtime)}
+    room = most - sum(of for other, of in in_use.items() if other != name)
     # The pool's members come first: half of what is free stays free.
-    return size <= most and (size - here) <= shutil.disk_usage(folder).free / 2
+    if size > room or size - _on_disk(folder / name) > shutil.disk_usage(folder).free / 2:
+        return False
+    while sum(sizes.values()) + size > room:
+        oldest = next(iter(sizes))
+        shutil.rmtree(oldest, ignore_errors=True)
+        del sizes[oldest]
+    return True
 
 
 def _on_disk(folder: Path) -> int:

@@ -444,7 +444,8 @@ def test_the_card_admits_too_few_examples(tiny: Callable[[str], Path], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [*((f, "r3-c0.5-all-linear-top-half-lr1e-4-s3") for f in FAMILY_NAMES), ("bert", "head-lr1e-4-s4")]
+    ("family", "name"),
+    [*((f, "r3-c0.5-all-linear-top-half-lr1e-4-s3") for f in FAMILY_NAMES), ("bert", "head-lr1e-4-s4")],
 )
 def test_a_member_in_both_formats(
     tiny: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path, family: str, name: str

@@ -156,3 +156,13 @@ def test_the_oldest_make_room(bank: Bank, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) < 8
     assert computed(bank, FrozenStates(bank, BASE, tmp_path, most=2**30), split_of(50, seed=2)) == []
     assert computed(bank, FrozenStates(bank, BASE, tmp_path, most=2**30), split_of(50, seed=0))
+
+
+def test_what_is_in_use_makes_no_room(bank: Bank, tmp_path: Path) -> None:
+    """Two splits of one run of which only one has room: the first stays, the second is computed in each step."""
+    most = 1.5 * int(SPLIT.lengths.sum()) * 32 * 4
+    kept = FrozenStates(bank, BASE, tmp_path, most)
+    assert kept(SPLIT, ROWS) is not None
+    assert kept(split_of(50, seed=1), ROWS) is None
+    assert computed(bank, kept) == []
+    assert computed(bank, FrozenStates(bank, BASE, tmp_path, most)) == []
