@@ -35,7 +35,7 @@ _BANK = [
     f"lora_ensemble/bank/{n}.py"
     for n in ("attention", "dropout", "encode", "families", "heads", "lora", "model", "optim")
 ]
-_TRAIN = [f"lora_ensemble/train/{n}.py" for n in ("evaluation", "module", "optimiser")]
+_TRAIN = [f"lora_ensemble/train/{n}.py" for n in ("evaluation", "frozen", "module")]
 _STEP = [*_BANK, "lora_ensemble/text/packing.py", *_TRAIN]
 _BATCHES = ["lora_ensemble/train/batches.py", "lora_ensemble/train/data.py"]
 

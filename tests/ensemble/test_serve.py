@@ -152,7 +152,7 @@ def test_it_says_what_the_ensemble_says(kind: str, ensembles: dict[str, Ensemble
 def test_what_waits_is_answered_together(batch: int, sizes: list[int], ensembles: dict[str, Ensemble]) -> None:
     """32 clients while one call takes its time: so many calls, and each client has its own answer."""
     gated = Gated(ensembles["regression"])
-    texts = texts_of(32, 2, seed=8)
+    texts = texts_of(32, 2, seed=9)
     alone = ensembles["regression"].predict(texts)
     with running(gated.ensemble, batch=batch) as client, ThreadPoolExecutor(32) as threads:
         asked = [threads.submit(client.post, "/predict", json={"texts": texts[:1]})]

@@ -145,7 +145,6 @@ def _say_plan(paper: Paper, given: argparse.Namespace, device: str) -> None:
 
 def _figures(given: argparse.Namespace) -> list[Path]:
     """Each task's page of ``dicor report`` with its plots, figures 1 and 3 among them, and figure 4; the files."""
-    from lora_ensemble.dicor.cli import main as dicor
     from lora_ensemble.studies.reproduce.figures import save_embeddings
     from lora_ensemble.studies.reproduce.results import dicor_options
 
@@ -155,7 +154,7 @@ def _figures(given: argparse.Namespace) -> list[Path]:
         chosen = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
         files += [page, folder / f"{task}-embeddings.png"]
         paths = [f"--pool={pool}", f"--output={page}", f"--plots={folder}"]
-        if dicor(["report", f"--task={task}", "--method=dicor", *paths, *chosen]):
+        if _program("lora_ensemble.dicor", "report", f"--task={task}", "--method=dicor", *paths, *chosen):
             raise UserError(f"the figures of {task} failed; the same command goes on")
         save_embeddings(pool, task, given.root, given.base_model, files[-1])
     return files
@@ -183,7 +182,11 @@ def _train(verb: str, part: Part, given: argparse.Namespace, *more: str) -> None
         f"--experiment={given.paper}-{given.scale}",
         *more,
     ]
-    code = lora_ensemble(arguments, partial(CLI, read=given.read)) if given.devices == "1" else _program(arguments)
+    code = (
+        lora_ensemble(arguments, partial(CLI, read=given.read))
+        if given.devices == "1"
+        else _program("lora_ensemble", *arguments)
+    )
     if code > 128:
         raise Interrupted(code - 128)
     if code:
@@ -193,9 +196,9 @@ def _train(verb: str, part: Part, given: argparse.Namespace, *more: str) -> None
         wandb.finish()
 
 
-def _program(arguments: Sequence[str]) -> int:
-    """Run ``lora-ensemble`` in a process of its own."""
-    process = subprocess.Popen([sys.executable, "-m", "lora_ensemble", *arguments])
+def _program(module: str, *arguments: str) -> int:
+    """Run one of our programs in a process of its own."""
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments])
     # A scheduler tells this process alone to end; the one that trains has the checkpoint to write.
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
