@@ -96,6 +96,13 @@ class Options:
     temperature: bool = option("divide each classifier's logits by its own first", False)
 
 
+def words(options: Options, names: Sequence[str] | None = None) -> list[str]:
+    """The options, or those of ``names``, as they are given to a command."""
+    given = {n: v for n, v in vars(options).items() if names is None or n in names}
+    flags = {"--" + n.replace("_", "-"): v for n, v in given.items() if v is not None and v is not False}
+    return [word for flag, value in flags.items() for word in ([flag] if value is True else [flag, str(value)])]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """Make members of predictions that any model made. A file is a table with a header (CSV, TSV, JSON lines, Parquet)

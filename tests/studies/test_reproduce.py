@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from test_cli import Program
 
 from lora_ensemble.bank.lora import Member, expand_members
 from lora_ensemble.dicor.choose.settings import DEFAULT_SIZE
+from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.main import main
 from lora_ensemble.pool import MemberRecord, TaskPool
 from lora_ensemble.scores import overall_score
@@ -259,6 +262,26 @@ def test_tolkunovs_tables(tolkunovs_pools: Path) -> None:
     alike = (np.corrcoef(said).sum(1) - 1) / 9
     expected = spearmanr(alike, range(10))
     assert rows["sts, 10 members"][2] == f"{expected.statistic:+.2f} (p {expected.pvalue:.2g})"
+
+
+def test_tolkunovs_pages(tolkunovs_pools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page and its plots for each task, by the command that anybody can give."""
+    (tolkunovs_pools / "out").mkdir()
+    shutil.move(tolkunovs_pools / "grid", tolkunovs_pools / "out/grid")
+    asked: list[tuple[str, ...]] = []
+
+    def program(module: str, *arguments: str) -> int:
+        asked.append(arguments)
+        return dicor(arguments)
+
+    monkeypatch.setattr(command, "_program", program)
+    monkeypatch.setattr("lora_ensemble.studies.reproduce.figures.save_embeddings", lambda *_: None)
+    given = argparse.Namespace(output=tolkunovs_pools / "out", scale="small", root=Path(), base_model="tiny")
+    files = command._figures(given)
+    assert [f.name for f in files if f.suffix == ".html"] == [f"{t}.html" for t in papers.TASKS]
+    assert all(f.is_file() for f in files if f.suffix == ".html")
+    assert {"--size", "4"} < set(asked[0])
+    assert (tolkunovs_pools / "out/figures/sst-heat-map.svg").is_file()
 
 
 def test_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

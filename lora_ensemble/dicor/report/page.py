@@ -16,7 +16,7 @@ import vl_convert
 
 from lora_ensemble import __version__
 from lora_ensemble.dicor.estimate.interval import LEVEL
-from lora_ensemble.dicor.options import LISTENS, Options
+from lora_ensemble.dicor.options import LISTENS, Options, words
 from lora_ensemble.dicor.report.charts import missing
 from lora_ensemble.dicor.report.facts import MOST_SHOWN, Facts, display_name, members_table, settings
 from lora_ensemble.dicor.report.heat_map import MOST_GROUPS
@@ -197,11 +197,7 @@ def _commands(facts: Facts, options: Options) -> str:
     """The commands that make this choice, and apply it."""
     pool, task = shlex.quote(str(facts.comparison.task_pool.pool)), shlex.quote(facts.task)
     record = shlex.quote(f"{facts.task}.json")
-    heard = {name: getattr(options, name) for m, names in LISTENS.items() if m == facts.method for name in names}
-    said = "".join(
-        f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-        for name, value in heard.items()
-        if value not in (None, False)
-    )
-    select = f"dicor select --pool {pool} --task {task} --method {facts.method}{said} --output {record}"
+    listens = next((names for method, names in LISTENS.items() if method == facts.method), ())
+    said = " ".join(["--method", facts.method, *words(options, listens)])
+    select = f"dicor select --pool {pool} --task {task} {said} --output {record}"
     return f"{select}\ndicor apply --ensemble {record} --split test --output predictions.csv"

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from lora_ensemble.dicor.options import words
 from lora_ensemble.errors import Interrupted, Parser, UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.studies.reproduce.papers import PAPERS, TASKS, Paper, PaperName, Part, Scale
@@ -150,8 +151,7 @@ def _figures(given: argparse.Namespace) -> list[Path]:
 
     pool, folder, files = given.output / "grid", given.output / "figures", []
     for task in TASKS:
-        page, options = given.output / f"{task}.html", asdict(dicor_options(task, given.scale))
-        chosen = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+        page, chosen = given.output / f"{task}.html", words(dicor_options(task, given.scale))
         files += [page, folder / f"{task}-embeddings.png"]
         paths = [f"--pool={pool}", f"--output={page}", f"--plots={folder}"]
         if _program("lora_ensemble.dicor", "report", f"--task={task}", "--method=dicor", *paths, *chosen):
