@@ -281,7 +281,7 @@ def test_tolkunovs_pages(tolkunovs_pools: Path, monkeypatch: pytest.MonkeyPatch)
     assert [f.name for f in files if f.suffix == ".html"] == [f"{t}.html" for t in papers.TASKS]
     assert all(f.is_file() for f in files if f.suffix == ".html")
     assert {"--size", "4"} < set(asked[0])
-    assert (tolkunovs_pools / "out/figures/sst-heat-map.svg").is_file()
+    assert all(list((tolkunovs_pools / "out/figures").glob(f"{t}*.svg")) for t in papers.TASKS)
 
 
 def test_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
