@@ -29,7 +29,11 @@ class ComputeClock(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to what computes."""
-        for holder, name in ((trainer.optimizers[0], "step"), (pl_module, "validation_step"), (pl_module, "_evaluate")):
+        for holder, name in (
+            (trainer.optimizers[0], "step"),
+            (pl_module, "validation_step"),
+            (pl_module, "on_test_epoch_end"),
+        ):
             setattr(holder, name, self._timed(getattr(holder, name)))
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -146,3 +146,16 @@ def test_the_command_names_no_place_of_this_machine() -> None:
     given = ["--task", "sst", "random", "--root=/home/me/data", "--json", "x.json", "--base_model", "/home/me/bert"]
     assert command_line(given) == "python benchmarks/bank.py --task sst random --base_model MODEL --root DIR"
     assert command_line(["--task", "random", "--steps", "2"]) == "python benchmarks/bank.py --task random --steps 2"
+
+
+def test_bookkeeping_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    import trainer_overhead
+
+    tiny = ["--task", "random", "--base_model", "random:tiny", "--threads", "1"]
+    trainer_overhead.main([*tiny, "--targets", "none", "--members", "2", "--steps", "4", "--dev", "8"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| random")]
+    task, targets, members, computing, rest, share, _ = [cell.strip() for cell in row.strip("|").split("|")]
+    assert (task, targets, members) == ("random", "none", "2")
+    assert float(computing) > 0
+    assert float(rest) > 0
+    assert 0 < float(share.rstrip("%")) < 100_000
