@@ -137,13 +137,14 @@ def _select(given: argparse.Namespace) -> None:
         _notify(comparison.notices, given.task)
         ensemble = record.make(comparison, method, folder=given.output.resolve().parent)
         f.write(ensemble.to_json())
-    score, estimates = score_name(task_pool.kind), comparison.estimates
-    width = max(len(m.name) for m in ensemble.members)
+    rows, score, estimates = ensemble.rows(), score_name(task_pool.kind), comparison.estimates
+    width = max(len(row["name"]) for row in rows)
     settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in ensemble.settings.items() if v is not None)
     print(f"{_head(task_pool)}\n{method}{f' ({settings})' if settings else ''}; strategy {ensemble.strategy}\n")
     print(f"{'member':<{width}} {score:>10} {'weight':>7} {'mean similarity to those above':>32}")
-    for m in ensemble.members:
-        print(f"{m.name:<{width}} {m.score:>10.4f} {m.weight:>7.4f} {number(m.mean_similarity):>32}")
+    for row in rows:
+        similarity = number(row["mean_similarity"])
+        print(f"{row['name']:<{width}} {row['score']:>10.4f} {row['weight']:>7.4f} {similarity:>32}")
     if ensemble.offsets is not None:
         print(offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
     print(f"\n{table(estimates)}\n\n{verdict(method, estimates.of[method])}\n{about(estimates)}")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,31 +19,21 @@ from lora_ensemble.dicor.estimate.honest import Estimate
 from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
 from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
-from lora_ensemble.pool import check_name, logits_file
+from lora_ensemble.pool import MemberRecord, check_name, logits_file
 from lora_ensemble.tasks import Kind, check_task_name
 
 SCHEMA = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """What the file says of a member, as it was then, and of its part in the choice; in the order of the file."""
-
-    name: str
-    rank: int | None
-    scaling: float | None
-    targets: str | None
-    score: float  # that of its dev logits
-    weight: float  # its part in the mean, of sum 1, or of the votes
-    temperature: float | None  # what its logits are divided by first
-    mean_similarity: float | None
-    similarities: list[float]  # to each member before it, where the method looks at them
-    dev_logits: str  # the checksum of what it was chosen by; another one means that it was trained again since
+_KEYS = [
+    *("version", "task", "kind", "labels", "method", "settings", "strategy", "size", "members", "estimate", "best"),
+    *("omni", "folds", "repeats", "considered", "left_out", "notices", "examples", "pool", "scale", "offsets"),
+]
+"""Of the file after its schema, in this order; old files have neither scale nor offsets."""
+_DEV = logits_file("dev")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """The content of ``dicor.json`` after its schema, in the order of the file."""
+    """The content of ``dicor.json``."""
 
     version: str  # of the program that wrote it
     task: str
@@ -52,9 +41,10 @@ class Ensemble:
     labels: list[str]
     method: str
     settings: dict[str, Any]  # the method's parameters
-    strategy: Strategy
-    size: int  # of ``members``
-    members: list[Chosen]  # in the order of choice
+    members: list[MemberRecord]
+    """In the order of choice, as they were then; the score is that of their dev logits. Of members that were read only
+    what the file says is known: see ``rows``."""
+    choice: Choice  # how they decide together; it counts them as they stand in ``members``
     estimate: dict[str, Any]  # of the ensemble: see ``figures``
     best: dict[str, Any]  # the single best member: its name and figures
     omni: dict[str, Any]  # all members considered: their number, how they are combined, and figures
@@ -65,21 +55,45 @@ class Ensemble:
     notices: list[str]  # what else was left out, or is to be known of the members
     examples: str  # fingerprint of the dev examples
     pool: str  # path of the pool, relative to the folder of this file
-    scale: float = 1.0  # see ``Choice``; old files have neither this nor offsets
-    offsets: list[float] | None = None
 
-    @cached_property
-    def choice(self) -> Choice:
-        """How its members decide together; it counts them as they stand in ``members``."""
-        temperatures = [m.temperature for m in self.members]
-        return Choice(
-            members=list(range(self.size)),
-            strategy=self.strategy,
-            weights=np.array([m.weight for m in self.members]) if self.strategy == "weighted" else None,
-            temperatures=np.array([t or 1.0 for t in temperatures]) if any(temperatures) else None,
-            scale=self.scale,
-            offsets=None if self.offsets is None else np.array(self.offsets),
-        )
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.choice.strategy
+
+    @property
+    def scale(self) -> float:
+        return self.choice.scale
+
+    @property
+    def offsets(self) -> list[float] | None:
+        return None if self.choice.offsets is None else self.choice.offsets.tolist()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What the file says of each member and of its part in the choice.
+
+        ``weight``: its part in the mean, of sum 1, or of the votes. ``temperature``: what its logits are divided by
+        first, or None. ``similarities``: to each member before it, where the method looks at them. ``dev_logits``: the
+        checksum of what it was chosen by; another one means that it was trained again since.
+        """
+        k, choice = self.size, self.choice
+        weights = [1 / k] * k if choice.weights is None else choice.weights.tolist()
+        temperatures = [None] * k if choice.temperatures is None else choice.temperatures.tolist()
+        similarities = choice.similarities or [[]] * k
+        return [
+            {
+                **{key: getattr(member, key) for key in ("name", "rank", "scaling", "targets", "score")},
+                "weight": weights[i],
+                "temperature": temperatures[i],
+                "mean_similarity": float(np.mean(similarities[i])) if similarities[i] else None,
+                "similarities": similarities[i],
+                "dev_logits": member.files[_DEV],
+            }
+            for i, member in enumerate(self.members)
+        ]
 
     def decide(self, logits: np.ndarray) -> np.ndarray:
         """What logits (M, N, C) of its members, in their order, decide together: (N,), as ``scores.decisions``."""
@@ -88,7 +102,8 @@ class Ensemble:
 
     def to_json(self) -> str:
         """JSON text."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False) + "\n"
+        content = {key: self.rows() if key == "members" else getattr(self, key) for key in _KEYS}
+        return json.dumps({"schema": SCHEMA, **content}, indent=1, allow_nan=False) + "\n"
 
 
 def figures(estimate: Estimate) -> dict[str, Any]:
@@ -118,25 +133,6 @@ def make(comparison: Comparison, method: str, *, folder: Path) -> Ensemble:
     """The record of what ``method`` chose, for a file in ``folder``."""
     task_pool, estimates = comparison.task_pool, comparison.estimates
     chosen, best, omni = (estimates.of[name] for name in (method, "best", "omni"))
-    choice, k = chosen.choice, len(chosen.names)
-    weights = [1 / k] * k if choice.weights is None else choice.weights.tolist()
-    temperatures = [None] * k if choice.temperatures is None else choice.temperatures.tolist()
-    members = []
-    for name, weight, temperature, similarities in zip(
-        chosen.names, weights, temperatures, choice.similarities or [[]] * k, strict=True
-    ):
-        r = task_pool.record(name)
-        members.append(
-            Chosen(
-                **{key: getattr(r, key) for key in ("name", "rank", "scaling", "targets")},
-                score=estimates.scores[name],
-                weight=weight,
-                temperature=temperature,
-                mean_similarity=float(np.mean(similarities)) if similarities else None,
-                similarities=similarities,
-                dev_logits=r.files[logits_file("dev")],
-            )
-        )
     return Ensemble(
         version=__version__,
         task=task_pool.name,
@@ -144,9 +140,8 @@ def make(comparison: Comparison, method: str, *, folder: Path) -> Ensemble:
         labels=task_pool.labels,
         method=method,
         settings=comparison.methods[method].get_params(),
-        strategy=choice.strategy,
-        size=k,
-        members=members,
+        members=[replace(task_pool.record(name), score=estimates.scores[name]) for name in chosen.names],
+        choice=replace(chosen.choice, members=list(range(len(chosen.names)))),
         estimate=figures(chosen),
         best={"name": best.names[0], **figures(best)},
         omni={"members": len(omni.names), "strategy": omni.choice.strategy, **figures(omni)},
@@ -157,8 +152,6 @@ def make(comparison: Comparison, method: str, *, folder: Path) -> Ensemble:
         notices=estimates.notices,
         examples=task_pool.members[0].examples["dev"],
         pool=os.path.relpath(task_pool.pool.resolve(), folder.resolve()),
-        scale=choice.scale,
-        offsets=None if choice.offsets is None else choice.offsets.tolist(),
     )
 
 
@@ -174,11 +167,36 @@ def read(path: Path) -> Ensemble:
     if (schema := raw.pop("schema")) != SCHEMA:
         raise UserError(f"{path}: schema {schema!r}; this version reads schema {SCHEMA}; select again")
     try:
+        raw = {"scale": 1.0, "offsets": None, **raw}
         _check(raw)
-        return Ensemble(**{**raw, "members": [Chosen(**row) for row in raw["members"]]})
+        return _ensemble_of(raw)
     except (TypeError, KeyError, ValueError, UserError) as e:
         why = f"lacks {e}" if isinstance(e, KeyError) else str(e).replace("__init__()", "record")
         raise UserError(f"{path}: not a whole record of dicor select ({why}); select again") from e
+
+
+def _ensemble_of(raw: dict[str, Any]) -> Ensemble:
+    """The ensemble of a file's content, which ``_check`` has seen."""
+    rows, strategy, offsets = raw.pop("members"), raw.pop("strategy"), raw.pop("offsets")
+    weights, degrees, similarities, checksums, _ = (
+        [row.pop(key) for row in rows]
+        for key in ("weight", "temperature", "similarities", "dev_logits", "mean_similarity")
+    )
+    choice = Choice(
+        members=list(range(raw.pop("size"))),
+        strategy=strategy,
+        weights=np.array(weights) if strategy == "weighted" else None,
+        temperatures=np.array([degree or 1.0 for degree in degrees]) if any(degrees) else None,
+        scale=raw.pop("scale"),
+        offsets=None if offsets is None else np.array(offsets),
+        similarities=similarities,
+    )
+    task = {"task": raw["task"], "kind": raw["kind"], "labels": raw["labels"], "examples": {"dev": raw["examples"]}}
+    members = [
+        MemberRecord(**row, **task, finished=True, files={_DEV: checksum})
+        for row, checksum in zip(rows, checksums, strict=True)
+    ]
+    return Ensemble(**raw, members=members, choice=choice)
 
 
 def _check(raw: dict[str, Any]) -> None:
@@ -189,15 +207,14 @@ def _check(raw: dict[str, Any]) -> None:
             who = f"member {where['name']}: " if where is not raw else ""
             raise ValueError(f"{who}{key} is {where[key]!r}; expected {expected}")
 
-    kind, strategy, labels, rows = (raw[key] for key in ("kind", "strategy", "labels", "members"))
-    offsets = raw.get("offsets")
+    kind, strategy, labels, offsets, rows = (raw[k] for k in ("kind", "strategy", "labels", "offsets", "members"))
     expect(kind in get_args(Kind), raw, "kind", f"one of {', '.join(get_args(Kind))}")
     expect(strategy in get_args(Strategy), raw, "strategy", f"one of {', '.join(get_args(Strategy))}")
     for key in ("task", "pool", "examples"):
         expect(isinstance(raw[key], str), raw, key, "text")
     texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     expect(texts and (kind != "multiclass" or len(labels) > 1), raw, "labels", "texts; multiclass needs them all")
-    expect(_is_number(raw.get("scale", 1.0)), raw, "scale", "a number")
+    expect(_is_number(raw["scale"]), raw, "scale", "a number")
     if offsets is not None:
         may_be = kind != "regression" and strategy == "weighted"
         expect(may_be, raw, "offsets", "null: offsets are for a classifier of strategy weighted")

@@ -232,7 +232,7 @@ def write_card(folder: Path, name: str, contents: Contents) -> None:
         template_path=str(Path(__file__).with_name("card.md.jinja")),
         **vars(contents),
         name=name,
-        rows=ensemble.members if ensemble else [],
+        rows=ensemble.rows() if ensemble else [],
         score=contents.task.score_name,
         decides=decides,
         offsets=offsets,

@@ -215,7 +215,7 @@ def mixed(soft: np.ndarray, labels: np.ndarray | None, kind: Kind, weight: float
 
 def _identity(ensemble: record.Ensemble) -> str:
     """16 hex digits over what decides an ensemble's predictions; estimates and where its pool is do not."""
-    members = [[m.name, m.weight, m.temperature, m.dev_logits] for m in ensemble.members]
+    members = [[row[key] for key in ("name", "weight", "temperature", "dev_logits")] for row in ensemble.rows()]
     what = [ensemble.task, ensemble.kind, ensemble.labels, ensemble.strategy, ensemble.scale, ensemble.offsets, members]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 

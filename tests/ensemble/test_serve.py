@@ -138,7 +138,7 @@ def test_it_says_what_the_ensemble_says(kind: str, ensembles: dict[str, Ensemble
     assert [one["decision"] for one in found] == expected.tolist()
     probabilities = [[one["probabilities"][label] for label in ensemble.labels] for one in found]
     np.testing.assert_allclose(probabilities, ensemble.predict_proba(texts), rtol=0, atol=1e-5)
-    degrees = np.array([m.temperature or 1 for m in ensemble.record.members])[:, None, None]
+    degrees = np.array([row["temperature"] or 1 for row in ensemble.record.rows()])[:, None, None]
     assert (kind == "multiclass") == (len(set(degrees.ravel())) > 1)
     own = softmax(logits / degrees, axis=2) if kind == "multiclass" else np.dstack([expit(-logits), expit(logits)])
     for n, one in enumerate(found):

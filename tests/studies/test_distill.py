@@ -103,7 +103,7 @@ def test_averaged_predictions_with_weights_and_offsets(tmp_path: Path) -> None:
     ensemble = of_all(tmp_path, "multiclass", "--method", "weighted-offset")
     assert ensemble.offsets is not None
     logits = random_logits("multiclass", random_labels("multiclass", 20), ensemble.size, seed=8)
-    mean = np.tensordot([m.weight for m in ensemble.members], softmax(logits.astype(np.float64), axis=2), 1)
+    mean = np.tensordot([row["weight"] for row in ensemble.rows()], softmax(logits.astype(np.float64), axis=2), 1)
     expected = np.exp(log_softmax(ensemble.scale * np.log(mean) + ensemble.offsets, axis=1))
     np.testing.assert_allclose(averaged(logits, ensemble), expected, rtol=0, atol=1e-6)
 
@@ -111,7 +111,7 @@ def test_averaged_predictions_with_weights_and_offsets(tmp_path: Path) -> None:
 def test_averaged_values(tmp_path: Path) -> None:
     ensemble = of_all(tmp_path, "regression", "--method", "weighted")
     logits = random_logits("regression", random_labels("regression", 20), ensemble.size, seed=8)
-    expected = np.tensordot([m.weight for m in ensemble.members], logits[..., 0].astype(np.float64), 1)
+    expected = np.tensordot([row["weight"] for row in ensemble.rows()], logits[..., 0].astype(np.float64), 1)
     np.testing.assert_allclose(averaged(logits, ensemble), expected, rtol=0, atol=1e-6)
 
 

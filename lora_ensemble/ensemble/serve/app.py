@@ -69,7 +69,7 @@ def make_app(ensemble: Ensemble, columns: list[str], limits: Limits, *, hosts: S
         """Which ensemble it is."""
         described = {key: getattr(record, key) for key in ("task", "kind", "labels", "method")}
         of_run = {"text": columns, "decides": decides(record.strategy, record.kind), "limits": limits}
-        return {**described, "members": [vars(m) for m in record.members], **of_run}
+        return {**described, "members": record.rows(), **of_run}
 
     _add_health(app, batcher, metrics)
     app.get("/", include_in_schema=False)(lambda: FileResponse(_PAGE / "index.html"))
