@@ -66,7 +66,7 @@ class PackedEncoder:
         self._fused: dict[tuple[str, ...], tuple[Any, Tensor, Tensor | None]] = {}
         self._paths: dict[nn.Module, str] = {module: path for path, module in encoder.named_modules()}
         self.layers: Any = encoder.get_submodule(self.family.layers)
-        self._weight = next(encoder.parameters())
+        self.weight = next(encoder.parameters())  # any: where they are, and in what precision
 
     def __call__(
         self, batch: Mapping[str, Any], adapters: Adapters, *, starts: Sequence[int], states: States, dropout: bool
@@ -78,8 +78,8 @@ class PackedEncoder:
         embeddings, at others with ``states``, see :meth:`frozen_states`. Matrix products are in :func:`product_dtype`;
         sums and norms keep the precision of the encoder's own weights.
         """
-        run = _Run(self, batch, adapters, starts, states, dropout, self._weight.dtype, product_dtype(self._weight))
-        with torch.autocast(self._weight.device.type, enabled=False):
+        run = _Run(self, batch, adapters, starts, states, dropout)
+        with torch.autocast(self.weight.device.type, enabled=False):
             for number in range(starts[0], len(self.layers)):
                 run.layer(number)
             return run.read()
@@ -91,9 +91,8 @@ class PackedEncoder:
         In the precision of matrix products, which is what the layer's own products are made of. For the number of
         layers, one past the last, it is what the head reads: (1, B, H), in the precision of the encoder's weights.
         """
-        run = _Run(self, batch, {}, [0], {}, False, self._weight.dtype, product_dtype(self._weight))
-        states = {}
-        with torch.autocast(self._weight.device.type, enabled=False):
+        run, states = _Run(self, batch, {}, [0], {}, False), {}
+        with torch.autocast(self.weight.device.type, enabled=False):
             for number in range(max(layers)):
                 run.layer(number)
                 if number + 1 in layers:
@@ -118,17 +117,11 @@ class PackedEncoder:
         return self._fused[paths][1:]
 
     def project(
-        self,
-        x: Tensor,
-        layers: Sequence[nn.Linear],
-        adapters: Adapters,
-        dtype: torch.dtype,
-        *,
-        members: slice | None = None,
+        self, x: Tensor, layers: Sequence[nn.Linear], adapters: Adapters, dtype: torch.dtype, of: slice | None = None
     ) -> list[Tensor]:
         """What linear layers make of x (M or 1, T, in) in two products, adapters included: (M or 1, T, out) each.
 
-        ``members``: whose adapters those are; None: of all.
+        ``of``: the members that x is for; None: all.
         """
         x = x.to(dtype)
         if x.device.type == "cpu" and layers[0].weight.dtype == dtype and not torch.is_grad_enabled():
@@ -138,8 +131,8 @@ class PackedEncoder:
             outputs = list(F.linear(x, *self._weights(layers, dtype)).split([w.out_features for w in layers], -1))
         paths = [self._paths[layer] for layer in layers]
         adapted = [(i, *adapters[path]) for i, path in enumerate(paths) if path in adapters]
-        if members is not None:
-            adapted = [(i, a[members], b[members]) for i, a, b in adapted]
+        if of is not None:
+            adapted = [(i, a[of], b[of]) for i, a, b in adapted]
         if not adapted:
             return outputs
         a = torch.cat([a for _, a, _ in adapted], 1) if len(adapted) > 1 else adapted[0][1]
@@ -167,11 +160,14 @@ class _Run:
     starts: Sequence[int]
     states: States
     dropout: bool
-    exact: torch.dtype  # of sums and norms
-    dtype: torch.dtype  # of matrix products
     members: int = 0  # that have started by now
     parts: list[Part] = field(default_factory=list)
     """What they have come to. Nobody else holds it, so that it is freed as soon as the next layer is done with it."""
+
+    def __post_init__(self) -> None:
+        weight = self.packed.weight
+        self.exact, self.dtype = weight.dtype, product_dtype(weight)  # of sums and norms; of matrix products
+        self._rotary: dict[str, tuple[Tensor, Tensor]] = {}
 
     def layer(self, number: int) -> None:
         """Run a layer, for the members that have started and those that start there."""
@@ -200,7 +196,7 @@ class _Run:
         """What linear layers make of the parts, side by side for all members; what they share is computed once."""
         every = slice(0, len(self.starts))
         outputs = [
-            self.packed.project(x, layers, self.adapters, self.dtype, members=None if members == every else members)
+            self.packed.project(x, layers, self.adapters, self.dtype, None if members == every else members)
             for x, members in parts
         ]
         return outputs[0] if len(parts) == 1 else [_side_by_side(x, parts) for x in zip(*outputs, strict=True)]
@@ -265,8 +261,9 @@ class _Run:
         (fused,) = self.joined([(layer.attn_norm(x), members) for x, members in self.parts], attention.Wqkv)
         x = self.taken()
         q, k, v = fused.view(len(fused), -1, 3, heads, config.hidden_size // heads).unbind(2)
-        rotary = self.packed.encoder.rotary_emb(x, positions, layer.attention_type)
-        q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
+        if layer.attention_type not in self._rotary:
+            self._rotary[layer.attention_type] = self.packed.encoder.rotary_emb(x, positions, layer.attention_type)
+        q, k = apply_rotary_pos_emb(q, k, *self._rotary[layer.attention_type], unsqueeze_dim=2)
         q, k, v = (t.flatten(2) for t in (q, k, v))
         if last and config.classifier_pooling != "mean":
             q, x = self.first(q), self.first(x)

@@ -39,8 +39,9 @@ def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revisio
     member, tensors = bank.members[index], peft_tensors(adapter, heads[task.name], prefix=bank.prefix)
     rank, scaling = single(member.rank), single(member.scaling)
     layers = None if member.layers == ALL_LAYERS else layer_numbers(member.own_layers, bank.depth)
-    base: dict[str, Any] = {"base_model": base_model, "revision": revision}
-    config = peft_config(model, adapter, rank=rank, scaling=scaling, layers=layers, **base)
+    config = peft_config(
+        model, adapter, rank=rank, scaling=scaling, base_model=base_model, revision=revision, layers=layers
+    )
     return {pool.ADAPTER_CONFIG: config, pool.ADAPTER: {name: tensor.numpy() for name, tensor in tensors.items()}}
 
 

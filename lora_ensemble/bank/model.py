@@ -68,16 +68,17 @@ class Bank(nn.Module):
         self._in_pooler = [path for path in adapted if path in pooler]
         self.packs = family.packs  # whether examples share a row, or batches are padded
         self.depth = depth_of(self.encoder, kind)  # layers of the encoder
-        self.starts = [self.depth if set(paths) <= pooler else 0 for paths in self.paths]
+        lowest = [[layer_number(p, kind) or 0 for p in paths if p not in pooler] for paths in self.paths]
+        all_of_it = train_encoder or frozen_dropout
+        self.starts = [
+            0 if all_of_it or (numbers and not family.packs) else min(numbers, default=self.depth) for numbers in lowest
+        ]
         """The layer at which each member leaves the encoder as it was: what lies below runs once for all, and without
         dropout. 0: with the embeddings; the number of layers: it reads the encoder's output."""
-        if train_encoder or frozen_dropout:
-            self.starts = [0] * len(members)
-        elif family.packs:
-            lowest = [[layer_number(p, kind) or 0 for p in paths if p not in pooler] for paths in self.paths]
-            self.starts = [min(numbers, default=self.depth) for numbers in lowest]
-        self._order = sorted(range(len(members)), key=self.starts.__getitem__)  # as they start
-        self._running = [i for i in self._order if self.starts[i] < self.depth]  # those for which the encoder runs
+        everyone = range(len(members))
+        order = sorted(everyone, key=self.starts.__getitem__)  # as they start
+        self._running = [i for i in order if self.starts[i] < self.depth]  # those for which the encoder runs
+        self._places = None if order == [*everyone] else sorted(everyone, key=order.__getitem__)  # of each in the order
         self._encode: PackedEncoder | PaddedEncoder = (
             PackedEncoder(self.encoder)
             if family.packs
@@ -169,7 +170,7 @@ class Bank(nn.Module):
         if len(runs) < len(everyone):
             parts.append(states[self.depth].expand(len(everyone) - len(runs), -1, -1))
         read = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return read if self._order == everyone else read[[self._order.index(i) for i in everyone]]
+        return read if self._places is None else read[self._places]
 
     @torch.no_grad()
     def read(self, batch: Mapping[str, Any]) -> Tensor:

@@ -43,14 +43,18 @@ Run = TypeVar("Run", bound=BankRun)
 class CLI(LightningCLI):
     """LightningCLI with ``sweep``, ``--pool.*``, ``--experiment`` and ``--bank_size``.
 
-    ``trainer_class``: has a method for each command of ours, whose arguments become the command's. ``read``: splits
-    that commands of one program read once: :attr:`BankData.read`.
+    ``trainer_class``: has a method for each command of ours, whose arguments become the command's. ``tokenised``:
+    splits that commands of one program read once: :attr:`BankData.tokenised`.
     """
 
     def __init__(
-        self, args: Sequence[str], trainer_class: type[pl.Trainer], *, read: dict[Any, TokenisedSplit] | None = None
+        self,
+        args: Sequence[str],
+        trainer_class: type[pl.Trainer],
+        *,
+        tokenised: dict[Any, TokenisedSplit] | None = None,
     ) -> None:
-        self._command, self._read = args[0], {} if read is None else read
+        self._command, self._tokenised = args[0], {} if tokenised is None else tokenised
         super().__init__(
             BankModule,
             BankData,
@@ -106,7 +110,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer for all members in one bank, with this run's folder, its checkpoint and its curves."""
         config, sweep = self.config[self.subcommand], self.subcommand == "sweep"
-        self.datamodule.read = self._read
+        self.datamodule.tokenised = self._tokenised
         self._trains = self.subcommand not in ("validate", "test", "predict")
         given = config.trainer
         dry = given.fast_dev_run or given.barebones

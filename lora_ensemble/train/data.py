@@ -69,7 +69,7 @@ class BankData(pl.LightningDataModule):
         self.taught: dict[str, Any] = {}
         """What :meth:`teach` was given, in words: it goes into the settings of the members that are trained here."""
         self._tokenizer: Any = None
-        self.read: dict[tuple[Any, ...], TokenisedSplit] = {}
+        self.tokenised: dict[tuple[Any, ...], TokenisedSplit] = {}
         """Splits that were read and tokenised, by what decides them: for data modules of one program to share."""
 
     def setup(self, stage: str) -> None:
@@ -89,10 +89,10 @@ class BankData(pl.LightningDataModule):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.base_model, self.revision)
         key = (repr(task), split, need_labels, self.root, self.base_model, self.revision, self._limit())
-        if key in self.read:
-            return self.read[key]
+        if key in self.tokenised:
+            return self.tokenised[key]
         raw = read_split(task, split, self.root, need_labels=need_labels)
-        tokenised = self.read[key] = TokenisedSplit(raw, self._tokenizer, max_length=self._limit())
+        tokenised = self.tokenised[key] = TokenisedSplit(raw, self._tokenizer, max_length=self._limit())
         tokenised.notices += one_label(raw.labels, task.labels)
         train = self.splits.get("train", {}).get(task.name)
         if split == "dev" and train is not None and (shared := shared_texts(train.source, raw)):

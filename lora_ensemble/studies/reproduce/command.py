@@ -66,7 +66,7 @@ def run(args: Sequence[str]) -> int:
 
     device = "cuda" if torch.cuda.is_available() and given.accelerator != "cpu" else "cpu"
     given.precision = given.precision or ("bf16-mixed" if computes_bf16(device) else "32-true")
-    given.read = {}  # the splits, once for all parts
+    given.tokenised = {}  # the splits, once for all parts
     _say_plan(paper, given, device)
     if given.plan:
         return 0
@@ -121,7 +121,7 @@ def _say_plan(paper: Paper, given: argparse.Namespace, device: str) -> None:
         splits = [[read_split(PRESETS[t], s, given.root, need_labels=True) for s in ("train", "dev")] for t in TASKS]
     else:
         data = BankData(base_model=given.base_model, root=str(given.root), tasks=TASKS)
-        data.read = given.read
+        data.tokenised = given.tokenised
         data.setup("fit")
         splits = [[data.splits[s][t].source for s in ("train", "dev")] for t in TASKS]
         speed = measure(data, precision=given.precision, device=device)
@@ -183,7 +183,7 @@ def _train(verb: str, part: Part, given: argparse.Namespace, *more: str) -> None
         *more,
     ]
     code = (
-        lora_ensemble(arguments, partial(CLI, read=given.read))
+        lora_ensemble(arguments, partial(CLI, tokenised=given.tokenised))
         if given.devices == "1"
         else _program("lora_ensemble", *arguments)
     )
