@@ -396,3 +396,30 @@ def test_peft_config_of_a_member() -> None:
     assert config["lora_alpha"] == 10.0
     assert config["target_modules"] == ["bert.a.query"]
     assert config["modules_to_save"] == ["classifier"]
+    assert "layers_to_transform" not in config
+    config = peft_config(bert, ["a.query"], rank=4, scaling=2.5, base_model="b", revision=None, layers=[1])
+    assert config["layers_to_transform"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "dropout"),
+    [
+        ("bert", "intermediate.dense", "attention.self.dropout"),
+        ("bert", "intermediate.dense", "attention.output.dropout"),
+        ("modernbert", "mlp.Wo", "attn.out_drop"),
+        ("modernbert", "mlp.Wo", "mlp.drop"),
+    ],
+)
+def test_members_that_share_a_row_so_far_draw_their_own_masks(
+    tiny: Callable[[str], Path], family: str, targets: str, dropout: str
+) -> None:
+    """Equal members, of which nothing differs in the layer where they start but the masks of one dropout."""
+    entries = [Member(rank=2, targets=targets, layers=[1], name=name) for name in ("a", "b")]
+    bank = bank_of(tiny(family), *entries)
+    assert bank.starts == [1, 1]
+    part = row(batches(1)[0])
+    same = bank(part)["sst"]
+    assert torch.equal(same[0], same[1])
+    bank.encoder.set_submodule(f"{family_of(family).layers}.1.{dropout}", torch.nn.Dropout(0.5))
+    other = bank(part)["sst"]
+    assert not torch.allclose(other[0], other[1], atol=1e-4)

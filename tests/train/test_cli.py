@@ -714,3 +714,28 @@ def test_members_that_never_got_into_the_pool_are_left_out(
         shutil.rmtree(trained.pool / "sst" / name)
     assert trained("predict", f"--bank_size={size}") == 2
     assert "no such member; train it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", ["{rank: 2, name: mine, layers: [1]}", "{rank: 2, name: mine, patience: 3}"])
+def test_a_name_is_of_one_set_of_layers_and_one_patience(
+    program: Program, capsys: pytest.CaptureFixture[str], entry: str
+) -> None:
+    assert program("fit", members="[{rank: 2, name: mine}]") == 0
+    capsys.readouterr()
+    assert program("fit", members=f"[{entry}]") == 2
+    what = "layers was None, is now [1]" if "layers" in entry else "patience was None, is now 3"
+    assert f"holds a member of this name with other settings ({what})" in capsys.readouterr().err
+    assert program("validate", members=f"[{entry}]") == (2 if "layers" in entry else 0)
+    assert ("its layers was None, is now [1]" in capsys.readouterr().err) == ("layers" in entry)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(program: Program) -> None:
+    """One that knew neither layers nor patience."""
+    assert program("fit", "--trainer.max_epochs=1") == 0
+    (file,) = program.folder.glob("runs/*/checkpoint/last.ckpt")
+    content = torch.load(file, weights_only=True)
+    for member in content["bank"]["members"]:
+        del member["layers"], member["patience"]
+    torch.save(content, file)
+    assert program("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
+    assert {r.epochs_done for r in pool.TaskPool(program.pool, "sst").members} == {2}
