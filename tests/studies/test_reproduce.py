@@ -318,6 +318,14 @@ def test_a_plan_needs_no_base_model(program: Program, capsys: pytest.CaptureFixt
     assert len(tables[0]) > 8
 
 
+def test_told_to_end(program: Program, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that a signal ended ends the whole, which says how it goes on."""
+    monkeypatch.setattr("lora_ensemble.train.cli.run", lambda *_: 143)
+    arguments = ["reproduce", "oyeniyi", f"--data.root={program.root}", f"--output={program.folder / 'out'}"]
+    assert main([*arguments, f"--base_model={program.base}", "--accelerator=cpu", "--precision=32-true"]) == 143
+    assert "stopped in part 1 " in capsys.readouterr().err
+
+
 def test_small_reproduction_of_oyeniyi(
     program: Program, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

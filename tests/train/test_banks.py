@@ -115,6 +115,8 @@ def test_banks_of_two_train_the_same_members_as_one_bank(in_twos: tuple[Program,
     program, out = in_twos
     assert "5 members in 3 banks of 2 to 1 (--bank_size 2)" in out
     assert_same_members(program, whole)
+    # What is frozen is where a run in one bank has it: train and dev of two tasks.
+    assert len(list((program.folder / "frozen").iterdir())) == len(list((whole.folder / "frozen").iterdir())) == 4
     # The two on all layers together, the two on attention alone, and the head alone by itself.
     assert sorted(map(sorted, banks(program))) == sorted(
         [sorted([NAMES[0], NAMES[3]]), sorted([NAMES[1], NAMES[4]]), [NAMES[2]]]

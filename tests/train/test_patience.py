@@ -36,10 +36,10 @@ def finished(program: Program) -> dict[str, pool.MemberRecord]:
     return {r.name: r for r in pool.TaskPool(program.pool, "sst").members}
 
 
-def assert_same(program: Program, other: Program | Path, names: list[str]) -> None:
-    expected = pool.TaskPool(other.pool if isinstance(other, Program) else other, "sst")
-    got = pool.TaskPool(program.pool, "sst")
-    for name in names:
+def assert_same(found: Path, other: Path) -> None:
+    got, expected = pool.TaskPool(found, "sst"), pool.TaskPool(other, "sst")
+    assert len(got.members) == 5
+    for name in [r.name for r in expected.members]:
         a, b = got.record(name), expected.record(name)
         assert (a.best_epoch, a.epochs_done) == (b.best_epoch, b.epochs_done)
         assert a.epoch_scores == pytest.approx(b.epoch_scores, abs=1e-12)
@@ -73,7 +73,7 @@ def test_each_is_the_member_alone(program: Program, tmp_path: Path, capsys: pyte
     together, program.pool = program.pool, tmp_path / "alone"
     for entry in ENTRIES:
         assert program("fit", *LONG, "--trainer.max_epochs=9", members=f"[{entry}]") == 0
-    assert_same(program, together, list(records))
+    assert_same(program.pool, together)
 
 
 def test_whoever_is_finished_stays_finished(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,8 +101,7 @@ def test_a_kill_before_the_members_left(program: Program, monkeypatch: pytest.Mo
         assert program(command, *how, members=ALL) == 130
     resume = ("--ckpt_path=last",) if command == "fit" else ()
     assert program(command, *how, *resume, members=ALL) == 0
-    assert len(finished(program)) == 5
-    assert_same(program, undisturbed, sorted(finished(program)))
+    assert_same(program.pool, undisturbed)
 
 
 def test_dev_is_evaluated_more_often_than_a_bank_can_be_cut(program: Program, tmp_path: Path) -> None:
@@ -110,16 +109,12 @@ def test_dev_is_evaluated_more_often_than_a_bank_can_be_cut(program: Program, tm
     how = (*LONG, "--trainer.max_epochs=6", "--trainer.val_check_interval=0.25")
     assert program("fit", *how, members=ALL) == 0
     whole, program.pool = program.pool, tmp_path / "again"
-    assert all(r.epochs_done % 4 == 0 for r in finished_at(whole))
+    assert all(r.epochs_done % 4 == 0 for r in pool.TaskPool(whole, "sst").members)
     shutil.rmtree(program.folder / "runs")
     for steps in (3, 6, 11, 13):
         assert program("fit", *how, f"--trainer.max_steps={steps}", "--ckpt_path=last", members=ALL) == 0
     assert program("fit", *how, "--ckpt_path=last", members=ALL) == 0
-    assert_same(program, whole, [r.name for r in finished_at(whole)])
-
-
-def finished_at(folder: Path) -> list[pool.MemberRecord]:
-    return pool.TaskPool(folder, "sst").members
+    assert_same(program.pool, whole)
 
 
 def test_it_needs_checkpoints(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
