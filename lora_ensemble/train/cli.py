@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -269,4 +270,8 @@ def run(args: Sequence[str], cli: Callable[..., CLI] = CLI, trainer_class: type[
         if isinstance(e.__context__, KeyboardInterrupt):
             return 128 + signal.SIGINT
         raise
+    finally:
+        # Lightning (2.6) does so for NCCL only. What gloo's threads still hold when the interpreter ends may abort it.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
