@@ -356,3 +356,28 @@ def test_small_reproduction_of_oyeniyi(
     assert (output / "report.md").read_text() == text
     picture = save_embeddings(output / "pool", "sts", program.root, str(program.base), output / "figure-4.png")
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_patience_trains_until_nothing_is_gained(
+    program: Program, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every member of the report has it, and more epochs than the small run's to use it in; the tables say so."""
+    fewer = program.folder / "fewer.yaml"
+    fewer.write_text("data: {steps_per_epoch: 2}\ntrainer: {max_epochs: 1}\n")
+    monkeypatch.setattr(command, "config_files", lambda part, scale: [*config_files(part, scale), fewer])
+    monkeypatch.setattr(work, "config_files", lambda part, scale: [*config_files(part, scale), fewer])
+    monkeypatch.setattr(work, "MOST", 4)
+    output = program.folder / "out"
+    arguments = ["reproduce", "oyeniyi", f"--data.root={program.root}", "--scale=small", f"--output={output}"]
+    arguments += [f"--base_model={program.base}", "--accelerator=cpu", "--precision=32-true"]
+    assert main([*arguments, "--patience=0"]) == 2
+    assert "--patience 0: expected a number of dev evaluations of at least 1" in capfd.readouterr().err
+    assert main([*arguments, "--patience=1"]) == 0
+    assert "at most" in capfd.readouterr().out
+    records = TaskPool(output / "pool", "sst").members
+    assert [r.name for r in records] == sorted(papers.OYENIYI.dev)
+    assert {r.patience for r in records} == {1}
+    ended = [(r.epochs_done, r.best_epoch) for r in records]
+    assert any(done < 4 for done, _ in ended)
+    assert all(done in (best + 1, 4) for done, best in ended)
+    assert "`--patience 1`: not so many epochs, but each model until" in (output / "report.md").read_text()

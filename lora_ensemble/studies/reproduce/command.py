@@ -20,7 +20,7 @@ from lora_ensemble.dicor.options import words
 from lora_ensemble.errors import Interrupted, Parser, UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.studies.reproduce.papers import PAPERS, TASKS, Paper, PaperName, Part, Scale
-from lora_ensemble.studies.reproduce.work import config_files, measure, seconds, steps, work_of
+from lora_ensemble.studies.reproduce.work import MOST, config_files, measure, seconds, settings_of, steps, work_of
 from lora_ensemble.tasks import PRESETS, SPLITS
 from lora_ensemble.text.readers import read_split
 
@@ -39,7 +39,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--scale", choices=get_args(Scale), default="full", help="small: about an hour on two cores (default: full)"
     )
-    p.add_argument("--output", type=Path, metavar="DIR", help="default: checkpoints/PAPER-SCALE")
+    p.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help=f"train each model until N dev evaluations brought no gain, in up to {MOST} times the epochs",
+    )
+    p.add_argument("--output", type=Path, metavar="DIR", help="default: checkpoints/PAPER-SCALE[-patience-N]")
     p.add_argument("--base_model", help="default: bert-base-uncased; small: all-MiniLM-L6-v2")
     p.add_argument(
         "--precision", help="of training (default: bf16-mixed where the device multiplies bf16 itself, else 32-true)"
@@ -55,7 +61,8 @@ def run(args: Sequence[str]) -> int:
     given = parser().parse_args(args)
     paper: Paper = PAPERS[given.paper]
     given.base_model = given.base_model or BASE_MODELS[given.scale]
-    given.output = given.output or Path("checkpoints") / f"{given.paper}-{given.scale}"
+    given.experiment = f"{given.paper}-{given.scale}" + f"-patience-{given.patience}" * bool(given.patience)
+    given.output = given.output or Path("checkpoints") / given.experiment
     _check(given)
     import torch  # not for --help, like what is imported below
 
@@ -74,7 +81,7 @@ def run(args: Sequence[str]) -> int:
     for number, part in enumerate(paper.parts, 1):
         print(f"\n== part {number} of {len(paper.parts)}: {part.name}", flush=True)
         try:
-            _train("sweep", part, given)
+            _train("sweep", part, given, *_with_patience(part, given))
         except BaseException:
             print(f"lora-ensemble: stopped in part {number} ({part.name}); the same command goes on", file=sys.stderr)
             raise
@@ -84,7 +91,9 @@ def run(args: Sequence[str]) -> int:
         entries = json.dumps([asdict(Member.of_record(r)) for r in members])
         _train("predict", part, given, f"--model.members={entries}")
 
-    files = write_results(given.paper, given.scale, given.output, base_model=given.base_model, predict=predict)
+    files = write_results(
+        given.paper, given.scale, given.output, base_model=given.base_model, patience=given.patience, predict=predict
+    )
     if given.paper == "tolkunov":
         files += _figures(given)
     print("\n".join(f"saved {file}" for file in files))
@@ -94,6 +103,8 @@ def run(args: Sequence[str]) -> int:
 
 def _check(given: argparse.Namespace) -> None:
     """``UserError`` for what would be missed only after hours of training."""
+    if given.patience is not None and given.patience < 1:
+        raise UserError(f"--patience {given.patience}: expected a number of dev evaluations of at least 1")
     for task in PRESETS.values():
         for split in SPLITS:
             file = given.root / getattr(task, split)
@@ -128,7 +139,7 @@ def _say_plan(paper: Paper, given: argparse.Namespace, device: str) -> None:
     examples = {t: (len(train), len(dev)) for t, (train, dev) in zip(TASKS, splits, strict=True)}
     rows, total = [], 0.0
     for part in paper.parts:
-        work = work_of(part, given.scale)
+        work = work_of(part, given.scale, given.patience)
         took = seconds(work, part.tasks, examples, speed) if speed else 0.0
         total += took
         rates = ", ".join(f"{rate:g}" for rate in work.learning_rates)
@@ -137,9 +148,10 @@ def _say_plan(paper: Paper, given: argparse.Namespace, device: str) -> None:
         rows.append([part.name, str(work.members), str(work.epochs), str(number), rates, about])
     where = f" on {speed.device}" if speed else ""
     print(f"\n{paper.title}, --scale {given.scale}, {given.base_model}, {given.precision}{where}\n")
-    print(markdown_table(["trains", "members", "epochs", "steps", "learning rates", "about"], rows))
+    most = "at most" if given.patience else "about"
+    print(markdown_table(["trains", "members", "epochs", "steps", "learning rates", most], rows))
     if speed:
-        print(f"\nabout {duration(total)} in all, if nothing else runs here; output: {given.output}", flush=True)
+        print(f"\n{most} {duration(total)} in all, if nothing else runs here; output: {given.output}", flush=True)
     else:
         print(f"\n{given.base_model} is not on this machine yet, so how long it takes is not known")
 
@@ -158,6 +170,16 @@ def _figures(given: argparse.Namespace) -> list[Path]:
             raise UserError(f"the figures of {task} failed; the same command goes on")
         save_embeddings(pool, task, given.root, given.base_model, files[-1])
     return files
+
+
+def _with_patience(part: Part, given: argparse.Namespace) -> list[str]:
+    if not given.patience:
+        return []
+    merged = settings_of(part, given.scale, given.patience)
+    return [
+        f"--model.members={json.dumps(merged['model']['members'])}",
+        f"--trainer.max_epochs={merged['trainer']['max_epochs']}",
+    ]
 
 
 def _train(verb: str, part: Part, given: argparse.Namespace, *more: str) -> None:
@@ -179,7 +201,7 @@ def _train(verb: str, part: Part, given: argparse.Namespace, *more: str) -> None
         f"--trainer.precision={given.precision}",
         f"--trainer.accelerator={given.accelerator}",
         f"--trainer.devices={given.devices}",
-        f"--experiment={given.paper}-{given.scale}",
+        f"--experiment={given.experiment}",
         *more,
     ]
     code = (

@@ -97,7 +97,9 @@ def _test_section(number: int, paper: Paper, systems: Systems, ours: str, scores
     )
 
 
-def write_results(name: PaperName, scale: Scale, output: Path, *, base_model: str, predict: Predict) -> list[Path]:
+def write_results(
+    name: PaperName, scale: Scale, output: Path, *, base_model: str, predict: Predict, patience: int | None = None
+) -> list[Path]:
     """Print and write the tables, and write the test predictions; returns the files.
 
     ``predict`` is called for members that have no test logits yet. ``UserError`` where one lacks what the tables need.
@@ -107,7 +109,7 @@ def write_results(name: PaperName, scale: Scale, output: Path, *, base_model: st
     compared, files = (_oyeniyi if name == "oyeniyi" else _tolkunov)(paper, scale, output, predict)
     sections = [
         f"# {paper.title}: the report and this run",
-        _differences(paper, scale, output, base_model),
+        _differences(paper, scale, output, base_model, patience),
         *compared,
         f"## What is odd in the report\n\n{oddities}",
     ]
@@ -122,7 +124,7 @@ def _text(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
-def _differences(paper: Paper, scale: Scale, output: Path, base_model: str) -> str:
+def _differences(paper: Paper, scale: Scale, output: Path, base_model: str, patience: int | None) -> str:
     """What differs from the report: backbone, precision, data, epochs."""
     pools = {t: TaskPool(output / [p.pool for p in paper.parts if t in p.tasks][-1], t) for t in TASKS}
     precisions = {str(r.settings["precision"]) for task_pool in pools.values() for r in task_pool.members}
@@ -132,6 +134,11 @@ def _differences(paper: Paper, scale: Scale, output: Path, base_model: str) -> s
         for task, task_pool in pools.items()
     ]
     small = f"\n\n`--scale small`: {paper.small}." if scale == "small" else ""
+    if patience:
+        small += (
+            f"\n\n`--patience {patience}`: not so many epochs, but each model until its score on dev had not risen in "
+            f"{patience} evaluations; it is kept as it was at its best."
+        )
     return f"## What differs\n\n{markdown_table(['', 'report', 'this run'], rows)}{small}"
 
 

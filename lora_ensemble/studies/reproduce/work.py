@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lora_ensemble.train.data import BankData
 
 BATCH = 8
+MOST = 20
+"""Times the configured epochs that a member with patience may take."""
 _MEMBERS, _STEPS, _SAMPLE = 4, 3, 512
 _FULL = 2.5
 """Times a LoRA member's: gradients and AdamW for all weights, which no other member shares. About, on a CPU."""
@@ -61,12 +63,26 @@ def config_files(part: Part, scale: Scale) -> list[Path]:
     return [config_folder() / name for name in (part.config, part.small)[: 1 + (scale == "small")]]
 
 
-def work_of(part: Part, scale: Scale) -> Work:
-    """What a part trains."""
+def settings_of(part: Part, scale: Scale, patience: int | None = None) -> dict[str, dict[str, Any]]:
+    """A part's sections ``data``, ``model`` and ``trainer``, one file on top of the other.
+
+    With ``patience`` each member has it, and MOST times as many epochs to stop improving in.
+    """
     merged: dict[str, dict[str, Any]] = {"data": {}, "model": {}, "trainer": {}}
     for file in config_files(part, scale):
         for section, values in yaml.safe_load(file.read_text(encoding="utf-8")).items():
             merged[section].update(values)
+    model, trainer = merged["model"], merged["trainer"]
+    model["members"] = [{**entry, "lr": float(entry["lr"])} for entry in model["members"]]  # PyYAML reads 1e-5 as text
+    if patience:
+        model["members"] = [{**entry, "patience": patience} for entry in model["members"]]
+        trainer["max_epochs"] *= MOST
+    return merged
+
+
+def work_of(part: Part, scale: Scale, patience: int | None = None) -> Work:
+    """What a part trains, at most where members have patience."""
+    merged = settings_of(part, scale, patience)
     entries = merged["model"]["members"]
     counts = [math.prod(len(v) for v in entry.values() if isinstance(v, list)) for entry in entries]
     heads = [entry.get("targets") in ("none", "pooler") for entry in entries]
@@ -76,7 +92,7 @@ def work_of(part: Part, scale: Scale) -> Work:
         full=merged["model"].get("finetune") == "full",
         epochs=merged["trainer"]["max_epochs"],
         steps_per_epoch=merged["data"].get("steps_per_epoch"),
-        learning_rates=sorted({float(entry["lr"]) for entry in entries}),
+        learning_rates=sorted({entry["lr"] for entry in entries}),
     )
 
 
