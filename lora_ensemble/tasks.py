@@ -50,6 +50,13 @@ class Task:
     """Name of a data set of the Hugging Face hub (or a local folder that `datasets` loads) instead of files."""
     dataset_config: str | None = None
     """Configuration name of that data set, if it has several."""
+    weight: str | None = None
+    """A column of the training file: how much each example counts in the loss, 0 or more."""
+    class_weights: str | list[float] | None = None
+    """How much examples of each class count in the loss: a number for each, in the order of the labels, or balanced:
+    so many for a rare class that all classes count alike. An example's weight is that of its class times its own."""
+    label_smoothing: float = 0.0
+    """For classifiers: this part of an example's label is spread evenly over all classes."""
     metrics: list[str] = field(default_factory=list)
     """Further curves on dev: classes of torchmetrics by name, as ``model.metrics`` has them for all tasks."""
     leaderboard_column: str = "Prediction"
@@ -76,6 +83,15 @@ class Task:
             yaml = f'which is what YAML makes of {word}; write "{word}" in quotes, or whatever stands in the data'
             refuse(isinstance(name, bool), f"label_names holds {name}, {yaml}")
         refuse(len(set(self.labels)) < len(self.labels), f"label_names holds a name twice: {self.labels}")
+        weights, smoothing = self.class_weights, self.label_smoothing
+        refuse(regression and weights is not None, "class_weights are for classes; give weight: a column")
+        refuse(regression and smoothing != 0, "label_smoothing is for classes")
+        refuse(not 0 <= smoothing < 1, f"label_smoothing is {smoothing}; expected a share from 0 to below 1")
+        if weights not in (None, "balanced"):
+            numbers = list(weights) if isinstance(weights, list) else []
+            good = len(numbers) == len(self.labels) and max(numbers) > 0 and all(0 <= w < math.inf for w in numbers)
+            expected = f"expected balanced, or {len(self.labels)} numbers of at least 0: one for each label"
+            refuse(not good, f"class_weights is {weights!r}; {expected}")
         headless = bool(self.columns) and self.dataset is not None
         refuse(headless, "columns is for files without a header; a data set names its columns")
 
@@ -88,6 +104,12 @@ class Task:
     def num_outputs(self) -> int:
         """C: one per class for multiclass, otherwise 1."""
         return len(self.label_names) if self.kind == "multiclass" else 1
+
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """What decides the loss besides the kind, where it is not the default."""
+        settings = {"class_weights": self.class_weights, "label_smoothing": self.label_smoothing}
+        return {key: value for key, value in settings.items() if value}
 
     @property
     def score_name(self) -> str:

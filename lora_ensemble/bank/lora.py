@@ -47,6 +47,8 @@ class Member:
     What lies below the lowest is computed once for all epochs."""
     seed: int | list[int] = 11711
     """Draws this member's A and head."""
+    bag: bool | list[bool] = False
+    """Whether it is trained on a bag of its own: as many examples as there are, drawn with replacement (its seed)."""
     patience: int | None = None
     """Dev evaluations in a row without a gain after which it is finished, at the end of an epoch; null: none."""
     name: str = None  # type: ignore[assignment]  # to jsonargparse a str or null; an expanded member has one
@@ -79,6 +81,7 @@ class Member:
             lr=record.lr or 0.0,
             targets=record.targets or NO_TARGETS,
             layers=record.layers or ALL_LAYERS,
+            bag=record.bag,
             patience=record.patience,
             seed=record.seed or 0,
             name=record.name,
@@ -94,10 +97,11 @@ def single(setting: T | list[T]) -> T:
 def member_name(member: Member, finetune: str) -> str:
     """``r12-c3-qv-lr1e-4-s11711``; ``head-…`` for targets none, ``full-…`` for full fine-tuning.
 
-    Layers and patience are in it where they are not the defaults: ``r12-c3-qv-top-half-lr1e-4-s11711-p3``.
+    Layers, bag and patience are in it where they are not the defaults: ``r12-c3-qv-top-half-lr1e-4-s11711-bag-p3``.
     """
     # The rate to its last digit in scientific form: 0.0001 is 1e-4.
     end = f"lr{Decimal(repr(member.lr)).normalize():e}-s{member.seed}".replace("e+", "e")
+    end += "-bag" * bool(member.bag)
     end += f"-p{member.patience}" if member.patience is not None else ""
     if finetune == "full":
         return f"full-{end}"
@@ -182,7 +186,7 @@ def _checked(where: str, name: str | None, settings: dict[str, Any], finetune: s
             raise UserError(f"{where}.{key}: {value}; expected {expected}")
     if not adapted:
         rank, scaling, targets, layers = 1, 1.0, NO_TARGETS, ALL_LAYERS
-    same: dict[str, Any] = {"lr": float(lr), "seed": seed, "patience": patience}
+    same: dict[str, Any] = {"lr": float(lr), "seed": seed, "bag": bool(settings["bag"]), "patience": patience}
     member = Member(rank=rank, scaling=float(scaling), targets=targets, layers=layers, **same)
     name = name or member_name(member, finetune)
     pool.check_name(name)

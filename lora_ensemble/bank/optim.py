@@ -21,7 +21,8 @@ class BankAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) with a learning rate per row of one matrix (M, P): ``rates`` (M,).
 
     Every row gets what ``torch.optim.AdamW`` would give it alone. A row whose gradient is not finite is frozen for good
-    and changes no other row. ``group["lr"]`` is the schedule's factor on all rates, 1 at first.
+    and changes no other row; one of ``idle`` is left as if it had not been asked. ``group["lr"]`` is the schedule's
+    factor on all rates, 1 at first.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class BankAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:
         super().__init__([weights], {"lr": 1.0, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+        self.idle: list[int] = []  # rows that take no step, the next time
         self._rates = self._own = torch.tensor(rates, dtype=torch.float64).view(-1, 1)
 
     def _state(self) -> dict[str, Any]:
@@ -43,6 +45,8 @@ class BankAdamW(torch.optim.Optimizer):
             moments = {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
             alive = torch.ones(len(weights), 1, dtype=torch.bool, device=weights.device)
             state.update(step=0, alive=alive, **moments)  # whole or not at all
+        if "missed" not in state:  # by an earlier version
+            state["missed"] = [0] * len(weights)  # of the steps, how many each row was idle in
         return state
 
     @property
@@ -71,17 +75,36 @@ class BankAdamW(torch.optim.Optimizer):
         rates = torch.where(alive, self._own * group["lr"], 0)
         beta1, beta2 = group["betas"]
         step, change = state["step"] + 1, torch.empty_like(weights)
-        shrink, rates = 1 - rates * group["weight_decay"], rates / (1 - beta1**step)
+        missed = [n + (i in self.idle) for i, n in enumerate(state["missed"])]
+        kept = [(t, t[self.idle]) for t in (weights, state["exp_avg"], state["exp_avg_sq"])] if self.idle else []
+        taken = [max(step - n, 1) for n in missed]
 
-        state["alive"], state["step"] = alive, step
+        def bias(beta: float) -> float | Tensor:
+            """1 less beta to the number of steps that a row has taken."""
+            return 1 - beta**step if not any(missed) else weights.new_tensor([[1 - beta**t] for t in taken])
+
+        shrink, rates, bias2 = 1 - rates * group["weight_decay"], rates / bias(beta1), bias(beta2)
+
+        state["alive"], state["step"], state["missed"] = alive, step, missed
         weights.mul_(shrink)
         state["exp_avg"].lerp_(gradient, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        torch.div(state["exp_avg_sq"], 1 - beta2**step, out=change)
+        torch.div(state["exp_avg_sq"], bias2, out=change)
         change.sqrt_().add_(group["eps"])
         torch.div(state["exp_avg"], change, out=change).mul_(rates)
         weights.sub_(change)
+        for tensor, rows in kept:
+            tensor[self.idle] = rows
         return loss
+
+
+def leave_out(bank: Bank, optimizer: Any, members: list[int]) -> None:
+    """Let these members take no step, the next time; all others do. ``optimizer``: as in :func:`finite_members`."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(optimizer, BankAdamW):
+        optimizer.idle = members
+    elif members:
+        optimizer.zero_grad(set_to_none=True)  # a fully fine-tuned member is alone
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ class MemberRecord:
     scaling: float | None = None
     targets: str | None = None
     layers: str | list[int] | None = None  # None: all
+    bag: bool = False
     patience: int | None = None
     lr: float | None = None
     seed: int | None = None

@@ -29,6 +29,7 @@ class Split:
     texts: list[list[str]]  # one list of N stripped strings per text column of the task
     labels: np.ndarray | None  # (N,) int64 class numbers, or float64 values; None where unknown
     notices: list[str] = field(default_factory=list)  # a line for each kind of thing that was skipped or mended
+    weights: np.ndarray | None = None  # (N,) float64, of training examples whose task names a column of them
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -43,7 +44,9 @@ def read_split(task: Task, split: str, root: Path | None, *, need_labels: bool) 
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
-    wanted = list(dict.fromkeys([*task.text, task.label, *([task.id] if task.id is not None else [])]))
+    task = task if split == "train" else replace(task, weight=None)
+    more = [name for name in (task.id, task.weight) if name is not None]
+    wanted = list(dict.fromkeys([*task.text, task.label, *more]))
     if task.dataset is not None:
         name = getattr(task, split) or HUB_SPLITS[split]
         table = read_hub(task.dataset, task.dataset_config, name, wanted, task.label, task.labels)
@@ -58,15 +61,17 @@ def read_texts(task: Task, path: Path) -> Split:
     ``UserError`` as :func:`read_split`.
     """
     table = read_table(path, task.text, task.columns)
-    split = _examples(replace(task, id=None), table, "texts", skip=True, need_labels=False)
+    split = _examples(replace(task, id=None, weight=None), table, "texts", skip=True, need_labels=False)
     return replace(split, ids=np.array([f"{path.name}:{row}" for row in split.ids]))
 
 
 def fingerprint(split: Split) -> str:
-    """16 hex digits over ids, texts and labels in their order."""
+    """16 hex digits over ids, texts, labels and weights in their order."""
     digest = hashlib.sha256(json.dumps([split.ids.tolist(), split.texts]).encode())
     if split.labels is not None:
         digest.update(split.labels.astype("<f8").tobytes())  # one width on every machine
+    if split.weights is not None:
+        digest.update(b"weights" + split.weights.astype("<f8").tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -98,7 +103,8 @@ def _examples(task: Task, table: Table, what: str, *, skip: bool, need_labels: b
     texts = [[_string(table, row, name, cell) for row, cell in enumerate(table.columns[name])] for name in task.text]
     rows = _usable_rows(task, table, texts, what, skip)
     labels = _labels(task, table, rows) if task.label in table.columns else None
-    return Split(_ids(task, table, rows), [[column[row] for row in rows] for column in texts], labels, table.notices)
+    kept, weights = [[column[row] for row in rows] for column in texts], _weights(task, table, rows)
+    return Split(_ids(task, table, rows), kept, labels, table.notices, weights)
 
 
 def _check_columns(task: Task, table: Table, need_labels: bool) -> None:
@@ -106,7 +112,7 @@ def _check_columns(task: Task, table: Table, need_labels: bool) -> None:
     advice = f"of task {task.name!r} to what the file has"
     if table.header_line and not table.columns:
         advice += "; if these are no names, a header line seems to be missing: give the names as columns: of the task"
-    for name, key in [*((name, "text") for name in task.text), (task.id, "id")]:
+    for name, key in [*((name, "text") for name in task.text), (task.id, "id"), (task.weight, "weight")]:
         if name is not None and name not in table.columns:
             raise UserError(f"{table.where}: no column {name!r}; columns found: {shown}; set {key}: {advice}")
     if need_labels and task.label not in table.columns:
@@ -203,3 +209,18 @@ def _labels(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray | None:
         row = rows[int(good.argmin())]
         raise UserError(f"{table.at(row)}: label out of range: {task.label} is {cells[row]!r}; expected {expected}")
     return values if task.kind == "regression" else values.astype(np.int64)
+
+
+def _weights(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray | None:
+    """(N,) weights of the rows, checked; None where the task names no column of them."""
+    if task.weight is None:
+        return None
+    cells = table.columns[task.weight]
+    weights = np.array([number(str(cells[row])) for row in rows])
+    good = np.isfinite(weights) & (weights >= 0)
+    if not good.all():
+        row = rows[int(good.argmin())]
+        raise UserError(f"{table.at(row)}: {task.weight} is {cells[row]!r}; expected a weight, a number of at least 0")
+    if not weights.any():
+        raise UserError(f"{table.where}: {task.weight} is 0 in all rows, so there is nothing to train on")
+    return weights

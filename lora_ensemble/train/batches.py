@@ -9,14 +9,15 @@ Axes: N examples of a split, B examples in a batch, T tokens of all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from lora_ensemble.bank.lora import derived_seed
+from lora_ensemble.bank.lora import Member, derived_seed, single
+from lora_ensemble.tasks import Task
 from lora_ensemble.text.packing import Tokens
 from lora_ensemble.text.readers import Split, fingerprint
 
@@ -49,6 +50,40 @@ class TokenisedSplit:
         return batch
 
 
+class ExampleWeights:
+    """How much each of N training examples counts in the loss of each of M members.
+
+    Its own weight, times its class's, times how often a member's bag holds it: a bootstrap of the N examples that is
+    drawn from the member's seed. ``anything``: whether any of it is asked for; otherwise all count alike.
+    """
+
+    def __init__(self, task: Task, split: Split, members: Sequence[Member]) -> None:
+        n = len(split)
+        self.members, self._own = len(members), split.weights
+        if task.class_weights is not None and split.labels is not None:
+            of_class = np.asarray(task.class_weights, np.float64) if isinstance(task.class_weights, list) else None
+            if of_class is None:  # n / (K n_c), as scikit-learn has it
+                counts = np.bincount(split.labels, minlength=len(task.labels))
+                of_class = n / (len(counts) * np.maximum(counts, 1))
+            self._own = of_class[split.labels] * (1.0 if self._own is None else self._own)
+        self._bags: np.ndarray | None = None  # (M, N)
+        if any(m.bag for m in members):
+            self._bags = np.ones((len(members), n), np.uint8)
+            for bag, member in zip(self._bags, members, strict=True):
+                if member.bag:
+                    generator = np.random.default_rng(derived_seed(single(member.seed), f"bag/{task.name}"))
+                    bag[:] = np.bincount(generator.integers(n, size=n), minlength=n)
+
+    @property
+    def anything(self) -> bool:
+        return self._own is not None or self._bags is not None
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """The weights of examples ``rows`` (B,), (M, B)."""
+        own = np.ones(len(rows)) if self._own is None else self._own[rows]
+        return np.broadcast_to(own, (self.members, len(rows))) * (1 if self._bags is None else self._bags[:, rows])
+
+
 @dataclass(kw_only=True, eq=False)
 class TrainBatches:
     """Training batches of all tasks, in an order that only the seed, the epoch and the step decide.
@@ -56,6 +91,10 @@ class TrainBatches:
     Each step has a batch of every task (Oyeniyi, section 4): ``batch_size`` examples over all devices, of which this
     process gets every ``world``-th. A task that ends is shuffled anew and goes on. Lightning saves ``state_dict`` in
     its checkpoints, so that a run resumes in mid-epoch.
+
+    A batch's ``size`` is what its losses are divided by: the number of examples in all batches that make one step, or,
+    where they do not count alike, each member's sum of weights in them (M,). Then there are also ``weights`` (M, B),
+    and, on the host, ``idle`` (M,): to whom nothing counts in that step.
     """
 
     splits: dict[str, TokenisedSplit]
@@ -66,6 +105,9 @@ class TrainBatches:
     world: int
     epoch: Callable[[], int]  # asked at each pass, which begins with the epoch's first batch, wherever the last ended
     repeats: bool = False  # whether all epochs have the first one's batches
+    weights: Mapping[str, ExampleWeights] = field(default_factory=dict)  # of tasks whose examples do not count alike
+    accumulated: Callable[[], int] = lambda: 1  # asked at each batch: how many of them make one step of training
+    ends: Callable[[], float] = lambda: math.inf  # how many batches of an epoch are trained on
 
     def __post_init__(self) -> None:
         self._passes = {name: math.ceil(len(split) / self.batch_size) for name, split in self.splits.items()}
@@ -97,11 +139,22 @@ class TrainBatches:
         for step in range(start, self._steps):
             batch = {}
             for name, split in self.splits.items():
-                rows = self._rows(name, 0 if self.repeats else epoch, step)
-                batch[name] = {**split.batch(rows[self.rank :: self.world]), "size": len(rows)}
+                rows = self._rows(name, 0 if self.repeats else epoch, step)[self.rank :: self.world]
+                batch[name] = split.batch(rows) | self._counted(name, 0 if self.repeats else epoch, step, rows)
             # Counted before the yield: what comes after the last one is never run.
             self._at = (epoch, step + 1)
             yield batch
+
+    def _counted(self, name: str, epoch: int, step: int, rows: np.ndarray) -> dict[str, Any]:
+        """What :class:`TrainBatches` says of a batch besides its examples ``rows`` (B,)."""
+        first = step - step % self.accumulated()
+        steps = range(first, max(int(min(first + self.accumulated(), self._steps, self.ends())), step + 1))
+        together = np.concatenate([self._rows(name, epoch, s) for s in steps])
+        if name not in self.weights:
+            return {"size": len(together)}
+        total = self.weights[name].of(together).sum(1)
+        size = torch.from_numpy(np.where(total > 0, total, 1.0))
+        return {"size": size, "weights": torch.from_numpy(self.weights[name].of(rows)), "idle": total == 0}
 
     def state_dict(self) -> dict[str, int]:
         """How many batches of which epoch have been handed out."""

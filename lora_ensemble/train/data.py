@@ -6,6 +6,7 @@ Axes: N labelled training examples, U unlabelled ones, C outputs of a head.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.scores import one_label
 from lora_ensemble.tasks import PRESETS, Task
 from lora_ensemble.text.readers import Split, read_split, shared_texts, split_file
-from lora_ensemble.train.batches import EvalBatches, TokenisedSplit, TrainBatches
+from lora_ensemble.train.batches import EvalBatches, ExampleWeights, TokenisedSplit, TrainBatches
 from lora_ensemble.train.notices import say
 
 
@@ -111,6 +112,8 @@ class BankData(pl.LightningDataModule):
         ``labels``: (N + U, C) probabilities of the classes, or (N + U,) of class 1 or values. ``how``: ``taught``.
         """
         first = self.splits["train"][task]
+        if ExampleWeights(next(t for t in self.tasks if t.name == task), first.source, ()).anything:
+            raise UserError(f"task {task!r}: a student learns from soft labels; leave out class_weights and weight")
         own = first.source
         texts = [[*a, *b] for a, b in zip(own.texts, unlabelled.texts, strict=True)]
         whole = Split(np.concatenate([own.ids, unlabelled.ids]), texts, labels)
@@ -131,13 +134,19 @@ class BankData(pl.LightningDataModule):
 
     def train_dataloader(self) -> TrainBatches:
         """Batches of all tasks."""
+        trainer: Any = self.trainer
+        members = getattr(getattr(trainer, "lightning_module", None), "members", ())
+        weights = {t.name: ExampleWeights(t, self.splits["train"][t.name].source, members) for t in self.tasks}
         return TrainBatches(
             splits=self.splits["train"],
             batch_size=self.batch_size,
             steps=self.steps_per_epoch,
             seed=self.seed,
-            epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
-            repeats=bool(getattr(self.trainer, "overfit_batches", 0)),
+            epoch=lambda: trainer.current_epoch if trainer else 0,
+            repeats=bool(getattr(trainer, "overfit_batches", 0)),
+            weights={name: w for name, w in weights.items() if w.anything and members},
+            accumulated=lambda: trainer.accumulate_grad_batches if trainer else 1,
+            ends=lambda: trainer.num_training_batches if trainer else math.inf,
             **self._place(),
         )
 

@@ -25,22 +25,42 @@ from lora_ensemble.tasks import Kind, Task
 from lora_ensemble.train.batches import TokenisedSplit
 
 
-def member_losses(logits: Tensor, labels: Tensor, kind: Kind) -> Tensor:
+def member_losses(logits: Tensor, labels: Tensor, kind: Kind, smoothing: float = 0.0) -> Tensor:
     """Loss of every member on every example: logits (M, B, C), labels (B,) or soft labels. Returns (M, B).
 
     Cross-entropy, binary cross-entropy with logits, or squared error (both reports). Never below float32. Soft labels
-    are probabilities: of the classes (B, C) for multiclass, of class 1 (B,) for binary.
+    are probabilities: of the classes (B, C) for multiclass, of class 1 (B,) for binary. ``smoothing``: the part of a
+    classifier's label that is spread evenly over all classes (Szegedy et al. 2016, section 7).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if kind == "multiclass":
         m, b, c = logits.shape
         target = labels if labels.dim() == 1 else labels.to(logits.dtype)
         target = target.expand(m, *target.shape).flatten(0, 1)
-        return F.cross_entropy(logits.reshape(m * b, c), target, reduction="none").view(m, b)
+        losses = F.cross_entropy(logits.reshape(m * b, c), target, reduction="none", label_smoothing=smoothing)
+        return losses.view(m, b)
     target = labels.to(logits.dtype).expand(logits.shape[:2])
     if kind == "binary":
+        target = target * (1 - smoothing) + smoothing / 2 if smoothing else target
         return F.binary_cross_entropy_with_logits(logits[..., 0], target, reduction="none")
     return (logits[..., 0] - target).square()
+
+
+def step_losses(logits: Tensor, part: Mapping[str, Any], task: Task, parts: int) -> Tensor:
+    """This batch's share of every member's mean loss over the examples that one step sees, times ``parts``: (M,).
+
+    The mean is weighted where examples do not count alike. ``logits``: (M, B, C); ``part``: as ``TrainBatches`` has it.
+    """
+    losses = member_losses(logits, part["labels"], task.kind, task.label_smoothing)
+    if "weights" not in part:
+        return losses.sum(1) * (parts / part["size"])
+    return (losses * part["weights"].to(losses)).sum(1) * (parts / part["size"].to(losses))
+
+
+def idle_members(parts: Iterable[Mapping[str, Any]]) -> list[int]:
+    """The members to whom no example of any task counts in this step."""
+    idle = [part.get("idle", np.zeros(1, bool)) for part in parts]
+    return np.flatnonzero(np.all(np.broadcast_arrays(*idle), axis=0)).tolist()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lora_ensemble.bank.lora import Member, derived_seed, expand_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
-from lora_ensemble.train.evaluation import Evaluation, check_metrics, evaluate, member_losses
+from lora_ensemble.train.evaluation import Evaluation, check_metrics, evaluate, idle_members, step_losses
 from lora_ensemble.train.frozen import FrozenStates
 from lora_ensemble.train.notices import say
 from lora_ensemble.train.restart import check_checkpoint, planned_steps
@@ -92,11 +92,10 @@ class BankModule(pl.LightningModule):
     def _load(self, revision: str | None) -> None:
         """Check the settings, then load the base model."""
         given = self.training_settings
-        for name in ("init_std", "weight_decay", "warmup"):
-            if not 0 <= given[name] < math.inf:
-                raise UserError(f"model.{name}: {given[name]}; expected 0 or more")
-        if not 0 <= self.frozen_cache < math.inf:
-            raise UserError(f"model.frozen_cache: {self.frozen_cache}; expected GiB, 0 or more")
+        numbers = {key: given[key] for key in ("init_std", "weight_decay", "warmup")}
+        for name, value in {**numbers, "frozen_cache": self.frozen_cache}.items():
+            if not 0 <= value < math.inf:
+                raise UserError(f"model.{name}: {value}; expected 0 or more")
         for name in ("head_dropout", "encoder_dropout"):
             if given[name] is not None and not 0 <= given[name] < 1:
                 raise UserError(f"model.{name}: {given[name]}; expected a probability from 0 to below 1")
@@ -154,13 +153,10 @@ class BankModule(pl.LightningModule):
     def training_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> Tensor:
         """The sum over members and tasks of each one's mean loss; the sum keeps every member's own gradient."""
         logits = self.bank(batch, self._frozen_states(batch, "train"))
-        losses = []
-        for task in self.tasks:
-            part = batch[task.name]
-            per_example = member_losses(logits[task.name], part["labels"], task.kind)  # (M, B)
-            # Mean over the examples of all devices; DDP will divide the gradients by their number.
-            losses.append(per_example.sum(1) * (self.trainer.world_size / part["size"]))
-        loss = torch.stack(losses)  # (tasks, M)
+        # DDP divides the gradients by the number of devices, Lightning by that of the batches that make a step.
+        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        loss = torch.stack([step_losses(logits[t.name], batch[t.name], t, parts) for t in self.tasks])  # (tasks, M)
+        self._idle = idle_members(batch.values())  # nothing of this step counts to them
         self._loss_sum = loss.detach() if self._loss_sum is None else self._loss_sum + loss.detach()
         self._loss_steps += 1
         return loss.sum()
@@ -199,6 +195,10 @@ class BankModule(pl.LightningModule):
     def alive(self) -> list[bool]:
         """For each member, whether its training has stayed finite."""
         return optim.finite_members(self.bank, self.optimizers())
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Members to whom nothing counts take no step."""
+        optim.leave_out(self.bank, optimizer, self._idle)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

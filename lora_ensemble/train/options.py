@@ -107,10 +107,11 @@ def run_name(experiment: str, settings: dict[str, Any]) -> str:
     for task in settings["data"]["tasks"]:
         if isinstance(task, dict):  # a run that an earlier version began keeps its name
             task.pop("metrics", None)
-            if not task.get("columns"):
-                task.pop("columns", None)
+            for key in ("columns", "weight", "class_weights", "label_smoothing"):
+                if not task.get(key):
+                    task.pop(key, None)
     for member in settings["model"]["members"] or []:
-        for key, default in (("layers", "all"), ("patience", None)):
+        for key, default in (("layers", "all"), ("bag", False), ("patience", None)):
             if member[key] == default:
                 del member[key]
     groups = {name: settings[name] for name in ("model", "data", "trainer")}

@@ -214,11 +214,13 @@ def described(data: BankData, module: BankModule, *, run: str) -> dict[str, list
     """Task to what member.json will say of each member of a bank, but for its results. ``run``: the run's name."""
     trainer: Any = data.trainer
     train, dev = data.splits["train"], data.splits["dev"]
+    losses = {t.name: t.loss_settings for t in module.tasks}
     clipping, overfit = trainer.gradient_clip_algorithm, trainer.overfit_batches
     settings = {
         **module.training_settings,
         "tasks": [t.name for t in module.tasks],
         "train_fingerprints": {t.name: train[t.name].fingerprint for t in module.tasks},
+        **({"losses": losses} if any(losses.values()) else {}),
         **{key: getattr(data, key) for key in ("batch_size", "max_length", "steps_per_epoch")},
         "data_seed": data.seed,
         **{key: getattr(trainer, key) for key in _OF_THE_TRAINER},
@@ -253,7 +255,8 @@ def difference(there: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: 
     ``resumed``: only how long it trains may differ. ``any_base``: the base model may, too.
     """
     for key in (
-        *("base_model", "finetune", "rank", "scaling", "targets", "layers", "patience", "lr", "seed", "labels"),
+        *("base_model", "finetune", "rank", "scaling", "targets", "layers", "bag", "patience", "lr", "seed"),
+        "labels",
         "train_fingerprint",
     ):
         if (a := getattr(there, key)) != (b := getattr(wanted, key)):

@@ -219,8 +219,9 @@ def limit_on_dev(trainer: pl.Trainer) -> str:
 
 def check_checkpoint(saved: Mapping[str, Any], expected: Mapping[str, Any], *, any_base: bool) -> None:
     """``UserError`` where a checkpoint, by what it says of its bank, is another one's, or over another base model."""
-    # An earlier version knew neither layers nor patience.
-    saved = {**saved, "members": [{"layers": None, "patience": None, **m} for m in saved.get("members", [])]}
+    # An earlier version knew none of these.
+    new = {"layers": None, "bag": False, "patience": None}
+    saved = {**saved, "members": [{**new, **m} for m in saved.get("members", [])]}
     for key in ("base_model", "finetune", "tasks", "members"):
         if saved.get(key) != expected[key]:
             raise UserError(

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from pool_factory import add_member, random_labels, random_logits
-from test_cli import Program, different_files
+from test_cli import MEMBERS, Program, different_files
 
 from lora_ensemble import pool
 
@@ -139,14 +139,15 @@ assert torch.distributed.is_available() and not torch.distributed.is_initialized
 def test_two_devices_train_the_same_members_as_one(two_programs: tuple[Program, Program]) -> None:
     """Dropout off: the same dev scores, and the same logits row for row (float64, kept as float32: to 1e-6)."""
     one, two = two_programs
-    tasks = "[sst, sts]"
+    # A bag: a weighted mean, whose weights the devices share unequally.
+    which = {"tasks": "[sst, sts]", "members": MEMBERS[:-1] + ", {rank: 2, lr: 3e-3, bag: true}]"}
     # 7 does not divide by 2, nor 60 by 7: uneven shares, and a last batch of 4.
     common = (*STILL, "--trainer.precision=64-true", "--data.batch_size=7", "--trainer.gradient_clip_val=0.5")
-    assert one("fit", *common, tasks=tasks) == 0
-    assert one("predict", *common, tasks=tasks) == 0
+    assert one("fit", *common, **which) == 0
+    assert one("predict", *common, **which) == 0
     ddp = ("--trainer.devices=2", "--trainer.strategy=ddp")
     for verb in ("fit", "predict"):
-        subprocess.run(command(two.arguments(verb, *common, *ddp, tasks=tasks)), env=environment(), check=True)
+        subprocess.run(command(two.arguments(verb, *common, *ddp, **which)), env=environment(), check=True)
     for task in ("sst", "sts"):
         for split in ("dev", "test"):
             a, b = (pool.TaskPool(p.pool, task, split=split) for p in (one, two))

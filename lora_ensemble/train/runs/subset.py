@@ -48,6 +48,8 @@ def subset_of_checkpoint(checkpoint: Mapping[str, Any], bank: Bank, names: Seque
     source, target = bank.row_shapes(places), bank.row_shapes([places[i] for i in rows])
 
     def subset(value: Any) -> Any:
+        if isinstance(value, list) and len(value) == len(places):
+            return [value[i] for i in rows]
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(places):
             return value
         value = value[rows]
