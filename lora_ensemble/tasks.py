@@ -42,14 +42,18 @@ class Task:
     train: str | None = None
     """Training file below ``data.root`` (.tsv, .csv, .jsonl, .parquet, packed as .gz or not; the course's .csv files
     are recognised as tab-separated), or the split's name where ``dataset`` is given."""
-    dev: str | None = None
-    """Dev file (or split name): what epochs, members and ensembles are chosen on."""
+    dev: str | float | None = None
+    """Dev file (or split name): what epochs, members and ensembles are chosen on. A share, 0.2, is kept apart from the
+    training file for it: by ids and labels alone, every class in this share, a ``group`` never torn apart."""
     test: str | None = None
     """Test file (or split name); may have no labels."""
     dataset: str | None = None
     """Name of a data set of the Hugging Face hub (or a local folder that `datasets` loads) instead of files."""
     dataset_config: str | None = None
     """Configuration name of that data set, if it has several."""
+    group: str | None = None
+    """A column of the training and dev files: examples that belong together (a writer's, a document's) and are no
+    independent evidence. No split tears them apart."""
     weight: str | None = None
     """A column of the training file: how much each example counts in the loss, 0 or more."""
     class_weights: str | list[float] | None = None
@@ -92,6 +96,8 @@ class Task:
             good = len(numbers) == len(self.labels) and max(numbers) > 0 and all(0 <= w < math.inf for w in numbers)
             expected = f"expected balanced, or {len(self.labels)} numbers of at least 0: one for each label"
             refuse(not good, f"class_weights is {weights!r}; {expected}")
+        apart = isinstance(self.dev, float) and not 0 < self.dev < 1
+        refuse(apart, f"dev is {self.dev}; expected a file, or a share between 0 and 1 of the training file")
         headless = bool(self.columns) and self.dataset is not None
         refuse(headless, "columns is for files without a header; a data set names its columns")
 

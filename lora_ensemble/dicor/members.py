@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lora_ensemble.dicor.choose.probabilities import losses, soft_votes, true_probabilities
-from lora_ensemble.dicor.estimate.splits import canonical
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import decisions, score
 from lora_ensemble.tasks import Kind
+from lora_ensemble.text.splits import canonical
 
 DECIMALS = 12
 """To which scores, losses and similarities are compared: members that tie must tie whatever the examples' order."""

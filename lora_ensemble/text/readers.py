@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import SPLITS, Task, class_reader, number
+from lora_ensemble.text.splits import Deal
 from lora_ensemble.text.tables import Table, as_text, read_hub, read_table
 
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}  # as the hub calls them
@@ -30,6 +31,13 @@ class Split:
     labels: np.ndarray | None  # (N,) int64 class numbers, or float64 values; None where unknown
     notices: list[str] = field(default_factory=list)  # a line for each kind of thing that was skipped or mended
     weights: np.ndarray | None = None  # (N,) float64, of training examples whose task names a column of them
+    groups: np.ndarray | None = None  # (N,) unicode, of training and dev examples whose task names a column of them
+
+    def take(self, rows: np.ndarray, notices: list[str]) -> Split:
+        """The examples ``rows`` (N',) alone, with other notices."""
+        labels, weights, groups = (None if a is None else a[rows] for a in (self.labels, self.weights, self.groups))
+        texts = [[column[row] for row in rows] for column in self.texts]
+        return Split(self.ids[rows], texts, labels, notices, weights, groups)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,8 +52,13 @@ def read_split(task: Task, split: str, root: Path | None, *, need_labels: bool) 
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
-    task = task if split == "train" else replace(task, weight=None)
-    more = [name for name in (task.id, task.weight) if name is not None]
+    if split != "test" and isinstance(task.dev, float):
+        whole = read_split(replace(task, dev=None), "train", root, need_labels=True)
+        return _part(task, whole, split, task.dev)
+    task = replace(
+        task, weight=task.weight if split == "train" else None, group=task.group if split != "test" else None
+    )
+    more = [name for name in (task.id, task.weight, task.group) if name is not None]
     wanted = list(dict.fromkeys([*task.text, task.label, *more]))
     if task.dataset is not None:
         name = getattr(task, split) or HUB_SPLITS[split]
@@ -61,17 +74,31 @@ def read_texts(task: Task, path: Path) -> Split:
     ``UserError`` as :func:`read_split`.
     """
     table = read_table(path, task.text, task.columns)
-    split = _examples(replace(task, id=None, weight=None), table, "texts", skip=True, need_labels=False)
+    split = _examples(replace(task, id=None, weight=None, group=None), table, "texts", skip=True, need_labels=False)
     return replace(split, ids=np.array([f"{path.name}:{row}" for row in split.ids]))
 
 
+def _part(task: Task, whole: Split, split: str, share: float) -> Split:
+    """``split`` of a file that is both train and dev, of which dev is a share."""
+    assert whole.labels is not None
+    dev = Deal(whole.ids, whole.labels, task.kind, [1 - share, share], whole.groups)(0) == 1
+    rows = np.flatnonzero(dev if split == "dev" else ~dev)
+    if not len(rows):
+        raise UserError(f"task {task.name!r}: dev is {share} of {len(whole)} examples, which leaves none in {split}")
+    if split == "train":
+        return whole.take(rows, whole.notices)
+    return replace(whole, weights=None).take(rows, [f"{share:g} of the training file, kept apart"])
+
+
 def fingerprint(split: Split) -> str:
-    """16 hex digits over ids, texts, labels and weights in their order."""
+    """16 hex digits over ids, texts, labels, weights and groups in their order."""
     digest = hashlib.sha256(json.dumps([split.ids.tolist(), split.texts]).encode())
     if split.labels is not None:
         digest.update(split.labels.astype("<f8").tobytes())  # one width on every machine
     if split.weights is not None:
         digest.update(b"weights" + split.weights.astype("<f8").tobytes())
+    if split.groups is not None:
+        digest.update(b"groups" + "\0".join(split.groups.tolist()).encode())
     return digest.hexdigest()[:16]
 
 
@@ -83,9 +110,10 @@ def shared_texts(a: Split, b: Split) -> int:
 
 def split_file(task: Task, split: str, root: Path | None) -> Path:
     """The file of a split, on this machine. ``UserError`` where the task or ``root`` does not say, or it is missing."""
-    name: str | None = getattr(task, split)
+    name = task.train if isinstance(task.dev, float) and split == "dev" else getattr(task, split)
     if name is None:
-        raise UserError(f"task {task.name!r}: it names no {split} file; set {split}: in the task")
+        offer = " to one, or to a share of the training file, as in dev: 0.2," if split == "dev" else ""
+        raise UserError(f"task {task.name!r}: it names no {split} file; set {split}:{offer} in the task")
     if root is None and not Path(name).is_absolute():
         raise UserError(f"task {task.name!r}: --data.root is not set; it is the folder that holds {name}")
     path = Path(root or "", name).expanduser()
@@ -103,8 +131,15 @@ def _examples(task: Task, table: Table, what: str, *, skip: bool, need_labels: b
     texts = [[_string(table, row, name, cell) for row, cell in enumerate(table.columns[name])] for name in task.text]
     rows = _usable_rows(task, table, texts, what, skip)
     labels = _labels(task, table, rows) if task.label in table.columns else None
-    kept, weights = [[column[row] for row in rows] for column in texts], _weights(task, table, rows)
-    return Split(_ids(task, table, rows), kept, labels, table.notices, weights)
+    kept, groups = [[column[row] for row in rows] for column in texts], None
+    if task.group is not None:
+        groups = np.array([_string(table, row, task.group, table.columns[task.group][row]) for row in rows])
+        if not groups.all():
+            row = rows[int(np.flatnonzero(groups == "")[0])]
+            raise UserError(
+                f"{table.at(row)}: {task.group} is empty; expected the name of a group, its own if it has none"
+            )
+    return Split(_ids(task, table, rows), kept, labels, table.notices, _weights(task, table, rows), groups)
 
 
 def _check_columns(task: Task, table: Table, need_labels: bool) -> None:
@@ -112,7 +147,12 @@ def _check_columns(task: Task, table: Table, need_labels: bool) -> None:
     advice = f"of task {task.name!r} to what the file has"
     if table.header_line and not table.columns:
         advice += "; if these are no names, a header line seems to be missing: give the names as columns: of the task"
-    for name, key in [*((name, "text") for name in task.text), (task.id, "id"), (task.weight, "weight")]:
+    for name, key in [
+        *((name, "text") for name in task.text),
+        (task.id, "id"),
+        (task.weight, "weight"),
+        (task.group, "group"),
+    ]:
         if name is not None and name not in table.columns:
             raise UserError(f"{table.where}: no column {name!r}; columns found: {shown}; set {key}: {advice}")
     if need_labels and task.label not in table.columns:

@@ -98,6 +98,14 @@ class BankData(pl.LightningDataModule):
         train = self.splits.get("train", {}).get(task.name)
         if split == "dev" and train is not None and (shared := shared_texts(train.source, raw)):
             tokenised.notices.append(f"{shared} of {len(raw.ids)} examples also stand in train")
+        known = None if train is None else train.source.groups
+        if (
+            split == "dev"
+            and raw.groups is not None
+            and known is not None
+            and (torn := np.isin(raw.groups, known).sum())
+        ):
+            tokenised.notices.append(f"{torn} of {len(raw.ids)} examples are of groups that are also in train")
         say("\n  ".join([f"{task.name} {split}: {len(tokenised)} examples", *tokenised.notices]))
         return tokenised
 

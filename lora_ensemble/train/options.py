@@ -107,7 +107,7 @@ def run_name(experiment: str, settings: dict[str, Any]) -> str:
     for task in settings["data"]["tasks"]:
         if isinstance(task, dict):  # a run that an earlier version began keeps its name
             task.pop("metrics", None)
-            for key in ("columns", "weight", "class_weights", "label_smoothing"):
+            for key in ("columns", "group", "weight", "class_weights", "label_smoothing"):
                 if not task.get(key):
                     task.pop(key, None)
     for member in settings["model"]["members"] or []:

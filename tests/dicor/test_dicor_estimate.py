@@ -17,13 +17,14 @@ from lora_ensemble.dicor.compare import compare, overall
 from lora_ensemble.dicor.estimate import fold_scores
 from lora_ensemble.dicor.estimate.honest import estimate
 from lora_ensemble.dicor.estimate.interval import Interval, of_differences, of_score
-from lora_ensemble.dicor.estimate.splits import canonical, stratified_folds
+from lora_ensemble.dicor.estimate.splits import stratified_folds
 from lora_ensemble.dicor.members import Dev
 from lora_ensemble.dicor.options import Options
 from lora_ensemble.dicor.table import gain
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import TaskPool
 from lora_ensemble.scores import decisions
+from lora_ensemble.text.splits import canonical
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 

@@ -12,9 +12,9 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score
 
 from lora_ensemble.dicor.choose.methods import Best, Dicor, Exhaustive, Greedy, Omni, Weighted
-from lora_ensemble.dicor.estimate.splits import canonical
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import decisions
+from lora_ensemble.text.splits import canonical
 
 KINDS = ("multiclass", "binary", "regression")
 ALL = [

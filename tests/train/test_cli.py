@@ -674,6 +674,28 @@ def test_bad_data(program: Program, capsys: pytest.CaptureFixture[str], content:
     assert err.count("\n") - err.count("Loading weights") <= 2
 
 
+def test_one_file_is_enough(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    """A quarter of it is dev: in training, in the pool, and again later."""
+    task = (
+        "[{name: one, kind: multiclass, text: [sentence], label: sentiment, label_names: [0, 1, 2, 3, 4], id: id, "
+        "train: ids-sst-train.csv, dev: 0.25}]"
+    )
+    assert program("fit", tasks=task) == 0
+    out = capsys.readouterr().out
+    assert "one train: 45 examples" in out
+    assert "one dev: 15 examples\n  0.25 of the training file, kept apart" in out
+    task_pool = pool.TaskPool(program.pool, "one")
+    whole = read_split(PRESETS["sst"], "train", program.root, need_labels=True)
+    assert len(task_pool.examples().ids) == 15
+    assert set(task_pool.examples().ids) < set(whole.ids)
+    before = [task_pool.logits(r.name) for r in task_pool.members]
+    assert program("predict", "--data.predict_split=dev", tasks=task) == 0
+    assert program("validate", tasks=task) == 0
+    after = pool.TaskPool(program.pool, "one")
+    for logits, record in zip(before, after.members, strict=True):
+        np.testing.assert_allclose(after.logits(record.name), logits, atol=1e-6)
+
+
 def test_members_that_are_not_in_the_pool(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert program("validate") == 2
     assert "no such member; train it first" in capsys.readouterr().err
