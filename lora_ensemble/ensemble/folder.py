@@ -110,7 +110,7 @@ def write_ensemble(target: Path, source: Source, *, with_base: bool, with_exampl
         _write_member(target / MEMBERS, source.pool, r, bases[str(r.base_model)])
     if with_examples:
         examples = pool.read_examples(source.pool, ensemble.task, "dev", ensemble.examples)
-        pool.write_examples(target / MEMBERS, ensemble.task, "dev", examples.ids, examples.labels)
+        pool.write_examples(target / MEMBERS, ensemble.task, "dev", examples.ids, examples.labels, examples.groups)
     entries: dict[str, dict[str, Any]] = {}
     for called, base in bases.items():
         inside = None

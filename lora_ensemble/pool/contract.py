@@ -156,18 +156,24 @@ def _test_of(hint: Any) -> Callable[[Any], bool]:
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of a split: ids (N,) unicode, labels (N,) int64 or float64, or None where unknown."""
+    """The examples of a split: ids (N,) unicode, labels (N,) int64 or float64, or None where unknown.
+
+    ``groups`` (N,) unicode: which of them belong together; None where nobody said so.
+    """
 
     ids: np.ndarray
     labels: np.ndarray | None
+    groups: np.ndarray | None = None
 
 
-def examples_fingerprint(ids: np.ndarray, labels: np.ndarray | None) -> str:
-    """16 hex digits over ids and labels in their order."""
+def examples_fingerprint(ids: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | None = None) -> str:
+    """16 hex digits over ids, labels and groups in their order."""
     digest = hashlib.sha256("\0".join(ids.tolist()).encode())
     if labels is not None:
         digest.update(b"\1")
         digest.update(np.ascontiguousarray(labels, _label_type(labels)).tobytes())
+    if groups is not None:
+        digest.update(b"\2" + "\0".join(groups.tolist()).encode())
     return digest.hexdigest()[:16]
 
 
@@ -181,16 +187,19 @@ def examples_file(pool: Path, task: str, split: str, fingerprint: str) -> Path:
     return Path(pool) / task / EXAMPLES / f"{split}-{fingerprint}.npz"
 
 
-def write_examples(pool: Path, task: str, split: str, ids: ArrayLike, labels: ArrayLike | None) -> str:
+def write_examples(
+    pool: Path, task: str, split: str, ids: ArrayLike, labels: ArrayLike | None, groups: np.ndarray | None = None
+) -> str:
     """Write a split's examples once; returns their fingerprint.
 
-    ``ids`` (N,), ``labels`` (N,) numbers (classes count from 0) or None. ``UserError`` where ids are not unique, a
+    ``ids`` (N,), ``labels`` (N,) numbers (classes count from 0) or None, ``groups`` (N,) unicode or None. ``UserError`` where ids are not unique, a
     label is no finite number, or the lengths differ.
     """
     ids, labels = np.asarray(ids, dtype=np.str_), None if labels is None else np.asarray(labels)
     _check_examples(ids, labels, f"{task} {split} examples")
     arrays = {"ids": ids} if labels is None else {"ids": ids, "labels": labels.astype(_label_type(labels))}
-    fingerprint = examples_fingerprint(ids, arrays.get("labels"))
+    arrays |= {} if groups is None else {"groups": groups}
+    fingerprint = examples_fingerprint(ids, arrays.get("labels"), groups)
     path = examples_file(pool, task, split, fingerprint)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,8 +233,8 @@ def read_examples(pool: Path, task: str, split: str, fingerprint: str) -> Exampl
         raise UserError(f"{path}: missing, though members of this pool refer to it; copy it back, or train again")
     try:
         with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
-            examples = Examples(data["ids"], data.get("labels"))
-        there = examples_fingerprint(examples.ids, examples.labels)
+            examples = Examples(data["ids"], data.get("labels"), data.get("groups"))
+        there = examples_fingerprint(examples.ids, examples.labels, examples.groups)
     except Exception as e:  # a damaged zip raises many kinds of exception
         raise UserError(f"{path}: cannot be read ({type(e).__name__}: {e}); copy it again") from e
     if there != fingerprint:

@@ -29,7 +29,7 @@ class TokenisedSplit:
     """
 
     def __init__(self, split: Split, tokenizer: Any, *, max_length: int) -> None:
-        self.source, self.ids, self.labels = split, split.ids, split.labels
+        self.source, self.ids, self.labels, self.groups = split, split.ids, split.labels, split.groups
         self.fingerprint = fingerprint(split)
         self.tokens = Tokens(split.texts, tokenizer, max_length=max_length)
         self.lengths = self.tokens.lengths

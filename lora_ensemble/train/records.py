@@ -108,7 +108,7 @@ class PoolRecords:
         new, base_model = [], hub_id(module.base_model)
         for task in module.tasks if improved else ():
             dev = module.trainer.datamodule.splits["dev"][task.name]
-            pool.write_examples(self.dir, task.name, "dev", dev.ids, dev.labels)
+            pool.write_examples(self.dir, task.name, "dev", dev.ids, dev.labels, dev.groups)
             for index in improved:
                 record = self._records[task.name][index]
                 files: dict[str, Any] = {
@@ -198,7 +198,7 @@ def add_logits(
     folder: Path, task: str, split: str, examples: TokenisedSplit, members: Sequence[str], logits: np.ndarray
 ) -> None:
     """Add logits (M, N, C) on a split to members that the pool at ``folder`` has."""
-    fingerprint = pool.write_examples(folder, task, split, examples.ids, examples.labels)
+    fingerprint = pool.write_examples(folder, task, split, examples.ids, examples.labels, examples.groups)
     new = [
         pool.NewMember(
             record=dataclasses.replace(record, examples={**record.examples, split: fingerprint}),
@@ -231,11 +231,12 @@ def described(data: BankData, module: BankModule, *, run: str) -> dict[str, list
     }
     records = {}
     for task in module.tasks:
+        of_dev = dev[task.name]
         common: dict[str, Any] = {
             **{"task": task.name, "kind": task.kind, "labels": task.labels, "text": task.text},
             **{"base_model": hub_id(module.base_model), "revision": module.revision, "finetune": module.finetune},
             "base_fingerprint": module.base_fingerprint(data),
-            "examples": {"dev": pool.examples_fingerprint(dev[task.name].ids, dev[task.name].labels)},
+            "examples": {"dev": pool.examples_fingerprint(of_dev.ids, of_dev.labels, of_dev.groups)},
             "train_fingerprint": train[task.name].fingerprint,
             **{"settings": settings, "run": run, "versions": _versions()},
         }

@@ -579,10 +579,8 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert message(ONE, tmp_path) == (f"{tmp_path}/t.csv: no such file; set --data.root to the folder that holds t.csv")
     assert "no such file, nor its folder; set --data.root" in message(ONE, tmp_path / "nowhere")
     assert message(ONE, None) == "task 'one': --data.root is not set; it is the folder that holds t.csv"
-    assert (
-        message(ONE, tmp_path, "dev")
-        == "task 'one': it names no dev file; set dev: to one, or to a share of the training file, as in dev: 0.2, in the task"
-    )
+    offer = "set dev: to one, or to a share of the training file, as in dev: 0.2, in the task"
+    assert message(ONE, tmp_path, "dev") == f"task 'one': it names no dev file; {offer}"
     (tmp_path / "t.csv").mkdir()
     assert f"{tmp_path}/t.csv: a folder; expected the train file" in message(ONE, tmp_path)
     with pytest.raises(ValueError, match="expected one of train, dev, test"):

@@ -76,7 +76,7 @@ def import_predictions(request: Request) -> tuple[list[Imported], Truth, list[st
         imported.append(Imported(name, source, logits, form, value, old, unchanged))
         notices += source.notices
     # Everything that can be refused has been, before anything is written.
-    write_examples(pool, task, split, examples.ids, examples.labels)
+    write_examples(pool, task, split, examples.ids, examples.labels, examples.groups)
     for member in imported:
         if not member.unchanged:
             _write(member, truth, request, notices)

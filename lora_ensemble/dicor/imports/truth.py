@@ -35,7 +35,7 @@ class Truth:
 
     @cached_property
     def fingerprint(self) -> str:
-        return examples_fingerprint(self.examples.ids, self.examples.labels)
+        return examples_fingerprint(self.examples.ids, self.examples.labels, self.examples.groups)
 
 
 def find_truth(request: Request, members: Sequence[MemberRecord]) -> Truth:
