@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.dicor.estimate.honest import Estimate, Estimates
 from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
-from lora_ensemble.tasks import Kind, score_name
+from lora_ensemble.tasks import SCORES, Kind
 
 IN_SAMPLE = "In-sample: the score on the very dev set that was chosen on, which flatters what was chosen."
 
@@ -21,13 +21,16 @@ def number(value: float | None, *, sign: bool = False) -> str:
 
 def about(estimates: Estimates) -> str:
     """What the columns mean, in sentences."""
+    score = SCORES[estimates.candidates.scored_by]
+    lower = f"{score.words}: the lower the better; differences and the optimism are what is gained.\n"
+    first = IN_SAMPLE if score.sign > 0 else lower + IN_SAMPLE
     if not estimates.repeats:
-        return f"{IN_SAMPLE}\nThere are too few dev examples for an honest estimate."
+        return f"{first}\nThere are too few dev examples for an honest estimate."
     folds, methods = estimates.folds, len(estimates.of)
     part = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 10: "tenth"}.get(folds, f"1/{folds}")
     times = "once" if estimates.repeats == 1 else f"{estimates.repeats} times"
     lines = [
-        IN_SAMPLE,
+        first,
         f"Honest: chosen, epochs included, without a {part} of dev and scored on it, until every example was held out "
         f"{times}, with its {LEVEL:.0%} interval.",
         f"Chosen on all of dev, an ensemble has seen more: 1/{4 * (folds - 1)} of the optimism is added.",
@@ -43,7 +46,7 @@ def about(estimates: Estimates) -> str:
 
 def table(estimates: Estimates, test: Mapping[str, float] | None = None) -> str:
     """A row for each method; ``test``: each one's score on the test split."""
-    columns = [f"{score_name(estimates.candidates.kind)} on dev", "members", "in-sample", "honest"]
+    columns = [f"{SCORES[estimates.candidates.scored_by].words} on dev", "members", "in-sample", "honest"]
     columns += [f"{LEVEL:.0%} interval", "optimism", "to single best", "to Omni", "test" if test else ""]
     rows = [columns]
     for name, about in estimates.of.items():
@@ -51,7 +54,7 @@ def table(estimates: Estimates, test: Mapping[str, float] | None = None) -> str:
         span, optimism = ends(about.honest) if about.honest else "-", number(about.optimism, sign=True)
         row = [name, str(len(about.names)), number(about.in_sample), value, span, optimism]
         rows.append([*row, gain(about.against_best), gain(about.against_omni), number(test[name]) if test else ""])
-    form = "{:<17} {:>7} {:>9} {:>9} {:>17} {:>9}  {:<20}  {:<20}  {}"
+    form = f"{{:<{max(17, len(columns[0]))}}} " + "{:>7} {:>9} {:>9} {:>17} {:>9}  {:<20}  {:<20}  {}"
     return "\n".join(form.format(*row).rstrip() for row in rows)
 
 

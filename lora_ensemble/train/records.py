@@ -235,7 +235,7 @@ def described(data: BankData, module: BankModule, *, run: str) -> dict[str, list
             "base_fingerprint": module.base_fingerprint(data),
             "examples": {"dev": pool.examples_fingerprint(dev[task.name].ids, dev[task.name].labels)},
             "train_fingerprint": train[task.name].fingerprint,
-            **{"settings": settings, "run": run, "versions": _versions()},
+            **{"settings": settings | task.recorded, "run": run, "versions": _versions()},
         }
         records[task.name] = [pool.MemberRecord(**member.recorded(), **common) for member in module.members]
     return records
@@ -291,4 +291,5 @@ def tell_members(
         if log_table := getattr(logger, "log_table", None):  # W&B's; it refuses a column of numbers and words
             log_table(key="members", columns=header, data=[[r[0], str(r[1]), *r[2:]] for r in rows])
     if printed:
-        print_summary(header, rows, folder=folder, tasks=[t.name for t in module.tasks])
+        tasks = {t.name: t.sign for t in module.tasks}
+        print_summary(header, rows, folder=folder, tasks=[*tasks], signs=[*tasks.values()])

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from lora_ensemble.scores import LEAST_PROBABILITY
 from lora_ensemble.tasks import Kind
-
-LEAST_PROBABILITY = 1e-15  # before its logarithm is taken: one example cannot make a loss infinite
 
 
 def soft_votes(logits: np.ndarray, kind: Kind, temperatures: np.ndarray | None = None) -> np.ndarray:
@@ -28,8 +27,8 @@ def soft_votes(logits: np.ndarray, kind: Kind, temperatures: np.ndarray | None =
 
 
 def class_probabilities(votes: np.ndarray, kind: Kind) -> np.ndarray:
-    """Probabilities (N, classes) from a classifier's soft votes (N, C), or from a mean of them."""
-    return np.hstack([0.5 - votes, 0.5 + votes]) if kind == "binary" else votes
+    """Probabilities (..., N, classes) from a classifier's soft votes (..., N, C), or from a mean of them."""
+    return np.concatenate([0.5 - votes, 0.5 + votes], axis=-1) if kind == "binary" else votes
 
 
 def true_probabilities(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np.ndarray:
