@@ -33,14 +33,18 @@ def decisions(logits: np.ndarray, kind: Kind) -> np.ndarray:
     return logits[..., 0].astype(np.float64)
 
 
-def said_of(logits: np.ndarray, kind: Kind, name: ScoreName | None = None) -> np.ndarray:
-    """What the score ``name`` is of: decisions (..., N) of logits (..., N, C), or probabilities (..., N, K)."""
-    if SCORES[check_score(name, kind)].of != "probabilities":
-        return decisions(logits, kind)
+def probabilities(logits: np.ndarray, kind: Kind) -> np.ndarray:
+    """A classifier's probabilities (..., N, K) from its logits (..., N, C), in float64."""
     z = logits.astype(np.float64)
     z = np.concatenate([np.zeros_like(z), z], axis=-1) if kind == "binary" else z
     e = np.exp(z - z.max(axis=-1, keepdims=True))
     return np.asarray(e / e.sum(axis=-1, keepdims=True))
+
+
+def said_of(logits: np.ndarray, kind: Kind, name: ScoreName | None = None) -> np.ndarray:
+    """What the score ``name`` is of: decisions (..., N) of logits (..., N, C), or probabilities (..., N, K)."""
+    of = SCORES[check_score(name, kind)].of
+    return probabilities(logits, kind) if of == "probabilities" else decisions(logits, kind)
 
 
 def score(logits: np.ndarray, labels: np.ndarray, kind: Kind, name: ScoreName | None = None) -> float:

@@ -92,11 +92,11 @@ class Dev:
     labels: np.ndarray  # (N,)
     ids: np.ndarray  # (N,) unicode
     kind: Kind
+    scored_by: ScoreName  # what is to be good
     names: list[str]
     ranks: list[int | None]
     epochs: Sequence[np.ndarray | None]  # M of (E, N, C) logits of every epoch, or None where they were not kept
     notices: list[str] = field(default_factory=list)  # what was left out, or is to be known, in words
-    score: ScoreName | None = None  # what is to be good; None: the default of the kind
 
     @classmethod
     def of(
@@ -144,16 +144,11 @@ class Dev:
             + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             for name, *others in copied
         ]
-        dev = cls([logits[i] for i in range(m)], labels, ids, kind, names, list(ranks), epochs, score=name)
+        dev = cls([logits[i] for i in range(m)], labels, ids, kind, name, names, list(ranks), epochs)
         return dev.only([places[0] for places in same.values()], notices)
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def scored_by(self) -> ScoreName:
-        """What is to be good."""
-        return check_score(self.score, self.kind)
 
     def worth(self, m: int) -> float:
         """The m-th member's score on all examples, times the score's sign: the higher the better."""
@@ -182,7 +177,7 @@ class Dev:
     def members(self, which: Sequence[int], logits: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> Members:
         """Some members in memory, on some examples: their logits (k, N', C), scores (k,) and labels (N',) there."""
         names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
-        return Members(logits, self.kind, names, ranks, scores, labels, self.score)
+        return Members(logits, self.kind, names, ranks, scores, labels, self.scored_by)
 
     def scored(self, scores: np.ndarray) -> tuple[Dev, list[int]]:
         """The members whose score (M,) is defined (``UserError``: none), the others in a notice, and which they are."""

@@ -21,7 +21,7 @@ from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord, check_name, logits_file
 from lora_ensemble.scores import scored
-from lora_ensemble.tasks import SCORES, Kind, ScoreName, check_score, check_task_name
+from lora_ensemble.tasks import SCORES, Kind, ScoreName, Task, check_score, check_task_name
 
 SCHEMA = 2
 _KEYS = [
@@ -96,6 +96,11 @@ class Ensemble:
             }
             for i, member in enumerate(self.members)
         ]
+
+    def described(self, text: list[str]) -> Task:
+        """The task that it is of, read from these columns."""
+        of_task: dict[str, Any] = {"name": self.task, "kind": self.kind, "score": self.score}
+        return Task(**of_task, text=text or ["text"], label_names=self.labels)
 
     def decide(self, logits: np.ndarray) -> np.ndarray:
         """What logits (M, N, C) of its members, in their order, decide together: (N,), as ``scores.decisions``."""

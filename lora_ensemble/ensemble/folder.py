@@ -126,13 +126,7 @@ def write_ensemble(target: Path, source: Source, *, with_base: bool, with_exampl
     pairs = [(r, bases[str(r.base_model)]) for r in source.members]
     contents = Contents(
         form="ensemble",
-        task=Task(
-            name=ensemble.task,
-            kind=ensemble.kind,
-            text=columns or ["text"],
-            label_names=ensemble.labels,
-            score=ensemble.score,
-        ),
+        task=ensemble.described(columns),
         columns=columns,
         bases=list(bases.values()),
         members=source.members,

@@ -40,12 +40,8 @@ def print_summary(
     ``signs``: of the scores, -1 where lower is better; none: higher is.
     """
     signs = signs or [1] * len(tasks)
-
-    def place(row: list[Any]) -> list[float]:
-        scores = zip(row[2 : 2 + len(tasks)], signs, strict=True)
-        return [-sign * s if s == s else math.inf for s, sign in scores]
-
-    say(table(header, sorted(rows, key=place)))
+    order = sorted(rows, key=lambda r: [-x * s if s == s else math.inf for s, x in zip(r[2:], signs, strict=False)])
+    say(table(header, order))
     say(f"pool: {folder}\nnext:" + "".join(f"\n  dicor compare --pool {folder} --task {t}" for t in tasks))
 
 

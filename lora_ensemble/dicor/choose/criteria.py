@@ -49,7 +49,7 @@ class Sums:
         """(k,): of a sum of ``count`` members and each further one."""
         if self.proposes:
             likely = class_probabilities((total + self.each) / (count + 1), self.kind)
-            return -log_losses(likely[:, np.arange(len(self.labels)), self.labels]).mean(axis=-1)
+            return -log_losses(likely[:, np.arange(len(self.labels)), self.labels.astype(np.int64)]).mean(axis=-1)
         if self.by_loss or self.name != "pearson":
             return self.value(total + self.each, count + 1)
         s = np.asarray(total - np.mean(total))
