@@ -68,7 +68,8 @@ def scored(
         found = _of_confusion(confusion(said, labels, w), name)
     elif SCORES[name].by_rank or name == "pearson":
         one = said.reshape(-1, *said.shape[said.ndim - 1 - (SCORES[name].of == "probabilities") :])
-        found = np.array([_of_order(row, labels, kind, name, w) for row in one])
+        truth = _midranks(labels, w) if name == "spearman" else labels
+        found = np.array([_of_order(row, truth, kind, name, w) for row in one])
         found = found.reshape(*said.shape[: said.ndim - one.ndim + 1], len(w))
     else:
         found = _of_means(said, labels, name, w)
@@ -153,14 +154,14 @@ def _of_means(said: np.ndarray, labels: np.ndarray, name: ScoreName, weights: np
 
 
 def _of_order(said: np.ndarray, labels: np.ndarray, kind: Kind, name: ScoreName, weights: np.ndarray) -> np.ndarray:
-    """auroc, average_precision of probabilities (N, K), spearman, pearson of values (N,): (W,).
+    """auroc, average_precision of probabilities (N, K), pearson, spearman of values (N,): (W,).
 
-    Of several classes each one is held against the rest, and the mean over classes is taken ("macro").
+    ``labels`` (N,); of spearman their ranks (W, N). Of several classes each one is held against the rest, and the mean
+    over classes is taken ("macro").
     """
     if kind == "regression":
-        ranked = name == "spearman"
-        a, b = (_midranks(x, weights) if ranked else np.broadcast_to(x, weights.shape) for x in (said, labels))
-        return _correlation(a, b, weights)
+        x = _midranks(said, weights) if name == "spearman" else np.broadcast_to(said, weights.shape)
+        return _correlation(x, np.broadcast_to(labels, weights.shape), weights)
     classes = [1] if kind == "binary" else range(said.shape[1])
     found = np.array([_of_curve(said[:, c], labels == c, name, weights) for c in classes])  # (K, W)
     there = np.isfinite(found)

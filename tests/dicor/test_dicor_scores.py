@@ -1,5 +1,6 @@
 """Other scores than accuracy and Pearson r, the whole way: ranking, searches, offsets, estimates, records, commands."""
 
+import dataclasses
 import itertools
 import json
 
@@ -486,3 +487,29 @@ def test_dicors_rule_takes_the_score_for_its_trade_off():
     logits[0] += 3
     found = Dicor(size=3, trade_off=0.0).fit(logits, labels, kind="regression", score="rmse")
     assert found.members_ == sorted(range(4), key=lambda m: root_mean_squared_error(labels, logits[m, :, 0]))[:3]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("binary", "f1"), ("regression", "rmse")])
+def test_the_estimate_is_honest_where_the_truth_is_known(kind, name):
+    """Of weights and a threshold chosen on 150 examples, the truth being 20,000 others."""
+    rng = np.random.default_rng(0)
+
+    def drawn(n):
+        labels = (rng.random(n) < 0.2).astype(int) if kind == "binary" else rng.normal(size=n)
+        known = 3 * labels - 2.2 if kind == "binary" else labels
+        noise = 0.9 * rng.normal(size=n) + np.linspace(1, 1.5, 12)[:, None] * rng.normal(size=(12, n))
+        return (known + noise)[..., None].astype(np.float32), labels
+
+    others, truth = drawn(20_000)
+    bias = []
+    for _ in range(25):
+        logits, labels = drawn(150)
+        one = estimate(Dev.of(logits, labels, kind=kind, score=name), {"w": Weighted(offset=kind == "binary")}).of["w"]
+        places = [int(n[1:]) for n in one.names]
+        members = members_of(others[places], truth, kind, name)
+        choice = dataclasses.replace(one.choice, members=list(range(len(places))))
+        true = score_of(name, decide(members, choice), truth, kind)
+        bias.append((SCORES[name].sign * (one.in_sample - true), one.honest.value - true))
+    in_sample, honestly = np.mean(bias, axis=0)
+    assert in_sample > 0.03
+    assert abs(honestly) < in_sample / 3

@@ -16,13 +16,13 @@ class Sums:
 
     ``each`` is what they add: for a log-loss the label's probabilities (k, N), for another score of a classifier soft
     votes (k, N, C), of a regression the values (k, N). ``criterion`` None: as ``SMOOTH`` says. ``proposes``: whether
-    further members are judged by log-loss and only their sum by the score, which is one of ranks.
+    further members are judged by log-loss, or r, and only their sum by the score, which is one of ranks.
     """
 
     def __init__(self, members: Members, criterion: Criterion | None = None) -> None:
         self.kind, self.labels, self.name = members.kind, members.labels, members.scored_by
         self.by_loss = (criterion or SMOOTH[members.kind]) == "loss" or self.name == "log_loss"
-        self.proposes = not self.by_loss and SCORES[self.name].of == "probabilities"
+        self.proposes = not self.by_loss and SCORES[self.name].by_rank
         if members.kind != "regression":
             self.each = members.true_probabilities if self.by_loss else members.soft_votes
             return
@@ -47,10 +47,10 @@ class Sums:
 
     def values(self, total: np.ndarray, count: int) -> np.ndarray:
         """(k,): of a sum of ``count`` members and each further one."""
-        if self.proposes:
+        if self.proposes and self.kind != "regression":
             likely = class_probabilities((total + self.each) / (count + 1), self.kind)
             return -log_losses(likely[:, np.arange(len(self.labels)), self.labels.astype(np.int64)]).mean(axis=-1)
-        if self.by_loss or self.name != "pearson":
+        if self.by_loss or self.name not in ("pearson", "spearman"):
             return self.value(total + self.each, count + 1)
         s = np.asarray(total - np.mean(total))
         both = self._xy + np.dot(s, self._y) if count else self._xy
