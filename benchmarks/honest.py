@@ -30,7 +30,7 @@ from lora_ensemble.dicor.choose.methods import Best, Dicor, Greedy, Method, Weig
 from lora_ensemble.dicor.estimate.honest import estimate
 from lora_ensemble.dicor.estimate.splits import FOLDS
 from lora_ensemble.dicor.members import Dev, Members
-from lora_ensemble.scores import decisions, score, score_decisions
+from lora_ensemble.scores import decisions, score, scored
 from lora_ensemble.tasks import Kind
 
 
@@ -117,12 +117,12 @@ class Truth:
         logits = np.stack([self.logits[int(name), epochs[name]] for name in names])
         none: list[int | None] = [None] * len(names)
         chosen = Members(logits, self.world.kind, names, none, np.zeros(len(names)))
-        return score_decisions(decide(chosen, choice), self.labels, self.world.kind)
+        return float(scored(decide(chosen, choice), self.labels, self.world.kind))
 
     def of_all(self, epochs: dict[str, int]) -> float:
         """The score of the mean of all members."""
         total = sum(self.logits[int(name), e].astype(float) for name, e in epochs.items())
-        return score_decisions(decisions(np.asarray(total), self.world.kind), self.labels, self.world.kind)
+        return float(scored(decisions(np.asarray(total), self.world.kind), self.labels, self.world.kind))
 
 
 def simulate(

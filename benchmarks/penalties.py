@@ -30,7 +30,7 @@ from lora_ensemble.dicor.choose.probabilities import soft_votes
 from lora_ensemble.dicor.choose.weights import PULL, SHRINK, convex_weights, scale_and_offsets
 from lora_ensemble.dicor.estimate.honest import estimate
 from lora_ensemble.dicor.members import Members
-from lora_ensemble.scores import decisions, score_decisions
+from lora_ensemble.scores import decisions, scored
 
 LEAN = 0.6
 SHRINKS = (0.1, SHRINK, 3.0, 10.0)
@@ -98,7 +98,7 @@ def simulate(world: World, *, sets: int, truth: int, seed: int = 0) -> tuple[np.
             mean = np.tensordot(one.choice.weights, said[[int(name) for name in one.names]], axes=1)
             if one.choice.offsets is not None:
                 mean = vector_scaled(mean, world.kind, one.choice.scale, one.choice.offsets)
-            true[i, j] = score_decisions(decisions(mean, world.kind), known.labels, world.kind)
+            true[i, j] = scored(decisions(mean, world.kind), known.labels, world.kind)
             honest[i, j] = one.honest.value
     return true, honest
 

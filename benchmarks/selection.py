@@ -39,7 +39,7 @@ from lora_ensemble.dicor.estimate.splits import stratified_folds
 from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.dicor.options import METHODS, Options, method_of
 from lora_ensemble.pool import TaskPool, task_names
-from lora_ensemble.scores import score_decisions
+from lora_ensemble.scores import scored
 from lora_ensemble.tasks import Kind
 from peers import autogluon, peers
 
@@ -145,14 +145,14 @@ class Contest:
         whole = np.stack([one.dev.logits_of(m) for m in range(n)])
         for name, fit in self.peers.items():
             decides = fit(whole, one.dev.labels, self.kind)
-            self._note(name, decides(one.held), one, score_decisions(decides(whole), one.dev.labels, self.kind))
+            self._note(name, decides(one.held), one, float(scored(decides(whole), one.dev.labels, self.kind)))
         if "AutoGluon, by loss" in self.peers:
             self._compare_greedy(one, found.scores)
 
     def _note(self, name: str, decided: np.ndarray, one: Draw, in_sample: float) -> None:
         seen = self.of[name]
         seen.in_sample.append(in_sample)
-        seen.held.append(score_decisions(decided, one.labels, self.kind))
+        seen.held.append(float(scored(decided, one.labels, self.kind)))
         if seen.total is None:
             seen.total = np.zeros(len(self.counts))
         adds = influence(decided, one.labels) if self.kind == "regression" else (decided == one.labels).astype(float)

@@ -1,6 +1,12 @@
 """How a logit becomes a decision, and how good the decisions are. What decides anything is computed here, in numpy.
 
-Axes: N examples of a split, C outputs of a head (one per class; one alone for binary and regression).
+Axes: N examples of a split, C outputs of a head (one per class; one alone for binary and regression), K classes, W sets
+of weights of the examples. ``tasks.SCORES`` says which kind of task has which score. What they are where something is
+missing: a class without examples does not count in balanced_accuracy, auroc and average_precision; one that was not
+decided for either does not in f1_macro. An F1 of nobody is 0, and so is mcc where all labels or all decisions are the
+same (both as scikit-learn has it). NaN, undefined: auroc and average_precision where no class has examples beside
+others, kappa_quadratic where labels and decisions are all one class, r2 of constant labels, pearson and spearman of
+anything constant.
 """
 
 from __future__ import annotations
@@ -9,7 +15,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_ensemble.tasks import Kind
+from lora_ensemble.tasks import SCORES, Kind, ScoreName, Task, check_score
+
+LEAST_PROBABILITY = 1e-15  # before its logarithm is taken: one example cannot make a loss infinite
 
 
 def decisions(logits: np.ndarray, kind: Kind) -> np.ndarray:
@@ -25,6 +33,49 @@ def decisions(logits: np.ndarray, kind: Kind) -> np.ndarray:
     return logits[..., 0].astype(np.float64)
 
 
+def probabilities(logits: np.ndarray, kind: Kind) -> np.ndarray:
+    """A classifier's probabilities (..., N, K) from its logits (..., N, C), in float64."""
+    z = logits.astype(np.float64)
+    z = np.concatenate([np.zeros_like(z), z], axis=-1) if kind == "binary" else z
+    e = np.exp(z - z.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True))
+
+
+def said_of(logits: np.ndarray, kind: Kind, name: ScoreName | None = None) -> np.ndarray:
+    """What the score ``name`` is of: decisions (..., N) of logits (..., N, C), or probabilities (..., N, K)."""
+    of = SCORES[check_score(name, kind)].of
+    return probabilities(logits, kind) if of == "probabilities" else decisions(logits, kind)
+
+
+def score(logits: np.ndarray, labels: np.ndarray, kind: Kind, name: ScoreName | None = None) -> float:
+    """The score of logits (N, C) against labels (N,); ``name`` None: the kind's default. NaN where undefined."""
+    return float(scored(said_of(logits, kind, name), labels, kind, name))
+
+
+def scored(
+    said: np.ndarray, labels: np.ndarray, kind: Kind, name: ScoreName | None = None, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """The score ``name`` (None: the kind's default) of what was said, see ``said_of``, against labels (N,).
+
+    ``weights`` (W, N), none below 0: how often each example counts. Returns (...), or (..., W) with weights.
+    """
+    name = check_score(name, kind)
+    if name == "pearson" and weights is None:
+        flat = said.reshape(-1, said.shape[-1])
+        return np.array([pearson(row, labels) for row in flat]).reshape(said.shape[:-1])
+    w = np.ones((1, len(labels))) if weights is None else np.asarray(weights, np.float64)
+    if SCORES[name].offsets:
+        found = _of_confusion(confusion(said, labels, w), name)
+    elif SCORES[name].by_rank or name == "pearson":
+        one = said.reshape(-1, *said.shape[said.ndim - 1 - (SCORES[name].of == "probabilities") :])
+        truth = _midranks(labels, w) if name == "spearman" else labels
+        found = np.array([_of_order(row, truth, kind, name, w) for row in one])
+        found = found.reshape(*said.shape[: said.ndim - one.ndim + 1], len(w))
+    else:
+        found = _of_means(said, labels, name, w)
+    return found[..., 0] if weights is None else found
+
+
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson's r of two vectors (N,), in float64; NaN where either is constant (r is undefined there)."""
     a = np.asarray(a, np.float64)
@@ -38,16 +89,123 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.clip(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)), -1.0, 1.0))
 
 
-def score_decisions(decided: np.ndarray, labels: np.ndarray, kind: Kind) -> float:
-    """The task's score of decisions (N,) against labels (N,): accuracy, or Pearson r for regression."""
+# Functions of the confusion matrix
+
+
+def confusion(decided: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Decisions (..., N) against labels (N,) with weights (W, N): (..., W, K, K), a row for each true class."""
+    k = int(max(decided.max(initial=1), labels.max(initial=1))) + 1
+    cells = (labels.astype(np.int64) * k + decided).reshape(-1, 1, len(labels))
+    shape = (len(cells), len(weights), len(labels))
+    place = cells + k * k * np.arange(shape[0] * shape[1]).reshape(*shape[:2], 1)
+    counts = np.bincount(place.ravel(), np.broadcast_to(weights, shape).ravel(), shape[0] * shape[1] * k * k)
+    return counts.reshape(*decided.shape[:-1], len(weights), k, k)
+
+
+def _of_confusion(counts: np.ndarray, name: ScoreName) -> np.ndarray:
+    """A score (...) of confusion matrices (..., K, K)."""
+    right = np.diagonal(counts, axis1=-2, axis2=-1)
+    true, decided = counts.sum(axis=-1), counts.sum(axis=-2)  # (..., K)
+    n = true.sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if name == "balanced_accuracy":
+            return np.asarray(np.where(true > 0, right / true, 0).sum(axis=-1) / (true > 0).sum(axis=-1))
+        if name == "kappa_quadratic":
+            apart = np.square(np.subtract.outer(*[np.arange(counts.shape[-1])] * 2))
+            by_chance = np.einsum("...i,ij,...j->...", true, apart, decided) / n
+            return np.asarray(np.where(by_chance > 0, 1 - (counts * apart).sum(axis=(-2, -1)) / by_chance, np.nan))
+        if name == "mcc":  # Gorodkin 2004
+            spread = (n**2 - np.square(true).sum(axis=-1)) * (n**2 - np.square(decided).sum(axis=-1))
+            r = (n * right.sum(axis=-1) - (true * decided).sum(axis=-1)) / np.sqrt(spread)
+            return np.asarray(np.where(spread > 0, r, 0.0))
+        if name == "f1_micro":  # of one label for each example
+            return np.asarray(right.sum(axis=-1) / n)
+        f1 = np.where(true + decided > 0, 2 * right / (true + decided), 0.0)
+        if name == "f1":
+            return np.asarray(f1[..., 1])
+        share = true if name == "f1_weighted" else true + decided > 0
+        return np.asarray((f1 * share).sum(axis=-1) / share.sum(axis=-1))
+
+
+# Functions of means over examples, and of their order
+
+
+def _of_means(said: np.ndarray, labels: np.ndarray, name: ScoreName, weights: np.ndarray) -> np.ndarray:
+    """A score (..., W) of what was said, (..., N) or (..., N, K), that is made of means over the examples."""
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return np.asarray(x @ weights.T / weights.sum(axis=1))
+
+    if name == "accuracy":
+        return mean(said == labels)
+    if name == "log_loss":
+        return mean(-np.log(np.maximum(said[..., np.arange(len(labels)), labels.astype(int)], LEAST_PROBABILITY)))
+    error = said - labels
+    if name == "mae":
+        return mean(np.abs(error))
+    squared = mean(np.square(error))
+    if name == "rmse":
+        return np.sqrt(squared)
+    y = labels - labels.mean()
+    variance = mean(np.square(y)) - np.square(mean(y))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # What is left of a constant after rounding is no variance.
+        return np.where(variance > 1e-12 * np.square(y).max(initial=0), 1 - squared / variance, np.nan)
+
+
+def _of_order(said: np.ndarray, labels: np.ndarray, kind: Kind, name: ScoreName, weights: np.ndarray) -> np.ndarray:
+    """auroc, average_precision of probabilities (N, K), pearson, spearman of values (N,): (W,).
+
+    ``labels`` (N,); of spearman their ranks (W, N). Of several classes each one is held against the rest, and the mean
+    over classes is taken ("macro").
+    """
     if kind == "regression":
-        return pearson(decided, labels)
-    return float(np.mean(decided == labels))
+        x = _midranks(said, weights) if name == "spearman" else np.broadcast_to(said, weights.shape)
+        return _correlation(x, np.broadcast_to(labels, weights.shape), weights)
+    classes = [1] if kind == "binary" else range(said.shape[1])
+    found = np.array([_of_curve(said[:, c], labels == c, name, weights) for c in classes])  # (K, W)
+    there = np.isfinite(found)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(there, found, 0).sum(axis=0) / there.sum(axis=0))
 
 
-def score(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> float:
-    """The task's score of logits (N, C) against labels (N,). NaN where Pearson r is undefined."""
-    return score_decisions(decisions(logits, kind), labels, kind)
+def _of_curve(p: np.ndarray, positive: np.ndarray, name: ScoreName, weights: np.ndarray) -> np.ndarray:
+    """The area under the ROC curve, or average precision, of a class's probabilities (N,): (W,); ties are one step."""
+    order = np.argsort(-p, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(p[order]) != 0, True))
+    tp, fp = (np.cumsum((weights * who)[:, order], axis=1)[:, ends].astype(np.float64) for who in (positive, ~positive))
+    gained = np.diff(tp, prepend=0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if name == "auroc":
+            return np.asarray(((tp - gained / 2) * np.diff(fp, prepend=0.0)).sum(axis=1) / (tp[:, -1] * fp[:, -1]))
+        return np.asarray((gained * np.where(gained > 0, tp / (tp + fp), 0)).sum(axis=1) / tp[:, -1])
+
+
+def _midranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The ranks (W, N) of values (N,), each there as often as a weight says, from 1; of equals the mean."""
+    order = np.argsort(values, kind="stable")
+    new = np.append(True, np.diff(values[order]) != 0)
+    upto = np.cumsum(weights[:, order], axis=1)[:, np.append(np.flatnonzero(new)[1:] - 1, len(values) - 1)]
+    middle = (upto + np.hstack([np.zeros((len(weights), 1)), upto[:, :-1]]) + 1) / 2
+    ranks = np.empty(weights.shape)
+    ranks[:, order] = middle[:, np.cumsum(new) - 1]
+    return ranks
+
+
+def _correlation(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Pearson's r (W,) of the rows of a and b (W, N); NaN where one is constant."""
+
+    def centred(x: np.ndarray) -> np.ndarray:
+        return np.asarray(x - ((weights * x).sum(axis=1) / weights.sum(axis=1))[:, None])
+
+    x, y = centred(a), centred(b)
+    xx, yy = (weights * x * x).sum(axis=1), (weights * y * y).sum(axis=1)
+    constant = (xx <= 1e-20 * np.square(a).max(axis=1)) | (yy <= 1e-20 * np.square(b).max(axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(constant, np.nan, np.clip((weights * x * y).sum(axis=1) / np.sqrt(xx * yy), -1.0, 1.0))
+
+
+# What is said of them
 
 
 def one_label(labels: np.ndarray | None, names: Sequence[str], what: str = "labels") -> list[str]:
@@ -59,7 +217,7 @@ def one_label(labels: np.ndarray | None, names: Sequence[str], what: str = "labe
 
 
 def overall_score(scores: dict[str, tuple[float, Kind]]) -> float:
-    """Mean of the tasks' scores, a Pearson r entering as (r + 1) / 2.
+    """Mean of the tasks' accuracies and, of regressions, of (r + 1) / 2.
 
     For sst, quora and sts it is the course's overall score (Oyeniyi, section 5.2). ``scores``: task name to
     (score, kind). NaN if one is NaN.
@@ -67,6 +225,13 @@ def overall_score(scores: dict[str, tuple[float, Kind]]) -> float:
     return float(np.mean([(s + 1) / 2 if kind == "regression" else s for s, kind in scores.values()]))
 
 
-def overall(scores: dict[str, tuple[float, Kind]]) -> float:
-    """What a run's best epoch is chosen by: the score of its one task, or the overall score (task: score, kind)."""
-    return next(iter(scores.values()))[0] if len(scores) == 1 else overall_score(scores)
+def overall(scores: Sequence[float], tasks: Sequence[Task]) -> float:
+    """What a run's best epoch is chosen by, the higher the better, from the score of each task.
+
+    That of one task alone; else the mean by the weights that ``data.overall`` gives, or ``overall_score``. A score of
+    which lower is better counts negative.
+    """
+    if len(tasks) > 1 and any(t.overall is None for t in tasks):
+        return overall_score({t.name: (s, t.kind) for s, t in zip(scores, tasks, strict=True)})
+    signed = [t.sign * s for s, t in zip(scores, tasks, strict=True)]
+    return signed[0] if len(tasks) == 1 else float(np.average(signed, weights=[t.overall or 0.0 for t in tasks]))

@@ -10,7 +10,60 @@ from typing import Any, Literal, get_args
 from lora_ensemble.errors import UserError
 
 Kind = Literal["multiclass", "binary", "regression"]
+# fmt: off
+ScoreName = Literal[
+    "accuracy", "balanced_accuracy", "f1", "f1_macro", "f1_micro", "f1_weighted", "mcc", "kappa_quadratic",
+    "auroc", "average_precision", "log_loss", "pearson", "spearman", "mae", "rmse", "r2",
+]
+# fmt: on
 SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What is known of a score without computing it; ``scores`` computes it."""
+
+    words: str
+    of: Literal["decisions", "probabilities", "values"] = "decisions"
+    kinds: tuple[Kind, ...] = ("multiclass", "binary")
+    least: float = 0.0
+    most: float = 1.0
+    sign: int = 1  # -1 where lower is better; a score times its sign is the higher the better
+    by_rank: bool = False  # whether it looks at the order of what was said alone
+    offsets: bool = False  # whether an ensemble has its classes' offsets chosen for it
+
+
+_VALUES: dict[str, Any] = {"of": "values", "kinds": ("regression",)}
+_LOSS: dict[str, Any] = {"most": math.inf, "sign": -1}
+_RANKED: dict[str, Any] = {"of": "probabilities", "by_rank": True}
+SCORES: dict[ScoreName, Score] = {
+    "accuracy": Score(words="accuracy"),
+    "balanced_accuracy": Score(words="balanced accuracy", offsets=True),
+    "f1": Score(words="F1", kinds=("binary",), offsets=True),
+    "f1_macro": Score(words="macro F1", offsets=True),
+    "f1_micro": Score(words="micro F1", offsets=True),
+    "f1_weighted": Score(words="weighted F1", offsets=True),
+    "mcc": Score(words="MCC", least=-1.0, offsets=True),
+    "kappa_quadratic": Score(words="quadratic kappa", least=-1.0, offsets=True),
+    "auroc": Score(words="AUROC", **_RANKED),
+    "average_precision": Score(words="average precision", **_RANKED),
+    "log_loss": Score(words="log-loss", of="probabilities", **_LOSS),
+    "pearson": Score(words="Pearson r", least=-1.0, **_VALUES),
+    "spearman": Score(words="Spearman's rho", least=-1.0, by_rank=True, **_VALUES),
+    "mae": Score(words="MAE", **_VALUES, **_LOSS),
+    "rmse": Score(words="RMSE", **_VALUES, **_LOSS),
+    "r2": Score(words="R²", least=-math.inf, **_VALUES),
+}
+DEFAULT_SCORE: dict[Kind, ScoreName] = {"multiclass": "accuracy", "binary": "accuracy", "regression": "pearson"}
+
+
+def check_score(name: str | None, kind: Kind) -> ScoreName:
+    """The score of that name, or the default of the kind for None; ``UserError`` where the kind has no such score."""
+    fitting, wanted = [n for n, about in SCORES.items() if kind in about.kinds], name or DEFAULT_SCORE[kind]
+    for known in fitting:
+        if known == wanted:
+            return known
+    raise UserError(f"score is {name!r}; a {kind} task has one of {', '.join(fitting)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +78,10 @@ class Task:
     kind: Kind
     """multiclass (cross-entropy, accuracy, argmax), binary (BCE with logits, accuracy, logit > 0) or
     regression (MSE, Pearson r, the value)."""
+    score: str | None = None
+    """What decides: best epochs, early exit, members and ensembles. accuracy, balanced_accuracy, f1 (binary), f1_macro,
+    f1_micro, f1_weighted, mcc, kappa_quadratic (labels in their order), auroc, average_precision or log_loss; for
+    regression pearson, spearman, mae, rmse or r2. None: accuracy, or pearson."""
     text: list[str] = field(default_factory=list)
     """One text column, or two that are cross-encoded as a pair."""
     label: str = "label"
@@ -65,6 +122,8 @@ class Task:
     """Further curves on dev: classes of torchmetrics by name, as ``model.metrics`` has them for all tasks."""
     leaderboard_column: str = "Prediction"
     """Header of the value column in the course's leaderboard files, which ``dicor apply`` writes for the presets."""
+    overall: float | None = None
+    """Its weight in the overall score of several tasks; ``data.overall`` sets it."""
 
     def __post_init__(self) -> None:
         check_task_name(self.name)
@@ -100,6 +159,10 @@ class Task:
         refuse(apart, f"dev is {self.dev}; expected a file, or a share between 0 and 1 of the training file")
         headless = bool(self.columns) and self.dataset is not None
         refuse(headless, "columns is for files without a header; a data set names its columns")
+        try:
+            check_score(self.score, self.kind)
+        except UserError as e:
+            refuse(True, str(e))
 
     @property
     def labels(self) -> list[str]:
@@ -112,20 +175,27 @@ class Task:
         return len(self.label_names) if self.kind == "multiclass" else 1
 
     @property
-    def loss_settings(self) -> dict[str, Any]:
-        """What decides the loss besides the kind, where it is not the default."""
-        settings = {"class_weights": self.class_weights, "label_smoothing": self.label_smoothing}
-        return {key: value for key, value in settings.items() if value}
+    def scored_by(self) -> ScoreName:
+        """The task's score by name."""
+        return check_score(self.score, self.kind)
+
+    @property
+    def sign(self) -> int:
+        """The score's: -1 where lower is better."""
+        return SCORES[self.scored_by].sign
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a member's settings say of how the task is scored, and of its loss: nothing of what is a default."""
+        score = None if self.scored_by == DEFAULT_SCORE[self.kind] else self.scored_by
+        own = {"score": score, "overall": self.overall, "class_weights": self.class_weights}
+        own |= {"label_smoothing": self.label_smoothing or None}
+        return {key: value for key, value in own.items() if value is not None}
 
     @property
     def score_name(self) -> str:
         """The task's score in words."""
-        return score_name(self.kind)
-
-
-def score_name(kind: Kind) -> str:
-    """The score of tasks of a kind, in words."""
-    return "Pearson r" if kind == "regression" else "accuracy"
+        return SCORES[self.scored_by].words
 
 
 def check_task_name(name: str) -> None:

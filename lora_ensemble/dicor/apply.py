@@ -12,7 +12,6 @@ from lora_ensemble.dicor.located import chosen_records
 from lora_ensemble.dicor.record import Ensemble
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import Examples, logits_file, member_folder, read_array, read_examples
-from lora_ensemble.scores import score_decisions
 from lora_ensemble.tasks import PRESETS
 
 
@@ -42,9 +41,9 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> tuple[Examples, np.nd
         if logits[-1].shape != shape:
             expected = f"{shape}: the examples by the outputs of the task"
             raise UserError(f"{folder / file}: shape {logits[-1].shape}; expected {expected}")
-    decided = ensemble.decide(np.stack(logits))
-    score = None if examples.labels is None else score_decisions(decided, examples.labels, ensemble.kind)
-    return examples, decided, score
+    said = np.stack(logits)
+    score = None if examples.labels is None else ensemble.scored(said, examples.labels)
+    return examples, ensemble.decide(said), score
 
 
 def write_predictions(f: TextIO, ensemble: Ensemble, ids: np.ndarray, decided: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from lora_ensemble import __version__
 from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
 from lora_ensemble.dicor.options import METHODS, Options, Request, add_options, options_of, refuse_unheard
 from lora_ensemble.errors import Parser, UserError
-from lora_ensemble.tasks import score_name
+from lora_ensemble.tasks import SCORES
 
 if TYPE_CHECKING:
     from lora_ensemble.pool import TaskPool
@@ -77,6 +77,12 @@ def _shared() -> tuple[Parser, Parser, Parser]:
     """The options that several commands have: of the methods, about one task, and with several methods."""
     settings, one_task, several = (Parser(add_help=False) for _ in range(3))
     settings.add_argument("--pool", type=Path, required=True, metavar="DIR", help="the folder that training wrote")
+    settings.add_argument(
+        "--score",
+        choices=SCORES,
+        metavar="NAME",
+        help="what is to be good (default: what members were trained by): " + ", ".join(SCORES),
+    )
     add_options(settings, Options)
     one_task.add_argument("--task", required=True, help="a task of the pool: sst, quora, sts or your own")
     one_task.add_argument("--output", type=Path, required=True, metavar="FILE", help="what to write")
@@ -133,18 +139,18 @@ def _select(given: argparse.Namespace) -> None:
         task_pool, options = TaskPool(given.pool, given.task), options_of(given, Options)
         method = given.method or DEFAULT_METHOD[task_pool.kind]
         refuse_unheard(options, [method])
-        comparison = compare(task_pool, [method], options)
+        comparison = compare(task_pool, [method], options, score=given.score)
         _notify(comparison.notices, given.task)
         ensemble = record.make(comparison, method, folder=given.output.resolve().parent)
         f.write(ensemble.to_json())
-    rows, score, estimates = ensemble.rows(), score_name(task_pool.kind), comparison.estimates
+    rows, score, estimates = ensemble.rows(), f"{comparison.score.words:>10}", comparison.estimates
     width = max(len(row["name"]) for row in rows)
     settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in ensemble.settings.items() if v is not None)
     print(f"{_head(task_pool)}\n{method}{f' ({settings})' if settings else ''}; strategy {ensemble.strategy}\n")
-    print(f"{'member':<{width}} {score:>10} {'weight':>7} {'mean similarity to those above':>32}")
+    print(f"{'member':<{width}} {score} {'weight':>7} {'mean similarity to those above':>32}")
     for row in rows:
         similarity = number(row["mean_similarity"])
-        print(f"{row['name']:<{width}} {row['score']:>10.4f} {row['weight']:>7.4f} {similarity:>32}")
+        print(f"{row['name']:<{width}} {row['score']:>{len(score)}.4f} {row['weight']:>7.4f} {similarity:>32}")
     if ensemble.offsets is not None:
         print(offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
     print(f"\n{table(estimates)}\n\n{verdict(method, estimates.of[method])}\n{about(estimates)}")
@@ -169,7 +175,9 @@ def _compare(given: argparse.Namespace) -> None:
     comparisons = {}
     for task in tasks:
         task_pool = TaskPool(given.pool, task)
-        comparison = comparisons[task] = compare(task_pool, methods, options, probabilities=bool(given.plots))
+        comparison = comparisons[task] = compare(
+            task_pool, methods, options, score=given.score, probabilities=bool(given.plots)
+        )
         estimates = comparison.estimates
         test = test_scores(comparison) if given.split == "test" else None
         _notify(comparison.notices, task)
@@ -221,7 +229,8 @@ def _report(given: argparse.Namespace) -> None:
     methods, options = given.method or list(METHODS), options_of(given, Options)
     refuse_unheard(options, methods)
     with writing(given.output) as f:
-        comparison = compare(TaskPool(given.pool, given.task), methods, options, probabilities=True)
+        task_pool = TaskPool(given.pool, given.task)
+        comparison = compare(task_pool, methods, options, score=given.score, probabilities=True)
         test = test_scores(comparison) if given.split == "test" else None
         _notify(comparison.notices, given.task)
         facts = gather(comparison, method_shown(comparison, given.method), test=test)
@@ -250,7 +259,7 @@ def _apply(given: argparse.Namespace) -> None:
         write_predictions(f, ensemble, examples.ids, decided)
     if score is not None:
         _notify(one_label(examples.labels, ensemble.labels, f"{given.split} labels"), ensemble.task)
-        print(f"{ensemble.task} {given.split} {score_name(ensemble.kind)} {number(score)}")
+        print(f"{ensemble.task} {given.split} {SCORES[ensemble.score].words} {number(score)}")
         if given.split == "dev":
             print(IN_SAMPLE)
     print(f"saved {len(decided)} predictions of {ensemble.size} members in {given.output}")

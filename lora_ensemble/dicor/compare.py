@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.combine import decide
+from lora_ensemble.dicor.choose.combine import said
 from lora_ensemble.dicor.choose.methods import Method
 from lora_ensemble.dicor.choose.settings import MethodName
 from lora_ensemble.dicor.estimate.honest import Estimates, estimate
@@ -15,8 +15,8 @@ from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.dicor.options import Options, check, method_of
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import DISTILLED, TaskPool, logits_file, map_array, member_folder
-from lora_ensemble.scores import one_label, overall_score, score_decisions
-from lora_ensemble.tasks import PRESETS, Kind
+from lora_ensemble.scores import one_label, overall_score, scored
+from lora_ensemble.tasks import PRESETS, SCORES, Kind, Score
 
 
 class Logits:
@@ -36,8 +36,14 @@ class Logits:
         return self._pool.logits(self._name)
 
 
-def dev_of(task_pool: TaskPool) -> Dev:
-    """The members of a pool on its dev examples; ``UserError`` where these have no labels, and as ``TaskPool``."""
+def dev_of(task_pool: TaskPool, score: str | None = None) -> Dev:
+    """The members of a pool on its dev examples, and by which score they are judged (None: the pool's).
+
+    ``UserError`` where these have no labels, the kind has no such score, the pool's are several, and as ``TaskPool``.
+    """
+    if score is None and task_pool.scored_by is None:
+        names = sorted({r.scored_by for r in task_pool.members})
+        raise UserError(f"its members were trained by several scores ({', '.join(names)}); say which with --score")
     examples, records = task_pool.examples(), task_pool.members
     if examples.labels is None:
         where = task_pool.pool / task_pool.name
@@ -50,8 +56,10 @@ def dev_of(task_pool: TaskPool) -> Dev:
         names=[r.name for r in records],
         ranks=[r.rank for r in records],
         ids=examples.ids,
+        groups=examples.groups,
         epochs=[task_pool.epochs(r.name) for r in records],
         fingerprints=[r.files.get(file, r.name) for r in records],
+        score=score or task_pool.scored_by,
     )
     notices = [*dev.notices, *one_label(examples.labels, task_pool.labels, "dev labels")]
     if students := sum(DISTILLED in r.settings for r in records):
@@ -75,18 +83,27 @@ class Comparison:
     def kind(self) -> Kind:
         return self.task_pool.kind
 
+    @property
+    def score(self) -> Score:
+        return SCORES[self.dev.scored_by]
+
 
 def compare(
-    task_pool: TaskPool, names: Sequence[MethodName], options: Options, *, probabilities: bool = False
+    task_pool: TaskPool,
+    names: Sequence[MethodName],
+    options: Options,
+    *,
+    score: str | None = None,
+    probabilities: bool = False,
 ) -> Comparison:
     """Choose by these methods, and by ``best`` and ``omni``, from a pool's dev logits, and estimate how good each is.
 
-    ``probabilities``: see ``estimate``. ``UserError``, naming the task, where an option does not fit the pool, and as
-    ``estimate`` does.
+    ``score``: its name; None: that which the members were trained by. ``probabilities``: see ``estimate``.
+    ``UserError``, naming the task, where an option does not fit the pool, and as ``estimate`` does.
     """
     try:
         check(options, task_pool.kind, len(task_pool.members))
-        dev = dev_of(task_pool)
+        dev = dev_of(task_pool, score)
         methods: dict[str, Method] = {}
         notices = list(dev.notices)
         always: list[MethodName] = ["best", "omni"]
@@ -101,7 +118,7 @@ def compare(
 
 
 def test_scores(comparison: Comparison) -> dict[str, float]:
-    """Method to the score, on the labelled test split, of what it chose on dev. NaN where r is undefined.
+    """Method to the score, on the labelled test split, of what it chose on dev. NaN where it is undefined.
 
     Notices about the test labels are added to the comparison's. ``UserError`` where these, or test logits, are unknown.
     """
@@ -112,21 +129,22 @@ def test_scores(comparison: Comparison) -> dict[str, float]:
             f"{pool.pool / pool.name}: the test examples have no labels, so there is no score; leave out --split test"
         )
     comparison.notices.extend(one_label(labels, pool.labels, "test labels"))
-    scores = {}
+    scores, by = {}, comparison.dev.scored_by
     for method, chosen_by in comparison.estimates.of.items():
         names, ranks = chosen_by.names, [pool.record(name).rank for name in chosen_by.names]
-        on_dev = np.array([comparison.estimates.scores[name] for name in names])
-        chosen = Members(np.stack([pool.logits(name) for name in names]), pool.kind, names, ranks, on_dev)
-        scores[method] = score_decisions(decide(chosen, chosen_by.choice), labels, pool.kind)
+        on_dev = comparison.score.sign * np.array([comparison.estimates.scores[name] for name in names])
+        chosen = Members(np.stack([pool.logits(name) for name in names]), pool.kind, names, ranks, on_dev, score=by)
+        scores[method] = float(scored(said(chosen, chosen_by.choice), labels, pool.kind, by))
     return scores
 
 
 def overall(comparisons: Mapping[str, Comparison]) -> dict[str, tuple[float, float]] | None:
     """Method to the overall score of the three presets (Oyeniyi, section 5.2), in-sample and honest.
 
-    NaN where one is undefined; None where the three are not all there.
+    NaN where one is undefined; None where the three are not all there, by the scores that it is made of.
     """
-    if not all(name in comparisons and comparisons[name].kind == task.kind for name, task in PRESETS.items()):
+    there = {name: (c.kind, c.dev.scored_by) for name, c in comparisons.items()}
+    if any(there.get(name) != (task.kind, task.scored_by) for name, task in PRESETS.items()):
         return None
     kinds = {name: task.kind for name, task in PRESETS.items()}
     of = {name: comparisons[name].estimates.of for name in PRESETS}

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from lora_ensemble.dicor.choose.probabilities import losses, soft_votes, true_probabilities
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import decisions, score
-from lora_ensemble.tasks import Kind
+from lora_ensemble.tasks import SCORES, Kind, ScoreName, check_score
 from lora_ensemble.text.splits import canonical
 
 DECIMALS = 12
@@ -21,7 +21,7 @@ DECIMALS = 12
 
 
 def ranked(scores: np.ndarray, names: Sequence[str], loss: np.ndarray | None = None) -> list[int]:
-    """Indices of members (M,), best first: by score, ties by the softer ``loss`` if there is one, then by name."""
+    """Indices of members (M,), best first: by score (higher is better), ties by the softer ``loss``, then by name."""
     softer = np.zeros(len(names)) if loss is None else np.round(loss, DECIMALS)
     return [int(m) for m in np.lexsort((np.asarray(names, np.str_), softer, -np.round(scores, DECIMALS)))]
 
@@ -46,8 +46,14 @@ class Members:
     kind: Kind
     names: list[str]
     ranks: list[int | None]
-    scores: np.ndarray  # (k,) on the examples that are chosen by
+    scores: np.ndarray  # (k,) on the examples that are chosen by, times the score's sign: the higher the better
     labels: np.ndarray = field(default_factory=lambda: np.empty(0))  # (N,); empty where nothing is chosen
+    score: ScoreName | None = None  # what is to be good; None: the default of the kind
+
+    @property
+    def scored_by(self) -> ScoreName:
+        """What is to be good."""
+        return check_score(self.score, self.kind)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -60,7 +66,7 @@ class Members:
         if rows is not None:
             logits, labels = logits[:, rows], labels[rows]
         names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
-        return Members(logits, self.kind, names, ranks, self.scores[which], labels)
+        return Members(logits, self.kind, names, ranks, self.scores[which], labels, self.score)
 
     @cached_property
     def soft_votes(self) -> np.ndarray:
@@ -86,10 +92,12 @@ class Dev:
     labels: np.ndarray  # (N,)
     ids: np.ndarray  # (N,) unicode
     kind: Kind
+    scored_by: ScoreName  # what is to be good
     names: list[str]
     ranks: list[int | None]
     epochs: Sequence[np.ndarray | None]  # M of (E, N, C) logits of every epoch, or None where they were not kept
     notices: list[str] = field(default_factory=list)  # what was left out, or is to be known, in words
+    groups: np.ndarray | None = None  # (N,) unicode: examples of one group are no independent evidence; None: all are
 
     @classmethod
     def of(
@@ -103,12 +111,16 @@ class Dev:
         ids: Sequence[str] | np.ndarray | None = None,
         epochs: Sequence[np.ndarray | None] | None = None,
         fingerprints: Sequence[str] | None = None,
+        score: str | None = None,
+        groups: np.ndarray | None = None,
     ) -> Dev:
         """Check, sort by name, and collapse members whose logits are the same to the last bit (a notice says so).
 
         ``fingerprints`` (M,): texts that are equal where the logits are, which are not looked at then. ``UserError``
-        where lengths differ, an id or a name is there twice, a label is no class, or a value is not finite.
+        where lengths differ, an id or a name is there twice, a label is no class, a value is not finite, or the kind
+        has no such score.
         """
+        name = check_score(score, kind)
         m, n, labels = len(logits), len(labels), np.asarray(labels)
         names = numbered(m) if names is None else list(names)
         ranks, epochs = [None] * m if ranks is None else ranks, [None] * m if epochs is None else epochs
@@ -134,11 +146,20 @@ class Dev:
             + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             for name, *others in copied
         ]
-        dev = cls([logits[i] for i in range(m)], labels, ids, kind, names, list(ranks), epochs)
+        dev = cls([logits[i] for i in range(m)], labels, ids, kind, name, names, list(ranks), epochs, groups=groups)
         return dev.only([places[0] for places in same.values()], notices)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def evidence(self) -> int:
+        """How many independent pieces of evidence there are: groups, or examples."""
+        return len(self.labels) if self.groups is None else len(np.unique(self.groups))
+
+    def worth(self, m: int) -> float:
+        """The m-th member's score on all examples, times the score's sign: the higher the better."""
+        return SCORES[self.scored_by].sign * score(self.logits_of(m), self.labels, self.kind, self.scored_by)
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -163,17 +184,18 @@ class Dev:
     def members(self, which: Sequence[int], logits: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> Members:
         """Some members in memory, on some examples: their logits (k, N', C), scores (k,) and labels (N',) there."""
         names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
-        return Members(logits, self.kind, names, ranks, scores, labels)
+        return Members(logits, self.kind, names, ranks, scores, labels, self.scored_by)
 
     def scored(self, scores: np.ndarray) -> tuple[Dev, list[int]]:
         """The members whose score (M,) is defined (``UserError``: none), the others in a notice, and which they are."""
         undefined, good = np.flatnonzero(np.isnan(scores)).tolist(), np.flatnonzero(~np.isnan(scores)).tolist()
         if not undefined:
             return self, good
+        words = SCORES[self.scored_by].words
         if np.all(self.labels == self.labels[0]):
-            raise UserError("the dev labels are all the same, so Pearson r is undefined; give dev examples that differ")
+            raise UserError(f"the dev labels are all the same, so {words} is undefined; give dev examples that differ")
         name, value = self.names[undefined[0]], decisions(self.logits_of(undefined[0]), self.kind)[0]
-        what = f"member {name}: its dev predictions are constant (all {value:.6g}), so its Pearson r"
+        what = f"member {name}: its dev predictions are constant (all {value:.6g}), so its {words}"
         if not good:
             raise UserError(f"{what} is undefined, and so are all others'; train them again")
         others = f" (and {len(undefined) - 1} more like it)" if len(undefined) > 1 else ""
@@ -190,7 +212,7 @@ class Dev:
         which = top_members(scores, limit, self.names, loss_of)
         logits = np.stack([self.logits_of(m)[self.order] for m in which])
         # As the task scores it: sums over folds round otherwise.
-        scores = np.array([score(self.logits_of(m), self.labels, self.kind) for m in which])
+        scores = np.array([self.worth(m) for m in which])
         return self.members(which, logits, scores, self.labels[self.order])
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.choose.combine import Choice, decide
+from lora_ensemble.dicor.choose.combine import Choice, decide, said
 from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.dicor.compare import Comparison
 from lora_ensemble.dicor.estimate.honest import Estimate
@@ -20,14 +20,15 @@ from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
 from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord, check_name, logits_file
-from lora_ensemble.tasks import Kind, check_task_name
+from lora_ensemble.scores import scored
+from lora_ensemble.tasks import SCORES, Kind, ScoreName, Task, check_score, check_task_name
 
 SCHEMA = 2
 _KEYS = [
     *("version", "task", "kind", "labels", "method", "settings", "strategy", "size", "members", "estimate", "best"),
-    *("omni", "folds", "repeats", "considered", "left_out", "notices", "examples", "pool", "scale", "offsets"),
+    *("omni", "folds", "repeats", "considered", "left_out", "notices", "examples", "pool", "scale", "offsets", "score"),
 ]
-"""Of the file after its schema, in this order; old files have neither scale nor offsets."""
+"""Of the file after its schema, in this order; old files have neither scale nor offsets, nor a score's name."""
 _DEV = logits_file("dev")
 
 
@@ -38,6 +39,7 @@ class Ensemble:
     version: str  # of the program that wrote it
     task: str
     kind: Kind
+    score: ScoreName  # by which it was chosen
     labels: list[str]
     method: str
     settings: dict[str, Any]  # the method's parameters
@@ -95,10 +97,23 @@ class Ensemble:
             for i, member in enumerate(self.members)
         ]
 
+    def described(self, text: list[str]) -> Task:
+        """The task that it is of, read from these columns."""
+        of_task: dict[str, Any] = {"name": self.task, "kind": self.kind, "score": self.score}
+        return Task(**of_task, text=text or ["text"], label_names=self.labels)
+
     def decide(self, logits: np.ndarray) -> np.ndarray:
         """What logits (M, N, C) of its members, in their order, decide together: (N,), as ``scores.decisions``."""
+        return decide(self._saying(logits), self.choice)
+
+    def scored(self, logits: np.ndarray, labels: np.ndarray) -> float:
+        """The score, on labels (N,), of what logits (M, N, C) of its members say together; NaN where undefined."""
+        return float(scored(said(self._saying(logits), self.choice), labels, self.kind, self.score))
+
+    def _saying(self, logits: np.ndarray) -> Members:
         names, ranks = [m.name for m in self.members], [m.rank for m in self.members]
-        return decide(Members(logits, self.kind, names, ranks, np.array([m.score for m in self.members])), self.choice)
+        worth = SCORES[self.score].sign * np.array([m.score for m in self.members])
+        return Members(logits, self.kind, names, ranks, worth, score=self.score)
 
     def to_json(self) -> str:
         """JSON text."""
@@ -111,7 +126,8 @@ def figures(estimate: Estimate) -> dict[str, Any]:
 
     ``in_sample`` score on dev; ``honest`` score and its interval from ``low`` to ``high`` at ``level``; ``at_part``:
     the score on what was held out, before it is corrected for choosing on a part; ``optimism``;
-    ``to_best`` and ``to_omni``: the honest difference, its interval, and whether it is ``beyond_noise``.
+    ``to_best`` and ``to_omni``: the honest gain, its interval, and whether it is ``beyond_noise``. Of a score of which
+    lower is better a gain and the optimism are above 0 where the score is below.
     """
 
     def difference(interval: Interval | None) -> dict[str, Any] | None:
@@ -137,6 +153,7 @@ def make(comparison: Comparison, method: str, *, folder: Path) -> Ensemble:
         version=__version__,
         task=task_pool.name,
         kind=task_pool.kind,
+        score=comparison.dev.scored_by,
         labels=task_pool.labels,
         method=method,
         settings=comparison.methods[method].get_params(),
@@ -167,7 +184,7 @@ def read(path: Path) -> Ensemble:
     if (schema := raw.pop("schema")) != SCHEMA:
         raise UserError(f"{path}: schema {schema!r}; this version reads schema {SCHEMA}; select again")
     try:
-        raw = {"scale": 1.0, "offsets": None, **raw}
+        raw = {"scale": 1.0, "offsets": None, "score": None, **raw}
         _check(raw)
         return _ensemble_of(raw)
     except (TypeError, KeyError, ValueError, UserError) as e:
@@ -214,10 +231,11 @@ def _check(raw: dict[str, Any]) -> None:
         expect(isinstance(raw[key], str), raw, key, "text")
     texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     expect(texts and (kind != "multiclass" or len(labels) > 1), raw, "labels", "texts; multiclass needs them all")
+    raw["score"] = check_score(raw["score"], kind)
     expect(_is_number(raw["scale"]), raw, "scale", "a number")
     if offsets is not None:
-        may_be = kind != "regression" and strategy == "weighted"
-        expect(may_be, raw, "offsets", "null: offsets are for a classifier of strategy weighted")
+        may_be = kind != "regression" and strategy != "majority"
+        expect(may_be, raw, "offsets", "null: offsets are for a classifier's mean, not for a regression or a majority")
         classes = 2 if kind == "binary" else len(labels)
         numbers = isinstance(offsets, list) and len(offsets) == classes and all(_is_number(b) for b in offsets)
         expect(numbers, raw, "offsets", f"{classes} numbers, one for each class")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.dicor.estimate.honest import Estimate, Estimates
 from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
-from lora_ensemble.tasks import Kind, score_name
+from lora_ensemble.tasks import SCORES, Kind
 
 IN_SAMPLE = "In-sample: the score on the very dev set that was chosen on, which flatters what was chosen."
 
@@ -21,17 +21,21 @@ def number(value: float | None, *, sign: bool = False) -> str:
 
 def about(estimates: Estimates) -> str:
     """What the columns mean, in sentences."""
+    score = SCORES[estimates.candidates.scored_by]
+    lower = f"{score.words}: the lower the better; differences and the optimism are what is gained.\n"
+    first = IN_SAMPLE if score.sign > 0 else lower + IN_SAMPLE
     if not estimates.repeats:
-        return f"{IN_SAMPLE}\nThere are too few dev examples for an honest estimate."
+        return f"{first}\nThere are too few dev examples, or groups of them, for an honest estimate."
     folds, methods = estimates.folds, len(estimates.of)
     part = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 10: "tenth"}.get(folds, f"1/{folds}")
     times = "once" if estimates.repeats == 1 else f"{estimates.repeats} times"
+    over = "examples" if estimates.groups is None else f"the {estimates.groups} groups, which no split tears apart"
     lines = [
-        IN_SAMPLE,
+        first,
         f"Honest: chosen, epochs included, without a {part} of dev and scored on it, until every example was held out "
         f"{times}, with its {LEVEL:.0%} interval.",
         f"Chosen on all of dev, an ensemble has seen more: 1/{4 * (folds - 1)} of the optimism is added.",
-        f"Within noise: the {LEVEL:.0%} interval of the difference (paired bootstrap over examples) holds 0.",
+        f"Within noise: the {LEVEL:.0%} interval of the difference (paired bootstrap over {over}) holds 0.",
     ]
     if methods > 3:  # best and omni are there to compare with
         count = {4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine", 10: "ten"}.get(methods, methods)
@@ -43,7 +47,7 @@ def about(estimates: Estimates) -> str:
 
 def table(estimates: Estimates, test: Mapping[str, float] | None = None) -> str:
     """A row for each method; ``test``: each one's score on the test split."""
-    columns = [f"{score_name(estimates.candidates.kind)} on dev", "members", "in-sample", "honest"]
+    columns = [f"{SCORES[estimates.candidates.scored_by].words} on dev", "members", "in-sample", "honest"]
     columns += [f"{LEVEL:.0%} interval", "optimism", "to single best", "to Omni", "test" if test else ""]
     rows = [columns]
     for name, about in estimates.of.items():
@@ -51,7 +55,7 @@ def table(estimates: Estimates, test: Mapping[str, float] | None = None) -> str:
         span, optimism = ends(about.honest) if about.honest else "-", number(about.optimism, sign=True)
         row = [name, str(len(about.names)), number(about.in_sample), value, span, optimism]
         rows.append([*row, gain(about.against_best), gain(about.against_omni), number(test[name]) if test else ""])
-    form = "{:<17} {:>7} {:>9} {:>9} {:>17} {:>9}  {:<20}  {:<20}  {}"
+    form = f"{{:<{max(17, len(columns[0]))}}} " + "{:>7} {:>9} {:>9} {:>17} {:>9}  {:<20}  {:<20}  {}"
     return "\n".join(form.format(*row).rstrip() for row in rows)
 
 

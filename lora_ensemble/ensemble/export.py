@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ensemble.ensemble.options import ANY_BASE
 from lora_ensemble.errors import Parser, UserError
+from lora_ensemble.tasks import SCORES
 
 if TYPE_CHECKING:
     from lora_ensemble.ensemble.folder import Contents
@@ -96,6 +97,11 @@ def _write_member(args: argparse.Namespace, folder: Path) -> Contents:
     if not r.finished:
         why = "it diverged" if r.diverged else "its training had not ended"
         print(f"lora-ensemble: notice: {r.name} is not finished: {why}", file=sys.stderr)
+    if (score := SCORES[r.scored_by]).offsets:
+        what = (
+            f"decides for its largest probability: offsets for {score.words} are an ensemble's, and this form has none"
+        )
+        print(f"lora-ensemble: notice: {r.name} {what}", file=sys.stderr)
     return contents
 
 

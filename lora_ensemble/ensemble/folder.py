@@ -126,7 +126,7 @@ def write_ensemble(target: Path, source: Source, *, with_base: bool, with_exampl
     pairs = [(r, bases[str(r.base_model)]) for r in source.members]
     contents = Contents(
         form="ensemble",
-        task=Task(name=ensemble.task, kind=ensemble.kind, text=columns or ["text"], label_names=ensemble.labels),
+        task=ensemble.described(columns),
         columns=columns,
         bases=list(bases.values()),
         members=source.members,
@@ -258,7 +258,7 @@ def _results(contents: Contents) -> list[Any] | None:
             dataset_type=task.name,
             dataset_name=task.name,
             dataset_split="dev",
-            metric_type="pearsonr" if task.kind == "regression" else "accuracy",
+            metric_type={"pearson": "pearsonr"}.get(task.scored_by, task.scored_by),  # as the hub's metrics are called
             metric_name=f"{task.score_name}, honest estimate ({interval})",
             metric_value=round(honest["value"], 4),
         )

@@ -32,7 +32,6 @@ from lora_ensemble.dicor import record
 from lora_ensemble.dicor.choose.combine import probabilities
 from lora_ensemble.ensemble.sources import Source, longest_text, read_source
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import Task
 from lora_ensemble.text.packing import Tokens
 
 Precision = Literal["32", "bf16"]
@@ -210,7 +209,7 @@ def _part(source: Source, places: list[int], device: torch.device, any_base: boo
     base_model, full = str(records[0].base_model), records[0].finetune == "full"
     where = source.bases[base_model].where if base_model in source.bases else base_model
     revision = None if any_base else records[0].revision
-    task = Task(name=ensemble.task, kind=ensemble.kind, text=source.text or ["text"], label_names=ensemble.labels)
+    task = ensemble.described(source.text)
     classifier, fresh, tokenizer = load_base(
         records, source.pool, where, revision, outputs=task.num_outputs, any_base=any_base
     )

@@ -30,7 +30,9 @@ def write_member(target: Path, folder: Path, member: MemberRecord, *, merged: bo
     check_readers([member], folder)
     (base,) = find_bases([member], {}, any_base=any_base).values()
     columns = known_columns(member.task, member.kind, member.text)
-    task = Task(name=member.task, kind=member.kind, text=columns or ["text"], label_names=member.labels)
+    task = Task(
+        name=member.task, kind=member.kind, text=columns or ["text"], label_names=member.labels, score=member.scored_by
+    )
     classifier, _, tokenizer = load_base(
         [member], folder, base.where, base.revision, outputs=task.num_outputs, any_base=any_base
     )

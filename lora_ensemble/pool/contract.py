@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.files import replacing
-from lora_ensemble.tasks import Kind, check_task_name
+from lora_ensemble.tasks import Kind, ScoreName, check_score, check_task_name
 
 SCHEMA = 1
 RECORD = "member.json"
@@ -89,6 +89,11 @@ class MemberRecord:
     files: dict[str, str] = field(default_factory=dict)
     """File name to "sha256:<hex>" of every other file in the folder; a file not listed does not count."""
 
+    @property
+    def scored_by(self) -> ScoreName:
+        """The score by which its best epoch was chosen: its settings name one that is not its kind's default."""
+        return check_score(self.settings.get("score"), self.kind)
+
     def to_json(self) -> str:
         """JSON text, keys in the order of the fields."""
         return json.dumps({"schema": SCHEMA, **vars(self)}, indent=1, allow_nan=False) + "\n"
@@ -117,6 +122,10 @@ class MemberRecord:
             if not fits(value := getattr(record, key)):
                 expected = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
                 raise UserError(f"{path}: {key} is {value!r}; expected {expected}")
+        try:
+            check_score(record.settings.get("score"), record.kind)
+        except UserError as e:
+            raise UserError(f"{path}: settings: {e}") from e
         for key, names in (("files", record.files), ("examples", record.examples.values())):
             if any("/" in name or "\\" in name for name in names):
                 raise UserError(f"{path}: {key} holds a path; expected names of files in the same folder")
@@ -192,8 +201,8 @@ def write_examples(
 ) -> str:
     """Write a split's examples once; returns their fingerprint.
 
-    ``ids`` (N,), ``labels`` (N,) numbers (classes count from 0) or None, ``groups`` (N,) unicode or None. ``UserError`` where ids are not unique, a
-    label is no finite number, or the lengths differ.
+    ``ids`` (N,), ``labels`` (N,) numbers (classes count from 0) or None, ``groups`` (N,) unicode or None. ``UserError``
+    where ids are not unique, a label is no finite number, or the lengths differ.
     """
     ids, labels = np.asarray(ids, dtype=np.str_), None if labels is None else np.asarray(labels)
     _check_examples(ids, labels, f"{task} {split} examples")

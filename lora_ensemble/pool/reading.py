@@ -25,7 +25,7 @@ from lora_ensemble.pool.contract import (
     read_examples,
 )
 from lora_ensemble.pool.swap import no_swap
-from lora_ensemble.tasks import Kind, check_task_name
+from lora_ensemble.tasks import Kind, ScoreName, check_task_name
 
 
 def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
@@ -164,6 +164,10 @@ class TaskPool:
                 raise UserError(f"{both} do not belong together: {difference}")
         self.kind: Kind = self.members[0].kind
         self.labels = self.members[0].labels
+        trained = [r for r in self.members if r.train_fingerprint] or self.members
+        scores = {r.scored_by for r in trained}
+        self.scored_by: ScoreName | None = scores.pop() if len(scores) == 1 else None
+        """The score by which its members were trained; None where they were by several."""
 
     def _folder(self, record: MemberRecord) -> Path:
         return member_folder(self.pool, self.name, record.name)

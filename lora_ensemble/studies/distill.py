@@ -34,7 +34,7 @@ from lora_ensemble.ensemble.restored import Ensemble, Text
 from lora_ensemble.errors import UserError
 from lora_ensemble.files import replacing, sole_process
 from lora_ensemble.pool import MemberRecord
-from lora_ensemble.tasks import Kind, Task
+from lora_ensemble.tasks import SCORES, Kind, Task
 from lora_ensemble.text.readers import Split, read_texts, shared_texts
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.notices import say
@@ -77,7 +77,10 @@ class Distillation:
     def defaults(self) -> dict[str, Any]:
         """Settings of the run, by option: those of the ensemble's best LoRA member, whose base model, task and pool."""
         records = chosen_records(self.record, self.pool)
-        trained = [(m.score or 0.0, r) for m, r in zip(self.record.members, records, strict=True) if r.base_model]
+        sign = SCORES[self.record.score].sign
+        trained = [
+            (sign * (m.score or 0.0), r) for m, r in zip(self.record.members, records, strict=True) if r.base_model
+        ]
         adapted = [(score, r) for score, r in trained if r.finetune == "lora"]
         options: dict[str, Any] = {"data.tasks": (self.record.task,), "pool.dir": str(self.pool)}
         if trained:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import numpy as np
 from lora_ensemble.bank.base_model import load_tokenizer, longest_input, tokenizer_fingerprint
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import one_label
-from lora_ensemble.tasks import PRESETS, Task
+from lora_ensemble.tasks import DEFAULT_SCORE, PRESETS, Task
 from lora_ensemble.text.readers import Split, read_split, shared_texts, split_file
 from lora_ensemble.train.batches import EvalBatches, ExampleWeights, TokenisedSplit, TrainBatches
 from lora_ensemble.train.notices import say
@@ -39,6 +40,7 @@ class BankData(pl.LightningDataModule):
         seed: int = 11711,
         predict_split: Literal["train", "dev", "test"] = "test",
         revision: str | None = None,
+        overall: dict[str, float] | Literal["mean"] | None = None,
     ) -> None:
         """
         Args:
@@ -53,10 +55,13 @@ class BankData(pl.LightningDataModule):
             seed: Orders the batches; all members share the order.
             predict_split: Which split ``predict`` adds to the pool.
             revision: Of the base model (taken from ``model.revision``).
+            overall: What the best epochs of several tasks are chosen by: a weight for each task's score, or mean, where
+                all weigh the same; a score of which lower is better counts negative. Null: the mean of accuracies and
+                of (r + 1) / 2, which only tasks of these scores have.
         """
         super().__init__()
         self.base_model, self.revision, self.root = base_model, revision, None if root is None else Path(root)
-        self.tasks = resolve_tasks(tasks)
+        self.tasks = weighed(resolve_tasks(tasks), overall)
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
                 raise UserError(f"data.{name}: {value}; expected at least 1")
@@ -169,6 +174,20 @@ class BankData(pl.LightningDataModule):
     def predict_dataloader(self) -> EvalBatches:
         """The split to predict."""
         return self.val_dataloader(self.predict_split)
+
+
+def weighed(tasks: list[Task], overall: Mapping[str, float] | Literal["mean"] | None) -> list[Task]:
+    """The tasks with their weights in the overall score; ``UserError`` where these are needed, or do not fit."""
+    names = [t.name for t in tasks]
+    own = [t for t in tasks if t.scored_by != DEFAULT_SCORE[t.kind]]
+    if overall is None and (not own or len(tasks) == 1):
+        return tasks
+    weights = dict.fromkeys(names, 1.0) if overall == "mean" else dict(overall or {})
+    if set(weights) != set(names) or not all(0 < w < math.inf for w in weights.values()):
+        found = f"task {own[0].name} is scored by {own[0].score_name}" if overall is None else f"{weights}"
+        example = ", ".join(f"{name}: 1" for name in names)
+        raise UserError(f"data.overall: {found}; give each of the tasks a weight above 0: {{{example}}}, or mean")
+    return [replace(t, overall=float(weights[t.name])) for t in tasks]
 
 
 def resolve_tasks(tasks: Sequence[str | Task]) -> list[Task]:

@@ -102,7 +102,7 @@ def evaluate(
 
     scores, values = None, {}
     if examples.labels is not None:
-        scores = measured(partial(score, kind=task.kind), examples.labels)
+        scores = measured(partial(score, kind=task.kind, name=task.scored_by), examples.labels)
         values = {name: measured(partial(metric, name, task), examples.labels) for name in metrics}
     array[:, ~there] = math.nan
     return Evaluation(array, scores, values, bool(there.all()))
@@ -175,10 +175,9 @@ class History:
         return len(self) - max(self.best_epoch[index], self._anew[index])
 
     def overall_at(self, evaluation: int) -> list[float]:
-        """Each member's overall score at an evaluation, counted from 1: (M,)."""
-        kinds = {t.name: t.kind for t in self.tasks}
-        at = {name: scores[evaluation - 1] for name, scores in self._scores.items()}
-        return [overall({n: (s[i], kinds[n]) for n, s in at.items()}) for i in range(len(self.members))]
+        """Each member's overall score at an evaluation, counted from 1, the higher the better: (M,)."""
+        at = [self._scores[t.name][evaluation - 1] for t in self.tasks]
+        return [overall([s[i] for s in at], self.tasks) for i in range(len(self.members))]
 
     def logits_at(self, evaluation: int) -> dict[str, np.ndarray]:
         """Task to dev logits (M, N, C) float16 at an evaluation, counted from 1."""

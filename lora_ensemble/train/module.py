@@ -250,14 +250,14 @@ class BankModule(pl.LightningModule):
         if self.trainer.sanity_checking:
             return
         curves: dict[str, float] = {}
-        for name, e in self.evaluations.items():
-            scores = e.scores or []
+        for task in self.tasks:
+            scores = (e := self.evaluations[task.name]).scores or []
             for curve, values in (("dev_score", scores), *((f"dev_{n}", v) for n, v in e.metrics.items())):
-                curves |= {f"{curve}/{name}/{m.name}": v for m, v in zip(self.members, values, strict=True)}
-            best = max((s for s in scores if not math.isnan(s)), default=math.nan)
+                curves |= {f"{curve}/{task.name}/{m.name}": v for m, v in zip(self.members, values, strict=True)}
+            best = task.sign * max((task.sign * s for s in scores if not math.isnan(s)), default=math.nan)
             if self.trainer.state.fn == "fit" and not self.trainer.barebones:
                 # For EarlyStopping and the like; the same on every device, so that the mean changes nothing.
-                self.log(f"dev_score/{name}", best, prog_bar=True, sync_dist=True, batch_size=1)
+                self.log(f"dev_score/{task.name}", best, prog_bar=True, sync_dist=True, batch_size=1)
         self._log(curves)
 
     def _log(self, curves: dict[str, float]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,16 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in text)
 
 
-def print_summary(header: list[str], rows: list[list[Any]], *, folder: Path, tasks: list[str]) -> None:
-    """The table of ``History.summary``, best members first by the tasks' scores, and what to do next."""
-    say(table(header, sorted(rows, key=lambda r: [-s if s == s else math.inf for s in r[2 : 2 + len(tasks)]])))
+def print_summary(
+    header: list[str], rows: list[list[Any]], *, folder: Path, tasks: list[str], signs: Sequence[int] = ()
+) -> None:
+    """The table of ``History.summary``, best members first by the tasks' scores, and what to do next.
+
+    ``signs``: of the scores, -1 where lower is better; none: higher is.
+    """
+    signs = signs or [1] * len(tasks)
+    order = sorted(rows, key=lambda r: [-x * s if s == s else math.inf for s, x in zip(r[2:], signs, strict=False)])
+    say(table(header, order))
     say(f"pool: {folder}\nnext:" + "".join(f"\n  dicor compare --pool {folder} --task {t}" for t in tasks))
 
 

@@ -107,13 +107,15 @@ def run_name(experiment: str, settings: dict[str, Any]) -> str:
     for task in settings["data"]["tasks"]:
         if isinstance(task, dict):  # a run that an earlier version began keeps its name
             task.pop("metrics", None)
-            for key in ("columns", "group", "weight", "class_weights", "label_smoothing"):
+            for key in ("columns", "group", "weight", "class_weights", "label_smoothing", "score", "overall"):
                 if not task.get(key):
                     task.pop(key, None)
     for member in settings["model"]["members"] or []:
         for key, default in (("layers", "all"), ("bag", False), ("patience", None)):
             if member[key] == default:
                 del member[key]
+    if settings["data"].get("overall") is None:
+        settings["data"].pop("overall", None)
     groups = {name: settings[name] for name in ("model", "data", "trainer")}
     what = {name: {k: v for k, v in group.items() if k not in NOT_THE_RUN} for name, group in groups.items()}
     return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"

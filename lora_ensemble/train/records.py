@@ -214,13 +214,11 @@ def described(data: BankData, module: BankModule, *, run: str) -> dict[str, list
     """Task to what member.json will say of each member of a bank, but for its results. ``run``: the run's name."""
     trainer: Any = data.trainer
     train, dev = data.splits["train"], data.splits["dev"]
-    losses = {t.name: t.loss_settings for t in module.tasks}
     clipping, overfit = trainer.gradient_clip_algorithm, trainer.overfit_batches
     settings = {
         **module.training_settings,
         "tasks": [t.name for t in module.tasks],
         "train_fingerprints": {t.name: train[t.name].fingerprint for t in module.tasks},
-        **({"losses": losses} if any(losses.values()) else {}),
         **{key: getattr(data, key) for key in ("batch_size", "max_length", "steps_per_epoch")},
         "data_seed": data.seed,
         **{key: getattr(trainer, key) for key in _OF_THE_TRAINER},
@@ -238,7 +236,7 @@ def described(data: BankData, module: BankModule, *, run: str) -> dict[str, list
             "base_fingerprint": module.base_fingerprint(data),
             "examples": {"dev": pool.examples_fingerprint(of_dev.ids, of_dev.labels, of_dev.groups)},
             "train_fingerprint": train[task.name].fingerprint,
-            **{"settings": settings, "run": run, "versions": _versions()},
+            **{"settings": settings | task.recorded, "run": run, "versions": _versions()},
         }
         records[task.name] = [pool.MemberRecord(**member.recorded(), **common) for member in module.members]
     return records
@@ -295,4 +293,5 @@ def tell_members(
         if log_table := getattr(logger, "log_table", None):  # W&B's; it refuses a column of numbers and words
             log_table(key="members", columns=header, data=[[r[0], str(r[1]), *r[2:]] for r in rows])
     if printed:
-        print_summary(header, rows, folder=folder, tasks=[t.name for t in module.tasks])
+        tasks = {t.name: t.sign for t in module.tasks}
+        print_summary(header, rows, folder=folder, tasks=[*tasks], signs=[*tasks.values()])

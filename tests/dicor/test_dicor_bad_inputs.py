@@ -227,7 +227,10 @@ def test_a_record_that_is_none(content, says, home, fails):
         ({"scale": None}, "scale is None; expected a number"),
         ({"strategy": "weighted", "offsets": [0.1, 0.2]}, "offsets is [0.1, 0.2]; expected 5 numbers"),
         ({"strategy": "weighted", "offsets": [0, 0, 0, 0, None]}, "expected 5 numbers, one for each class"),
-        ({"strategy": "majority", "offsets": [0, 0, 0, 0, 0]}, "offsets are for a classifier of strategy weighted"),
+        (
+            {"strategy": "majority", "offsets": [0, 0, 0, 0, 0]},
+            "offsets are for a classifier's mean, not for a regression or a majority",
+        ),
         ({"extra": 2}, "extra"),
     ],
 )

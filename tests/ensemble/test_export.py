@@ -443,6 +443,44 @@ def test_the_card_admits_too_few_examples(tiny: Callable[[str], Path], tmp_path:
 # One member
 
 
+def test_offsets_for_a_score_decide_the_same_everywhere(
+    tiny: Callable[[str], Path], trained: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A threshold for F1 on the mean of probabilities: apply, infer, the folder; by hand from what PEFT says."""
+    base, pool, dev = tiny("bert"), trained("bert", "binary"), texts_of(24, 1)
+    file = select(pool, "--score", "f1", "--method", "exhaustive", to=tmp_path)
+    raw = json.loads(file.read_text())
+    logits = [peft_logits(pool / "mine" / m["name"], base, dev, 1)[:, 0] for m in raw["members"]]
+    p = expit(np.array(logits, np.float64)).mean(axis=0)
+    z = np.log(p / (1 - p))
+    threshold = float(np.median(z))  # whatever 24 examples want, half of them are to be above
+    raw["offsets"] = [threshold / 2, -threshold / 2]
+    file.write_text(json.dumps(raw))
+    by_hand = [str(int(one)) for one in z > threshold]
+    assert by_hand != [str(int(one)) for one in p > 0.5]
+    assert Ensemble.load(file).predict(dev).tolist() == by_hand
+    out, answered = tmp_path / "out", tmp_path / "answered.csv"
+    ran("--ensemble", file, "--output", out)
+    whole = Ensemble.load(out)
+    assert whole.predict(dev).tolist() == by_hand
+    assert [str(int(one)) for one in whole.predict_proba(dev)[:, 1] > 0.5] == by_hand
+    assert "F1 on dev" in (card := (out / "README.md").read_text())
+    assert f"offset by class: 0 {threshold / 2:+.3f}, 1 {-threshold / 2:+.3f}" in card
+    (tmp_path / "dev.csv").write_text("one\n" + "".join(f"{text}\n" for text in dev))
+    paths = ["--input", str(tmp_path / "dev.csv"), "--output", str(answered), "--text", "one"]
+    assert main(["infer", "--ensemble", str(out), *paths]) == 0
+    assert [line.split(",")[1] for line in answered.read_text().splitlines()[1:]] == by_hand
+    # One member alone has no place for them, and says so.
+    other, name = tmp_path / "pool", raw["members"][0]["name"]
+    shutil.copytree(pool, other)
+    member = other / "mine" / name / "member.json"
+    member.write_text(json.dumps({**json.loads(member.read_text()), "settings": {"score": "f1"}}))
+    capsys.readouterr()
+    ran("--pool", other, "--task", "mine", "--member", name, "--format", "merged", "--output", tmp_path / "one")
+    assert f"notice: {name} decides for its largest probability: offsets for F1 are an en" in capsys.readouterr().err
+    assert "F1 unknown" in (tmp_path / "one" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [*((f, "r3-c0.5-all-linear-top-half-lr1e-4-s3") for f in FAMILY_NAMES), ("bert", "head-lr1e-4-s4")],

@@ -262,9 +262,9 @@ def test_what_decides_the_loss_is_recorded(program: Program, capsys: pytest.Capt
     """A member of the same name with another loss is another member."""
     assert program("fit", tasks=given(class_weights="balanced"), members="[{name: a}]") == 0
     (record,) = pool.TaskPool(program.pool, "t").members
-    assert record.settings["losses"] == {"t": {"class_weights": "balanced"}}
+    assert record.settings["class_weights"] == "balanced"
     assert program("fit", tasks=given(), members="[{name: a}]") == 2
-    assert "losses was {'t': {'class_weights': 'balanced'}}, is now None" in capsys.readouterr().err
+    assert "class_weights was 'balanced', is now None" in capsys.readouterr().err
     assert program("fit", tasks=given(class_weights="balanced"), members="[{name: a, bag: true}]") == 2
     assert "bag was False, is now True" in capsys.readouterr().err
 

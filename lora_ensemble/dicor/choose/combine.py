@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.probabilities import LEAST_PROBABILITY, class_probabilities, soft_votes
+from lora_ensemble.dicor.choose.probabilities import class_probabilities, soft_votes
 from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.dicor.members import Members, ranked
 from lora_ensemble.errors import UserError
-from lora_ensemble.scores import decisions
-from lora_ensemble.tasks import Kind
+from lora_ensemble.scores import LEAST_PROBABILITY, decisions
+from lora_ensemble.tasks import SCORES, Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Choice:
     strategy: Strategy
     weights: np.ndarray | None = None  # (k,) convex, in the order of ``members``, for ``weighted`` only
     temperatures: np.ndarray | None = None  # (k,) by which logits are divided before probabilities are taken
-    scale: float = 1.0  # of the logarithm of the weighted mean's probabilities, where there are ``offsets``
+    scale: float = 1.0  # of the logarithm of the mean's probabilities, where there are ``offsets``
     offsets: np.ndarray | None = None  # (classes,) of sum 0, added after that; see ``vector_scaled``
     similarities: list[list[float]] = field(default_factory=list)
     """For each chosen member its similarity to each one chosen before it, if the method looked at it."""
@@ -42,32 +42,53 @@ def decide(chosen: Members, choice: Choice) -> np.ndarray:
             raise UserError("strategy majority: a regression has values, not classes to vote for; use the mean")
         order = tie_order(chosen.ranks, chosen.scores, chosen.names)
         return majority(decisions(chosen.logits, kind), order, 2 if kind == "binary" else chosen.logits.shape[-1])
-    # Summed in one order: in another the last bit could be another.
-    order = ranked(chosen.scores, chosen.names)
+    if choice.offsets is not None:
+        return decisions(vector_scaled(mean_votes(chosen, choice), kind, choice.scale, choice.offsets), kind)
     if choice.strategy == "mean":
-        return decisions(chosen.logits[order].mean(axis=0, dtype=np.float64), kind)
-    votes = soft_votes(chosen.logits[order], kind, None if choice.temperatures is None else choice.temperatures[order])
+        return decisions(_mean_logits(chosen), kind)
+    return decisions(mean_votes(chosen, choice), kind)
+
+
+def mean_votes(chosen: Members, choice: Choice) -> np.ndarray:
+    """The soft votes (N, C) of the chosen members' mean, of whatever the strategy is the mean of; not of a majority."""
+    if choice.strategy == "mean":
+        return soft_votes(_mean_logits(chosen), chosen.kind)
+    order = ranked(chosen.scores, chosen.names)
+    temperatures = None if choice.temperatures is None else choice.temperatures[order]
+    votes = soft_votes(chosen.logits[order], chosen.kind, temperatures)
     if choice.strategy == "mean-probability":
-        return decisions(votes.mean(axis=0), kind)
+        return np.asarray(votes.mean(axis=0))
     if choice.weights is None:
         raise UserError("strategy weighted: there are no weights; select again")
-    mean = np.tensordot(choice.weights[order], votes, axes=1)
-    return decisions(mean if choice.offsets is None else vector_scaled(mean, kind, choice.scale, choice.offsets), kind)
+    return np.tensordot(choice.weights[order], votes, axes=1)
+
+
+def _mean_logits(chosen: Members) -> np.ndarray:
+    # Summed in one order: in another the last bit could be another.
+    return np.asarray(chosen.logits[ranked(chosen.scores, chosen.names)].mean(axis=0, dtype=np.float64))
+
+
+def said(chosen: Members, choice: Choice) -> np.ndarray:
+    """What the score is of, as ``scores.said_of``: the ensemble's decisions (N,), or probabilities (N, classes)."""
+    if SCORES[chosen.scored_by].of == "probabilities":
+        return probabilities(chosen.logits, choice, kind=chosen.kind)
+    return decide(chosen, choice)
 
 
 def probabilities(logits: np.ndarray, choice: Choice, *, kind: Kind) -> np.ndarray:
     """Probabilities (N, classes) that the chosen members give, from their logits (k, N, C).
 
-    mean: of the mean of logits; mean-probability, weighted: their mean, scaled and offset where the choice says so;
-    majority: the shares of the votes. ``UserError`` for a regression.
+    mean: of the mean of logits; mean-probability, weighted: their mean; majority: the shares of the votes. Scaled and
+    offset where the choice says so: the decision is always for the most probable. ``UserError`` for a regression.
     """
     if kind == "regression":
         raise UserError("predict_proba: a regression has values, not probabilities; use predict")
     if choice.strategy == "majority":
         return shares(decisions(logits, kind), 2 if kind == "binary" else logits.shape[-1])
     if choice.strategy == "mean":
-        return class_probabilities(soft_votes(logits.mean(axis=0, dtype=np.float64), kind), kind)
-    mean = np.average(soft_votes(logits, kind, choice.temperatures), axis=0, weights=choice.weights)
+        mean = soft_votes(logits.mean(axis=0, dtype=np.float64), kind)
+    else:
+        mean = np.average(soft_votes(logits, kind, choice.temperatures), axis=0, weights=choice.weights)
     if choice.offsets is not None:
         mean = soft_votes(vector_scaled(mean, kind, choice.scale, choice.offsets), kind)
     return class_probabilities(mean, kind)

@@ -11,20 +11,20 @@ import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
 from lora_ensemble.dicor.choose import settings as s
 from lora_ensemble.dicor.choose.combine import Choice, decide, probabilities
 from lora_ensemble.dicor.choose.criteria import Sums
+from lora_ensemble.dicor.choose.offsets import for_score
 from lora_ensemble.dicor.choose.settings import Criterion, Similarity, Strategy
 from lora_ensemble.dicor.choose.similarity import features, pick
 from lora_ensemble.dicor.choose.weights import fitted
 from lora_ensemble.dicor.members import Dev, Members, numbered
 from lora_ensemble.errors import UserError
-from lora_ensemble.scores import score
-from lora_ensemble.tasks import Kind
+from lora_ensemble.tasks import SCORES, Kind
 
 MOST_SORTED = 25  # how many of the best a sorted start takes at most (Caruana et al.: 5 to 25)
 
@@ -33,10 +33,12 @@ class Method:
     """What all methods share. Its parameters are its fields; what ``fit`` finds has a name that ends with ``_``."""
 
     top_k: int  # how many members, the best, this method looks at
+    has_offsets: ClassVar[bool] = True  # whether its decisions have offsets where the score wants them
 
     def choose(self, members: Members) -> Choice:
         """Choose from members, the best first; those beyond ``top_k`` are not looked at."""
-        return self._choose(members.take(np.arange(min(self.top_k, len(members)))))
+        members = members.take(np.arange(min(self.top_k, len(members))))
+        return for_score(members, self._choose(members)) if self.has_offsets else self._choose(members)
 
     def _choose(self, members: Members) -> Choice:
         raise NotImplementedError
@@ -62,22 +64,23 @@ class Method:
         names: Sequence[str] | None = None,
         ranks: Sequence[int | None] | None = None,
         ids: Sequence[str] | None = None,
+        score: str | None = None,
     ) -> Self:
         """Choose from dev logits (M, N, C) and labels (N,).
 
         ``names`` (M,), ``ranks`` (M,) and ``ids`` (N,) default to numbers, None and numbers. Sets ``members_``: indices
         into ``logits``, in the order of choice; ``names_``; ``scores_`` on these labels; ``weights_`` (k,) of sum 1;
-        ``choice_``; ``notices_``: what was left out. ``UserError`` where shapes do not fit, a value is not finite, or
-        no member has a score.
+        ``choice_``; ``notices_``: what was left out. ``score``: its name; None: accuracy, or pearson. ``UserError``
+        where shapes do not fit, a value is not finite, the kind has no such score, or no member has it.
         """
         names = numbered(len(logits)) if names is None else list(names)
-        dev = Dev.of(logits, labels, kind=kind, names=names, ranks=ranks, ids=ids)
-        scores = np.array([score(dev.logits_of(m), dev.labels, kind) for m in range(len(dev))])
+        dev = Dev.of(logits, labels, kind=kind, names=names, ranks=ranks, ids=ids, score=score)
+        scores = np.array([dev.worth(m) for m in range(len(dev))])
         dev, good = dev.scored(scores)
         members = dev.top(scores[good], self.top_k)
         self.choice_ = self.choose(members)
         chosen, weights = members.take(self.choice_.members), self.choice_.weights
-        self._chosen, self.names_, self.scores_ = chosen, chosen.names, chosen.scores
+        self._chosen, self.names_, self.scores_ = chosen, chosen.names, chosen.scores * SCORES[dev.scored_by].sign
         self.members_ = [names.index(name) for name in chosen.names]
         self.weights_ = np.full(len(chosen), 1 / len(chosen)) if weights is None else weights
         self.notices_ = dev.notices
@@ -100,9 +103,10 @@ class Method:
 
 @dataclass(kw_only=True)
 class Best(Method):
-    """The single best member."""
+    """The single best member, as it is."""
 
     top_k = 1
+    has_offsets = False
 
     def _choose(self, members: Members) -> Choice:
         return Choice(members=[0], strategy="mean")
@@ -113,6 +117,7 @@ class Omni(Method):
     """All members (Tolkunov's Omni). He lets classifiers vote; the mean is the harder one to beat."""
 
     top_k = sys.maxsize
+    has_offsets = False
     strategy: Strategy = "mean"
 
     def _choose(self, members: Members) -> Choice:
@@ -221,7 +226,7 @@ class Greedy(Method):
             m = int(next(iter(best[used[best]]), best[0]))
             total = total + sums.each[m]
             order.append(m)
-            values.append(float(with_each[m]))
+            values.append(float(sums.value(total, len(order)) if sums.proposes else with_each[m]))
             used[m] = True
         return order[: max(int(np.argmax(values)) + 1, least)]
 

@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import numpy as np
 
+from lora_ensemble.scores import LEAST_PROBABILITY, probabilities
 from lora_ensemble.tasks import Kind
-
-LEAST_PROBABILITY = 1e-15  # before its logarithm is taken: one example cannot make a loss infinite
 
 
 def soft_votes(logits: np.ndarray, kind: Kind, temperatures: np.ndarray | None = None) -> np.ndarray:
     """Of logits (..., N, C); a classifier's, if (M, N, C), are divided by ``temperatures`` (M,) first."""
-    logits = logits.astype(np.float64)
     if kind == "regression":
-        return logits
+        return logits.astype(np.float64)
     if temperatures is not None:
-        logits = logits / temperatures[:, None, None]
-    if kind == "binary":
-        return np.tanh(logits / 2) / 2
-    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(e / e.sum(axis=-1, keepdims=True))
+        logits = logits.astype(np.float64) / temperatures[:, None, None]
+    return np.tanh(logits.astype(np.float64) / 2) / 2 if kind == "binary" else probabilities(logits, kind)
 
 
 def class_probabilities(votes: np.ndarray, kind: Kind) -> np.ndarray:
-    """Probabilities (N, classes) from a classifier's soft votes (N, C), or from a mean of them."""
-    return np.hstack([0.5 - votes, 0.5 + votes]) if kind == "binary" else votes
+    """Probabilities (..., N, classes) from a classifier's soft votes (..., N, C), or from a mean of them."""
+    return np.concatenate([0.5 - votes, 0.5 + votes], axis=-1) if kind == "binary" else votes
 
 
 def true_probabilities(logits: np.ndarray, labels: np.ndarray, kind: Kind) -> np.ndarray:

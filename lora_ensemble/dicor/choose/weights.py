@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from lora_ensemble.dicor.choose.combine import Choice, log_probabilities
-from lora_ensemble.dicor.choose.probabilities import LEAST_PROBABILITY, losses
+from lora_ensemble.dicor.choose.probabilities import losses
 from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
+from lora_ensemble.scores import LEAST_PROBABILITY
 from lora_ensemble.tasks import Kind
 
 SHRINK = 1.0
@@ -58,10 +59,11 @@ def convex_weights(members: Members, *, shrink: float = SHRINK) -> np.ndarray:
     """Weights (k,), none below 0, of sum 1, that make the weighted mean good on these examples.
 
     Classifiers: the log-loss of the weighted mean of probabilities: stacking of predictive distributions (Yao et al.
-    2018, section 3.3). Regression: the squared error of the best straight line through the weighted mean, since r looks
-    at neither level nor scale; in units of twice what the plain mean's line leaves, which makes it a Gaussian's
-    log-loss. Plus the penalty of ``SHRINK``, which makes both strictly convex: there is one minimum. scipy's SLSQP
-    finds the same (the tests compare them), but importing scipy alone takes as long as all splits of a dev set.
+    2018, section 3.3). Regression: the squared error of the weighted mean or, where the score looks at neither level
+    nor scale, as r does, of the best straight line through it; in units of twice what the plain mean, or its line,
+    leaves, which makes it a Gaussian's log-loss. Plus the penalty of ``SHRINK``, which makes both strictly convex:
+    there is one minimum. scipy's SLSQP finds the same (the tests compare them), but importing scipy alone takes as long
+    as all splits of a dev set.
     """
     k = len(members)
     equal, pull = np.full(k, 1 / k), 2 * shrink * k
@@ -79,28 +81,39 @@ def convex_weights(members: Members, *, shrink: float = SHRINK) -> np.ndarray:
         centred = curvature - curvature.mean(axis=0) - curvature.mean(axis=1)[:, None] + curvature.mean()
         w = _descend(slope, equal, float(np.linalg.eigvalsh(centred)[-1]) + pull, project)
     else:
+        w = _of_values(members, equal, pull)
+        if w is equal:
+            return equal
+    w = np.where(w < 1e-6 * w.sum(), 0.0, w)  # the rest is only rounding
+    return np.asarray(w / w.sum())
+
+
+def _of_values(members: Members, equal: np.ndarray, pull: float) -> np.ndarray:
+    """A regression's weights (k,), none below 0 and not all 0, before they are made to sum to 1."""
+    x, y = members.soft_votes[..., 0], members.labels
+    if members.scored_by in ("pearson", "spearman"):
         # Of all weights none below 0, those of the least squares fit have the highest r: a fit with an intercept is as
         # good as its r. The plain mean's line has the slope b, so what is divided by it is drawn to 1/k.
-        x = members.soft_votes[..., 0]
-        x, y = x - x.mean(axis=1, keepdims=True), members.labels - members.labels.mean()
+        x, y = x - x.mean(axis=1, keepdims=True), y - y.mean()
         mean = equal @ x
         if mean @ y <= 0 or mean @ mean <= 1e-24 * np.square(x).max(axis=0).sum():
             # The mean goes against the labels, or is constant: there is no line to be drawn to.
             return equal
         b = float(mean @ y) / float(mean @ mean)
-        x = b * x
-        left = max(float(np.mean(np.square(equal @ x - y))), 1e-12 * float(np.mean(y * y)))
-        curvature, towards = x @ x.T / left, x @ y / left
-
-        def slope_of_values(w: np.ndarray) -> np.ndarray:
-            return np.asarray(curvature @ w - towards + pull * (w - equal))
-
-        steepest = float(np.linalg.eigvalsh(curvature)[-1]) + pull
-        w = _descend(slope_of_values, equal, steepest, lambda w: np.maximum(w, 0))
-        if not w.any():
+        x, sum_to_1 = b * x, False
+    else:  # less the plain mean: of weights of sum 1 it is the same fit, with less to round
+        x, y, sum_to_1 = x - equal @ x, y - equal @ x, True
+        if not y.any():
             return equal
-    w = np.where(w < 1e-6 * w.sum(), 0.0, w)  # the rest is only rounding
-    return np.asarray(w / w.sum())
+    left = max(float(np.mean(np.square(equal @ x - y))), 1e-12 * float(np.mean(y * y)))
+    curvature, towards = x @ x.T / left, x @ y / left
+
+    def slope(w: np.ndarray) -> np.ndarray:
+        return np.asarray(curvature @ w - towards + pull * (w - equal))
+
+    steepest = float(np.linalg.eigvalsh(curvature)[-1]) + pull
+    w = _descend(slope, equal, steepest, project if sum_to_1 else lambda w: np.maximum(w, 0))
+    return w if w.any() else equal
 
 
 def _descend(

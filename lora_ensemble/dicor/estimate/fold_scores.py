@@ -12,7 +12,8 @@ from lora_ensemble.dicor.choose.probabilities import class_probabilities, soft_v
 from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.dicor.estimate.splits import held_out
 from lora_ensemble.dicor.members import Dev
-from lora_ensemble.scores import decisions
+from lora_ensemble.scores import LEAST_PROBABILITY, decisions, said_of, scored
+from lora_ensemble.tasks import SCORES, ScoreName
 
 MANY = 10_000  # examples from which on they are counted
 BLOCK = 32  # members whose right and wrong answers are counted by one matrix product
@@ -23,11 +24,13 @@ class FoldScores:
     """What one pass over all members finds."""
 
     scores: np.ndarray
-    """(S + 1, M): each member's score on what a split leaves to choose by, last on all of dev; NaN where undefined."""
+    """(S + 1, M): each member's score on what a split leaves to choose by, last on all of dev, times its sign: the
+    higher the better. NaN where undefined."""
     epochs: np.ndarray  # (S, M): the epoch that is best there, the first of equals; -1 where none were kept
     omni: np.ndarray
-    """(R + 1, N): what all members that have a score on all of dev decide together of each example, each at the epoch
-    chosen without it, and, in the last row, at its best epoch; see ``standardised``."""
+    """(R + 1, N) or (R + 1, N, classes): what all members that have a score on all of dev say together of each example,
+    as ``combine.said``, each at the epoch chosen without it, and, in the last row, at its best epoch; see
+    ``standardised``."""
     omni_probabilities: np.ndarray | None  # (R + 1, N, classes): those that they give, if they were asked for
 
 
@@ -62,7 +65,11 @@ def fold_scores(dev: Dev, fold: np.ndarray, folds: int, *, omni: Strategy, proba
 
 def _scores(members: Sequence[np.ndarray] | np.ndarray, dev: Dev, inside: np.ndarray) -> np.ndarray:
     """Scores (B, S) of B members' logits (N, C) on all examples but those inside each split's fold (N, S)."""
-    left = len(inside) - inside.sum(axis=0)
+    left, name = len(inside) - inside.sum(axis=0), dev.scored_by
+    if name not in ("accuracy", "pearson"):  # these two are had from sums, much faster
+        outside, sign = 1.0 - inside.T, SCORES[name].sign
+        each = [scored(said_of(x, dev.kind, name), dev.labels, dev.kind, name, outside) for x in members]
+        return np.stack(each) * sign
     if dev.kind != "regression" and len(inside) >= MANY:
         # Few folds of many examples: bytes are counted several times faster than numbers are multiplied.
         outside = np.ascontiguousarray(inside.T == 0)
@@ -122,10 +129,14 @@ class _Omni:
     def decided(
         self, scores: np.ndarray, fold: np.ndarray, folds: int, probabilities: bool
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Decisions (R + 1, N) and probabilities (R + 1, N, classes); ``scores`` (S + 1, M) break the paper's ties."""
-        kind, members = self.dev.kind, self.members
+        """What is ``FoldScores.omni``, and probabilities (R + 1, N, classes) if asked for.
+
+        ``scores`` (S + 1, M) break the paper's ties.
+        """
+        kind, members, name = self.dev.kind, self.members, self.dev.scored_by
         decided = np.empty((len(fold) + 1, fold.shape[1]), np.float64 if kind == "regression" else np.int64)
-        likely = np.empty((*decided.shape, self.classes)) if probabilities else None
+        by_probability = SCORES[name].of == "probabilities"
+        likely = np.empty((*decided.shape, self.classes)) if probabilities or by_probability else None
         ranks, names = [self.dev.ranks[m] for m in members], [self.dev.names[m] for m in members]
         parts: list[tuple[int, int, np.ndarray | slice]] = [*held_out(fold, folds)]
         for s, row, out in [*parts, (self.splits, len(fold), slice(None))]:
@@ -139,20 +150,30 @@ class _Omni:
                 continue
             mean = sums[out] / max(len(members), 1)
             together = decisions(mean, kind)
-            decided[row, out] = standardised(together) if s < self.splits else together
+            decided[row, out] = standardised(together, name) if s < self.splits else together
             if likely is not None:
                 mean = mean if self.strategy == "mean-probability" else soft_votes(mean, kind)
                 likely[row, out] = class_probabilities(mean, kind)
-        return decided, likely
+        if likely is None or not by_probability:
+            return decided, likely
+        said = likely.copy()
+        for _, row, out in parts:
+            said[row, out] = standardised(likely[row, out], name)
+        return said, likely if probabilities else None
 
 
-def standardised(decided: np.ndarray) -> np.ndarray:
-    """Values (N,) of one held-out part less their mean, over their standard deviation; class numbers as they are.
+def standardised(said: np.ndarray, name: ScoreName) -> np.ndarray:
+    """What was said of one held-out part, (N,) or (N, classes), so that what other ensembles say of others compares.
 
-    r over parts that different ensembles decide would take a difference of their scales for an error. So it is about
-    the mean of the parts' own r. (With mean and deviation of the choosing part, their error would count, too.)
+    For correlations and scores of ranks: values, or each class's log-odds, less their mean, over their standard
+    deviation. Other scores look at what was said as it is. Over parts that different ensembles decide, a difference of
+    their scales would count as an error; so it is about the mean of the parts' own scores. (With mean and deviation of
+    the choosing part, their error would count, too. Ranks in the part in place of log-odds make average precision of
+    few positives too low: by 0.05 of 60 examples with six.)
     """
-    if not np.issubdtype(decided.dtype, np.floating):
-        return decided
-    spread = decided.std()
-    return (decided - decided.mean()) / (spread if spread > 0 else 1.0)
+    if not SCORES[name].by_rank and name != "pearson":
+        return said
+    if SCORES[name].of == "probabilities":
+        said = np.log(np.maximum(said, LEAST_PROBABILITY)) - np.log(np.maximum(1 - said, LEAST_PROBABILITY))
+    spread = said.std(axis=0)
+    return (said - said.mean(axis=0)) / np.where(spread > 0, spread, 1.0)

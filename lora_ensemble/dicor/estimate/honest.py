@@ -19,21 +19,21 @@ from functools import cache
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.combine import Choice, decide
+from lora_ensemble.dicor.choose.combine import Choice, said
 from lora_ensemble.dicor.choose.combine import probabilities as probabilities_of
 from lora_ensemble.dicor.choose.methods import Best, Method, Omni
 from lora_ensemble.dicor.choose.probabilities import losses
 from lora_ensemble.dicor.estimate.fold_scores import FoldScores, fold_scores, standardised
-from lora_ensemble.dicor.estimate.interval import Interval, of_differences, of_score
+from lora_ensemble.dicor.estimate.interval import CLOSED, Interval, of_differences, of_score
 from lora_ensemble.dicor.estimate.splits import FOLDS, REPEATS, held_out, stratified_folds
 from lora_ensemble.dicor.members import Dev, Members, top_members
-from lora_ensemble.scores import score_decisions
-from lora_ensemble.tasks import Kind
+from lora_ensemble.scores import scored
+from lora_ensemble.tasks import SCORES
 
 Held = dict[str, np.ndarray]
 """By method, on what each split holds out: decisions (R, N) or probabilities (R, N, classes), in ``Dev.order``."""
 MOST_DECISIONS = 20_000  # repeats are so many that N times R stays below this, 1 to REPEATS
-FEWEST = 10  # examples below which there is no estimate
+FEWEST = 10  # examples, or groups of them, below which there is no estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +42,24 @@ class Estimate:
 
     choice: Choice
     names: list[str]  # the chosen members on the whole dev set, in the order of choice
-    in_sample: float  # score on the dev set that they were chosen on; NaN where r is undefined
-    held_out: np.ndarray | None  # (R, N) decisions that the estimate is of, examples in ``Dev.order``
+    in_sample: float  # score on the dev set that they were chosen on; NaN where it is undefined
+    held_out: np.ndarray | None
+    """(R, N) decisions, or probabilities, that the estimate is of, see ``combine.said``; examples in ``Dev.order``"""
     probabilities: np.ndarray | None
     """(R, N, classes) behind ``held_out``, if asked for; with 0 repeats (1, N, classes), on the examples chosen on."""
-    honest: Interval | None = None  # of what was chosen, on other examples; None: too few, or r is undefined
+    honest: Interval | None = None  # of what was chosen, on other examples; None: too few, or it is undefined
     at_part: float | None = None  # the same before the correction, of what is chosen on a part
-    against_best: Interval | None = None  # the honest score less that of the best, chosen anew in each split
-    against_omni: Interval | None = None  # the same, less that of all members
+    against_best: Interval | None = None  # by how much it is better than the best, chosen anew in each split
+    against_omni: Interval | None = None  # the same, than all members
+    sign: int = 1  # of the score: -1 where lower is better; differences and the optimism are the gain, either way
 
     @property
     def optimism(self) -> float | None:
-        """By how much the in-sample score is above the honest one."""
-        return None if self.honest is None else self.in_sample - self.honest.value
+        """By how much the in-sample score is better than the honest one."""
+        return None if self.honest is None else self.sign * (self.in_sample - self.honest.value)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Estimates:
     """All methods on one dev set."""
 
@@ -66,7 +68,8 @@ class Estimates:
     scores: dict[str, float]  # every member's score on the whole dev set, by name
     notices: list[str]  # what was left out, in words
     folds: int
-    repeats: int  # 0 where there are too few examples for an estimate
+    repeats: int  # 0 where there are too few examples, or groups of them, for an estimate
+    groups: int | None = None  # how many the examples are of, none of which a split tears apart; None: each is alone
 
 
 def estimate(
@@ -86,11 +89,11 @@ def estimate(
     """
     omni, n, order = methods.get("omni", Omni()), len(dev.labels), dev.order
     assert isinstance(omni, Omni)
-    folds = max(min(folds, n // 2), 1)
+    folds = max(min(folds, dev.evidence // 2), 1)
     if repeats is None:
         repeats = int(np.clip(MOST_DECISIONS // n, 1, REPEATS))
-    repeats = repeats if n >= FEWEST else 0
-    fold = stratified_folds(dev.ids, dev.labels, dev.kind, folds=folds, repeats=repeats)
+    repeats = repeats if dev.evidence >= FEWEST else 0
+    fold = stratified_folds(dev.ids, dev.labels, dev.kind, folds=folds, repeats=repeats, groups=dev.groups)
     probabilities = probabilities and dev.kind != "regression"
     seen = fold_scores(dev, fold, folds, omni=omni.strategy, probabilities=probabilities)
     dev, good = dev.scored(seen.scores[-1])
@@ -104,28 +107,30 @@ def estimate(
         held["omni"] = seen.omni[:-1, order]
     if seen.omni_probabilities is not None:
         likely["omni"] = seen.omni_probabilities[: repeats or None, order]
-    of: dict[str, Estimate] = {}
+    of, sign = dict[str, Estimate](), SCORES[dev.scored_by].sign
     for name in dict.fromkeys(["best", "omni", *methods]):
         if name == "omni":
-            choice, names, decided = Choice(members=[], strategy=omni.strategy), dev.names, seen.omni[-1][order]
+            choice, names, together = Choice(members=[], strategy=omni.strategy), dev.names, seen.omni[-1][order]
         else:
             choice = methods[name].choose(candidates)
             chosen = candidates.take(choice.members)
-            names, decided = chosen.names, decide(chosen, choice)
+            names, together = chosen.names, said(chosen, choice)
             if probabilities and not repeats:
                 likely[name] = probabilities_of(chosen.logits, choice, kind=dev.kind)[None]
         of[name] = Estimate(
             choice=choice,
             names=names,
-            in_sample=score_decisions(decided, candidates.labels, dev.kind),
+            in_sample=float(scored(together, candidates.labels, dev.kind, dev.scored_by)),
             held_out=held.get(name),
             probabilities=likely.get(name),
+            sign=sign,
         )
     if repeats:
-        of = _with_intervals(of, candidates.labels, dev.kind, folds)
-    scores = dict(zip(dev.names, seen.scores[-1].tolist(), strict=True))
-    scores.update(zip(candidates.names, candidates.scores.tolist(), strict=True))
-    return Estimates(of=of, candidates=candidates, scores=scores, notices=dev.notices, folds=folds, repeats=repeats)
+        of = _with_intervals(of, candidates.labels, dev, folds)
+    scores = dict(zip(dev.names, (sign * seen.scores[-1]).tolist(), strict=True))
+    scores.update(zip(candidates.names, (sign * candidates.scores).tolist(), strict=True))
+    groups, notices = None if dev.groups is None else dev.evidence, dev.notices
+    return Estimates(of, candidates, scores, notices, folds=folds, repeats=repeats, groups=groups)
 
 
 def _held_out(
@@ -133,9 +138,11 @@ def _held_out(
 ) -> tuple[Held, Held]:
     """What each method decides and, where ``likely``, its probabilities (else none); ``fold`` (R, N) in that order."""
     labels = dev.labels[dev.order]
-    held = {name: np.zeros(fold.shape, np.float64 if dev.kind == "regression" else np.int64) for name in methods}
     classes = 2 if dev.kind == "binary" else dev.logits_of(0).shape[-1]
     chances = {name: np.zeros((*fold.shape, classes)) for name in methods if likely}
+    of = SCORES[dev.scored_by].of
+    shape = (*fold.shape, classes) if of == "probabilities" else fold.shape
+    held = {name: np.zeros(shape, np.int64 if of == "decisions" else np.float64) for name in methods}
 
     @cache
     def opened(m: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,35 +161,42 @@ def _held_out(
 
     for s, row, out in held_out(fold, folds):
         candidates, logits = best(s, np.flatnonzero(fold[row] != s % folds))
-        if not len(candidates):  # no member has an r on this part; what is held out stays 0
+        if not len(candidates):  # no member has a score on this part; what is held out stays 0
             continue
         there = replace(candidates, logits=np.stack([one[out] for one in logits]), labels=labels[out])
         for name, method in methods.items():
             choice = method.choose(candidates)
             chosen = there.take(choice.members)
-            held[name][row, out] = standardised(decide(chosen, choice))
+            held[name][row, out] = standardised(said(chosen, choice), dev.scored_by)
             if likely:
                 chances[name][row, out] = probabilities_of(chosen.logits, choice, kind=dev.kind)
     return held, chances
 
 
-def _with_intervals(of: dict[str, Estimate], labels: np.ndarray, kind: Kind, folds: int) -> dict[str, Estimate]:
+def _with_intervals(of: dict[str, Estimate], labels: np.ndarray, dev: Dev, folds: int) -> dict[str, Estimate]:
     """The same with what is known from the held-out decisions; ``labels`` (N,) are in their order."""
-    held = {name: about.held_out for name, about in of.items() if about.held_out is not None}
-    differences = of_differences(held, [(a, b) for a in of for b in ("best", "omni") if a != b], labels, kind)
+    kind, by, groups = dev.kind, dev.scored_by, None
+    if dev.groups is not None:
+        groups = np.unique(dev.groups[dev.order], return_inverse=True)[1]
+    held, about = {name: e.held_out for name, e in of.items() if e.held_out is not None}, SCORES[by]
+    alone = [] if by in CLOSED and groups is None else [""]  # of the bootstrap, too, where there is no formula
+    pairs = [(a, b) for a in of for b in ("best", "omni", *alone) if a != b]
+    differences = of_differences(held, pairs, labels, kind, by, groups)
     # What choosing on a part costs is added back: see above.
-    share, least = 1 / (4 * max(folds - 1, 1)), -1.0 if kind == "regression" else 0.0
-    at_part = {name: of_score(decided, labels, kind) for name, decided in held.items()}
+    share, wide = 1 / (4 * max(folds - 1, 1)), max(about.most - about.least, 2.0)
+    found = {n: differences[n, ""] if alone else of_score(one, labels, kind) for n, one in held.items()}
+    at_part = {name: at and at.turned(about.sign) for name, at in found.items()}
     added = {name: 0.0 if at is None else share * (of[name].in_sample - at.value) for name, at in at_part.items()}
 
     def against(name: str, other: str) -> Interval | None:
         difference = differences.get((name, other))
-        return None if difference is None else difference.moved(added[name] - added[other], -2.0, 2.0)
+        more = about.sign * (added[name] - added[other])
+        return None if difference is None else difference.moved(more, -wide, wide)
 
     return {
         name: replace(
             of[name],
-            honest=None if at is None else at.moved(added[name], least, 1.0),
+            honest=None if at is None else at.moved(added[name], about.least, about.most),
             at_part=None if at is None else at.value,
             against_best=against(name, "best"),
             against_omni=against(name, "omni"),

@@ -32,6 +32,7 @@ from lora_ensemble.pool import (
     write_member,
 )
 from lora_ensemble.scores import one_label, score
+from lora_ensemble.tasks import SCORES
 
 IMPORTED = "imported"
 """The key of a record's settings that says where each split's logits came from."""
@@ -71,7 +72,9 @@ def import_predictions(request: Request) -> tuple[list[Imported], Truth, list[st
     for name, source in sources.items():
         outputs, form = to_logits(source, truth.task, request)
         logits, old = outputs[rows_of_examples(source, truth, request)], records.get(name)
-        value = None if examples.labels is None else score(logits, examples.labels, truth.task.kind)
+        value = (
+            None if examples.labels is None else score(logits, examples.labels, truth.task.kind, truth.task.scored_by)
+        )
         unchanged = old is not None and _is_there(old, logits, truth, request)
         imported.append(Imported(name, source, logits, form, value, old, unchanged))
         notices += source.notices
@@ -154,7 +157,11 @@ def _write(member: Imported, truth: Truth, request: Request, notices: list[str])
         score=None if member.score is None or math.isnan(member.score) else member.score,
         versions={"lora-ensemble": __version__},
     )
-    settings = {**record.settings, IMPORTED: {**record.settings.get(IMPORTED, {}), split: origin}}
+    settings = {
+        **truth.task.recorded,
+        **record.settings,
+        IMPORTED: {**record.settings.get(IMPORTED, {}), split: origin},
+    }
     record = replace(record, settings=settings, examples={**record.examples, split: truth.fingerprint})
     write_member(request.pool, record, {logits_file(split): member.logits}, keep=kept)
 
@@ -171,7 +178,8 @@ def _doubts(member: Imported, truth: Truth, request: Request) -> list[str]:
     else:  # one answer for each class
         answers = np.unique(soft_votes(member.logits, kind).round(2), axis=0)
         certain = len(answers) <= len(np.unique(labels)) < len(labels)
-    if member.score < 1 - 1e-9 or not certain:
+    about = SCORES[truth.task.scored_by]
+    if abs(member.score - (about.most if about.sign > 0 else about.least)) > 1e-9 or not certain:
         return []
     return [
         f"{member.name}: never wrong and always certain on {len(labels)} {request.split} examples: are these the true "

@@ -49,7 +49,7 @@ def find_truth(request: Request, members: Sequence[MemberRecord]) -> Truth:
                 f"{request.pool / request.task}: no {request.split} examples in this pool yet; give a file of their "
                 "ids and labels with --labels FILE"
             )
-        return Truth(_task(request, kind, labels), in_pool, in_pool.ids.tolist(), "the pool's examples", [])
+        return Truth(_task(request, kind, labels, members), in_pool, in_pool.ids.tolist(), "the pool's examples", [])
     source, column = read_source(request.labels, request), request.label_column
     if source.table is None:
         column = next((name for name in ("", column) if name in source.columns), "labels")
@@ -61,7 +61,7 @@ def find_truth(request: Request, members: Sequence[MemberRecord]) -> Truth:
         source = replace(source, ids=[str(i) for i in range(len(source))])
     if labels is None and kind != "regression":
         labels = _labels_of(source, column, cells, kind)
-    task = _task(request, kind, labels)
+    task = _task(request, kind, labels, members)
     values = None if cells is None else _values(source, column, task)
     if in_pool is not None:
         _check_against(in_pool, request, source, values)
@@ -69,8 +69,9 @@ def find_truth(request: Request, members: Sequence[MemberRecord]) -> Truth:
     return Truth(task, examples, source.ids, source.path.name, source.notices)
 
 
-def _task(request: Request, kind: Kind, labels: list[str] | None) -> Task:
-    return Task(name=request.task, kind=kind, text=["text"], label_names=labels or [])
+def _task(request: Request, kind: Kind, labels: list[str] | None, members: Sequence[MemberRecord]) -> Task:
+    score = members[0].scored_by if members else None
+    return Task(name=request.task, kind=kind, text=["text"], label_names=labels or [], score=score)
 
 
 def _known(request: Request, members: Sequence[MemberRecord]) -> tuple[Kind, list[str] | None]:

@@ -207,6 +207,7 @@ def score_by_rank(facts: Facts) -> Plot:
         row | {"x": r.rank or 0, "y": float(y), "series": _series(r.scaling, r.rank or 0)}
         for row, r, y in zip(_members(facts), facts.shown, facts.scores, strict=True)
     ]
+    best = max if facts.comparison.score.sign > 0 else min
     means = [{"x": k[1], "y": float(np.mean(v)), "series": _series(*k)} for k, v in groups.items() if k[1]]
     y_range = span([*scores.values(), *levels.values()])
     x_range = span([rank for _, rank in groups], least=2)
@@ -230,7 +231,7 @@ def score_by_rank(facts: Facts) -> Plot:
         chart=alt.layer(*layers, width=WIDTH, height=HEIGHT),
         header=["scaling c", "rank r", "members", f"mean {facts.score_name}", "best"],
         rows=[
-            ["-" if c is None else f"{c:g}", str(rank or "-"), str(len(v)), number(float(np.mean(v))), number(max(v))]
+            ["-" if c is None else f"{c:g}", str(rank or "-"), str(len(v)), number(float(np.mean(v))), number(best(v))]
             for (c, rank), v in groups.items()
         ],
     )

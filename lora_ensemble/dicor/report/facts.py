@@ -25,7 +25,6 @@ from lora_ensemble.dicor.members import Dev, ranked
 from lora_ensemble.dicor.report.theory import Calibration, Theory, calibration, theory
 from lora_ensemble.dicor.table import number
 from lora_ensemble.pool import MemberRecord
-from lora_ensemble.tasks import score_name
 
 MOST_SHOWN = 200  # members: with more, a row of the heat map is finer than a pixel, and a page is slow to open
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30)  # sizes between the later ones hardly differ
@@ -70,7 +69,7 @@ class Facts:
 
     @property
     def score_name(self) -> str:
-        return score_name(self.comparison.kind)
+        return self.comparison.score.words
 
     @property
     def regression(self) -> bool:
@@ -99,7 +98,7 @@ def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None
     """The facts of a comparison that kept its probabilities. Raises ``UserError`` as ``features`` does."""
     task_pool, estimates, dev = comparison.task_pool, comparison.estimates, comparison.dev
     names, scores = list(estimates.scores), np.array(list(estimates.scores.values()))
-    order = ranked(scores, names)[:MOST_SHOWN]
+    order = ranked(comparison.score.sign * scores, names)[:MOST_SHOWN]
     shown = [task_pool.record(names[i]) for i in order]
     asked = [comparison.methods[m].get_params().get("similarity") for m in (method, "dicor") if m in comparison.methods]
     similarity = next((s for s in asked if s), DEFAULT_SIMILARITY[task_pool.kind])
@@ -134,7 +133,7 @@ def _logits(dev: Dev, name: str) -> np.ndarray:
 
 def _theory(comparison: Comparison, names: Sequence[str]) -> Theory:
     task_pool, dev = comparison.task_pool, comparison.dev
-    scores = np.array([comparison.estimates.scores[name] for name in names])
+    scores = comparison.score.sign * np.array([comparison.estimates.scores[name] for name in names])
     order = tie_order([task_pool.record(name).rank for name in names], scores, names)
     logits = (_logits(dev, name) for name in names)
     return theory(logits, dev.labels, task_pool.kind, outputs=len(task_pool.labels), order=order)

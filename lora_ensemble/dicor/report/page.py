@@ -198,6 +198,8 @@ def _commands(facts: Facts, options: Options) -> str:
     pool, task = shlex.quote(str(facts.comparison.task_pool.pool)), shlex.quote(facts.task)
     record = shlex.quote(f"{facts.task}.json")
     listens = next((names for method, names in LISTENS.items() if method == facts.method), ())
-    said = " ".join(["--method", facts.method, *words(options, listens)])
+    by = facts.comparison.dev.scored_by
+    score = [] if by == facts.comparison.task_pool.scored_by else ["--score", by]
+    said = " ".join(["--method", facts.method, *score, *words(options, listens)])
     select = f"dicor select --pool {pool} --task {task} {said} --output {record}"
     return f"{select}\ndicor apply --ensemble {record} --split test --output predictions.csv"

@@ -243,13 +243,13 @@ class BankRun:
         return [name for name in (self._all_banks or self.plan).members if name not in bank.members]
 
     def _scores_at(self, names: Sequence[str], rung: int) -> list[float]:
-        """Scores that these members had after so many dev evaluations; not of those that have none."""
+        """Overall scores that these members had after so many dev evaluations; not of those that have none."""
         scores = []
         for records in self._records(names).values():
             known = [r for r in records if r is not None and len(r.epoch_scores) >= rung]
-            at_rung = {r.task: (s, r.kind) for r in known if (s := r.epoch_scores[rung - 1]) is not None}
+            at_rung = [s for r in known if (s := r.epoch_scores[rung - 1]) is not None]
             if len(at_rung) == len(records):
-                scores.append(overall(at_rung))
+                scores.append(overall(at_rung, self.module.tasks))
         return scores
 
     def _halves(

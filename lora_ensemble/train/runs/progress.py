@@ -29,11 +29,14 @@ def duration(seconds: float) -> str:
 
 
 def best_of(rows: Sequence[Sequence[Any]], tasks: Sequence[Task]) -> tuple[float, str]:
-    """Overall score and name of the best row of ``History.summary``; minus infinity where none has a score."""
+    """Overall score and name of the best row of ``History.summary``; minus infinity where none has a score.
+
+    As ``scores.overall``: the higher the better.
+    """
     best = _NONE
     for name, _, *scores in rows:
         if all(isinstance(s, float) and math.isfinite(s) for s in scores):
-            value = overall({t.name: (s, t.kind) for t, s in zip(tasks, scores, strict=True)})
+            value = overall(scores, tasks)
             best = max(best, (value, name), key=lambda scored: scored[0])
     return best
 
@@ -57,6 +60,8 @@ class SweepProgress(pl.Callback):
         plan, own = self._plan, self._bank
         most, done, gone = max(trainer.max_epochs or 0, 0), _epochs(trainer), time.monotonic() - self._since
         states: list[list[Any]] = []
+        one = self._tasks[0] if len(self._tasks) == 1 else None
+        sign, what = (one.sign, one.score_name) if one else (1, "overall")
         best = _NONE
         for bank in plan.banks:
             scored, epoch = _NONE, "waits"
@@ -67,11 +72,11 @@ class SweepProgress(pl.Callback):
                 scored, epoch = best_of(bank.finished.rows, self._tasks), "done"
             best = max(best, scored, key=lambda scored: scored[0])
             score, name = scored
-            states.append([str(len(states) + 1), str(len(bank.members)), epoch, name, score if name else ""])
+            states.append([str(len(states) + 1), str(len(bank.members)), epoch, name, sign * score if name else ""])
         others = [bank for bank in plan.banks if bank is not own]
         finished = len(plan.kept) + sum(len(bank.members) for bank in others if bank.finished)
         words = f"{finished} of {len(plan.members)} members finished"
-        words += f"; best so far {best[1]} {best[0]:.4f}" if best[1] else ""
+        words += f"; best so far {best[1]} {sign * best[0]:.4f}" if best[1] else ""
         words += f"; {duration(gone)} in this bank"
         if most and done > self._from:
             waiting = sum(len(bank.members) for bank in others if not bank.finished)
@@ -79,7 +84,7 @@ class SweepProgress(pl.Callback):
             words += f", about {duration(gone / ((done - self._from) * len(own.members)) * left)} left"
         first = max(plan.banks.index(own) + 1 - MOST_ROWS // 2, 0)
         shown = states[first : plan.banks.index(own) + 1 + MOST_ROWS // 2]
-        print(f"{table(['bank', 'members', 'epoch', 'best member', 'dev'], shown)}\n{words}", flush=True)
+        print(f"{table(['bank', 'members', 'epoch', 'best member', f'dev ({what})'], shown)}\n{words}", flush=True)
 
 
 def _epochs(trainer: pl.Trainer) -> float:
