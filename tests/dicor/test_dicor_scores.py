@@ -100,6 +100,51 @@ def test_the_single_bests_estimate_read_aloud(kind, name):
     assert [one.scores[f"m{i}"] for i in range(5)] == pytest.approx(scores, abs=1e-9)
 
 
+SOME = [("multiclass", "f1_macro"), ("binary", "auroc"), ("regression", "spearman"), ("regression", "mae")]
+
+
+@pytest.mark.parametrize("strategy", ["mean", "majority"])
+@pytest.mark.parametrize(("kind", "name"), [*SOME, ("multiclass", "log_loss")])
+def test_omnis_estimate_is_that_of_choosing_all(kind, name, strategy):
+    """Omni is summed up in one pass over all members; as a method that sees them all it must come out the same."""
+    if kind == "regression" and strategy == "majority":
+        pytest.skip("for classifiers")
+    each, labels = with_epochs(kind, members=12)
+    dev = Dev.of(each[:, 0], labels, kind=kind, epochs=list(each), score=name)
+    methods = {"all": Omni(strategy=strategy), "omni": Omni(strategy=strategy)}
+    found = estimate(dev, methods, repeats=2, probabilities=True).of
+    one, other = found["omni"], found["all"]
+    assert one.in_sample == pytest.approx(other.in_sample, abs=1e-9)
+    assert one.at_part == pytest.approx(other.at_part, abs=1e-6)
+    np.testing.assert_allclose(one.held_out, other.held_out, atol=1e-4)
+    if kind != "regression":
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-4)
+        np.testing.assert_allclose(one.probabilities.sum(axis=-1), 1)
+    assert one.at_part != one.in_sample
+
+
+@pytest.mark.parametrize(("kind", "name"), SOME)
+def test_no_order_changes_the_estimate(kind, name):
+    each, labels = with_epochs(kind)
+    rng, names, ids = np.random.default_rng(0), [f"m{i}" for i in range(5)], np.array([f"e{i}" for i in range(60)])
+    methods = {"weighted": Weighted(offset=True), "greedy": Greedy(criterion="score"), "dicor": Dicor()}
+    members, rows = rng.permutation(5), rng.permutation(60)
+    made = []
+    for which, order in ((range(5), range(60)), (members, rows)):
+        some = each[list(which)][:, :, list(order)]
+        known = {"names": [names[m] for m in which], "ids": ids[list(order)], "epochs": list(some)}
+        made.append(
+            estimate(Dev.of(some[:, 0], labels[list(order)], kind=kind, score=name, **known), methods, repeats=2)
+        )
+    for method, one in made[0].of.items():
+        other = made[1].of[method]
+        assert other.names == one.names
+        np.testing.assert_allclose(other.held_out, one.held_out, atol=1e-6)
+        for a, b in ((one.honest, other.honest), (one.against_omni, other.against_omni)):
+            if a is not None:
+                assert (b.low, b.value, b.high) == pytest.approx((a.low, a.value, a.high), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("binary", "f1"), ("multiclass", "kappa_quadratic"), ("binary", "auroc"), ("regression", "rmse")],
@@ -441,6 +486,20 @@ def test_the_score_of_the_pool_is_what_its_members_were_trained_by(tmp_path, cap
     err = capsys.readouterr().err
     assert "m2/member.json: settings: score is 'pearson'; a binary task has one of accuracy" in err
     assert len(err.splitlines()) == 1
+
+
+def test_what_is_imported_is_scored_as_the_pools_members_are(tmp_path, capsys):
+    labels, ids = random_labels("binary", 40), [f"d{i}" for i in range(40)]
+    logits = random_logits("binary", labels, 1, noise=3)[0]
+    how = {"settings": {"score": "f1"}, "train_fingerprint": "x"}
+    add_member(tmp_path / "pool", "own", "binary", "m0", {"dev": logits}, {"dev": ids}, {"dev": labels}, **how)
+    rows = "".join(f"{i},{-z}\n" for i, z in zip(ids, logits[:, 0], strict=True))
+    (tmp_path / "other.csv").write_text(f"id,logit\n{rows}")
+    assert run("import", tmp_path / "other.csv", "--pool", tmp_path / "pool", "--task", "own") == 0
+    expected = f1_score(labels, -logits[:, 0] > 0)
+    assert f"other  dev F1 {expected:.4f}, 40 examples" in capsys.readouterr().out
+    record = TaskPool(tmp_path / "pool", "own").record("other")
+    assert (record.scored_by, record.score) == ("f1", pytest.approx(expected))
 
 
 def test_mistakes_are_one_line(pool, tmp_path, capsys):
