@@ -13,6 +13,7 @@ from scipy.special import expit, softmax
 from scipy.stats import bootstrap
 from sklearn.metrics import f1_score, matthews_corrcoef, root_mean_squared_error
 
+from lora_ensemble.dicor.apply import predict
 from lora_ensemble.dicor.choose.combine import Choice, decide
 from lora_ensemble.dicor.choose.combine import probabilities as probabilities_of
 from lora_ensemble.dicor.choose.methods import Dicor, Exhaustive, Greedy, Omni, Weighted
@@ -28,6 +29,7 @@ from lora_ensemble.dicor.estimate.splits import stratified_folds
 from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.dicor.options import Options
 from lora_ensemble.dicor.record import read
+from lora_ensemble.dicor.report.facts import gather
 from lora_ensemble.pool import TaskPool
 from lora_ensemble.tasks import SCORES
 from lora_ensemble.text.splits import canonical
@@ -96,9 +98,56 @@ def test_the_single_bests_estimate_read_aloud(kind, name):
     assert found.honest.value == pytest.approx(found.at_part + (in_sample - found.at_part) / 4, abs=1e-6)
     assert found.optimism == pytest.approx(sign * (in_sample - found.honest.value), abs=1e-9)
     assert found.optimism > 0
+    gain = sign * (found.honest.value - one.of["omni"].honest.value)  # above 0: better
+    assert found.against_omni.value == pytest.approx(gain, abs=1e-9)
     assert found.honest.low < found.honest.value < found.honest.high
     scores = [score_of(name, said_of(x, kind, name), labels, kind) for x in logits]
     assert [one.scores[f"m{i}"] for i in range(5)] == pytest.approx(scores, abs=1e-9)
+
+
+SOME = [("multiclass", "f1_macro"), ("binary", "auroc"), ("regression", "spearman"), ("regression", "mae")]
+
+
+@pytest.mark.parametrize("strategy", ["mean", "majority"])
+@pytest.mark.parametrize(("kind", "name"), [*SOME, ("multiclass", "log_loss")])
+def test_omnis_estimate_is_that_of_choosing_all(kind, name, strategy):
+    """Omni is summed up in one pass over all members; as a method that sees them all it must come out the same."""
+    if kind == "regression" and strategy == "majority":
+        pytest.skip("for classifiers")
+    each, labels = with_epochs(kind, members=12)
+    dev = Dev.of(each[:, 0], labels, kind=kind, epochs=list(each), score=name)
+    methods = {"all": Omni(strategy=strategy), "omni": Omni(strategy=strategy)}
+    found = estimate(dev, methods, repeats=2, probabilities=True).of
+    one, other = found["omni"], found["all"]
+    assert one.in_sample == pytest.approx(other.in_sample, abs=1e-9)
+    assert one.at_part == pytest.approx(other.at_part, abs=1e-6)
+    np.testing.assert_allclose(one.held_out, other.held_out, atol=1e-4)
+    if kind != "regression":
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-4)
+        np.testing.assert_allclose(one.probabilities.sum(axis=-1), 1)
+    assert one.at_part != one.in_sample
+
+
+@pytest.mark.parametrize(("kind", "name"), SOME)
+def test_no_order_changes_the_estimate(kind, name):
+    each, labels = with_epochs(kind)
+    rng, names, ids = np.random.default_rng(0), [f"m{i}" for i in range(5)], np.array([f"e{i}" for i in range(60)])
+    methods = {"weighted": Weighted(offset=True), "greedy": Greedy(criterion="score"), "dicor": Dicor()}
+    members, rows = rng.permutation(5), rng.permutation(60)
+    made = []
+    for which, order in ((range(5), range(60)), (members, rows)):
+        some = each[list(which)][:, :, list(order)]
+        known = {"names": [names[m] for m in which], "ids": ids[list(order)], "epochs": list(some)}
+        made.append(
+            estimate(Dev.of(some[:, 0], labels[list(order)], kind=kind, score=name, **known), methods, repeats=2)
+        )
+    for method, one in made[0].of.items():
+        other = made[1].of[method]
+        assert other.names == one.names
+        np.testing.assert_allclose(other.held_out, one.held_out, atol=1e-6)
+        for a, b in ((one.honest, other.honest), (one.against_omni, other.against_omni)):
+            if a is not None:
+                assert (b.low, b.value, b.high) == pytest.approx((a.low, a.value, a.high), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -166,22 +215,21 @@ def test_a_greedy_search_by_the_score_read_aloud(kind, name):
 
 
 def test_log_loss_proposes_and_auroc_picks():
-    """The way goes by log-loss; of the ensembles on it the one with the best AUROC is kept."""
-    labels = random_labels("binary", 60, seed=9)
-    logits = alike("binary", labels, 8, seed=10)
+    """The way goes by log-loss; of the ensembles on it the one with the best AUROC is kept, which is another."""
+    labels = random_labels("binary", 60, seed=6)
+    logits = alike("binary", labels, 8, seed=610)
     p = probabilities(logits, "binary")
-    way = Greedy(steps=8, criterion="loss").fit(logits, labels, kind="binary", score="auroc").choice_
-    found = Greedy(steps=8, criterion="score").fit(logits, labels, kind="binary", score="auroc")
-    taken = []
+    taken, losses = [], []
     for _ in range(8):
-        loss = [
-            -np.log(np.mean(p[[*taken, m], np.arange(60)[:, None], labels[:, None]], axis=1)).mean() for m in range(8)
-        ]
+        mean = [p[[*taken, m]].mean(axis=0) for m in range(8)]
+        loss = [score_of("log_loss", one, labels, "binary") for one in mean]
         taken.append(int(np.argmin(loss)))
+        losses.append(min(loss))
     areas = [score_of("auroc", p[taken[: i + 1]].mean(axis=0), labels, "binary") for i in range(8)]
-    kept = taken[: int(np.argmax(areas)) + 1]
-    assert sorted(found.members_) == sorted(set(kept))
-    assert sorted(way.members) != sorted(set(kept)) or len(kept) < 8
+    for criterion, kept in (("score", np.argmax(areas)), ("loss", np.argmin(losses))):
+        found = Greedy(steps=8, criterion=criterion).fit(logits, labels, kind="binary", score="auroc")
+        assert set(found.members_) == set(taken[: kept + 1])
+    assert set(taken[: np.argmax(areas) + 1]) != set(taken[: np.argmin(losses) + 1])
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0])
@@ -214,19 +262,20 @@ def members_of(logits, labels, kind, name):
 
 def test_the_threshold_is_that_of_the_rule_read_aloud():
     """Few are positive, so that F1 wants a lower threshold; by scikit-learn, each move tried by itself."""
-    rng = np.random.default_rng(0)
-    labels = (rng.random(80) < 0.15).astype(int)
-    logits = (3 * labels - 3.5 + 1.5 * rng.normal(size=80))[None, :, None]
-    moves = np.arange(-24, 25) / 4
-    f1 = [f1_score(labels, logits[0, :, 0] + move > 0) for move in moves]
-    near = np.r_[f1[0], f1, f1[-1]]
-    rule = near[1:-1] / 2 + near[:-2] / 4 + near[2:] / 4 - 10 / 160 * moves**2
-    choice = Choice(members=[0], strategy="mean")
-    found = for_score(members_of(logits, labels, "binary", "f1"), choice)
-    move = moves[np.argmax(rule)]
-    assert found.offsets == pytest.approx([-move / 2, move / 2])
-    assert move > 0
-    assert f1_score(labels, decide(members_of(logits, labels, "binary", "f1"), found)) > f1_score(labels, logits[0] > 0)
+    moves, choice = np.arange(-24, 25) / 4, Choice(members=[0], strategy="mean")
+    for seed in (0, 2):  # of the second, neither F1 alone, nor smoothed, nor drawn to 0 has the same best move
+        rng = np.random.default_rng(seed)
+        labels = (rng.random(80) < 0.15).astype(int)
+        logits = (3 * labels - 3.5 + 1.5 * rng.normal(size=80))[None, :, None]
+        f1 = [f1_score(labels, logits[0, :, 0] + move > 0, zero_division=0) for move in moves]
+        near = np.r_[f1[0], f1, f1[-1]]
+        rule = near[1:-1] / 2 + near[:-2] / 4 + near[2:] / 4 - 10 / 160 * moves**2
+        found = for_score(members_of(logits, labels, "binary", "f1"), choice)
+        move = moves[np.argmax(rule)]
+        assert move > 0
+        assert found.offsets == pytest.approx([-move / 2, move / 2])
+        decided = decide(members_of(logits, labels, "binary", "f1"), found)
+        np.testing.assert_array_equal(decided, logits[0, :, 0] + move > 0)
     for name in ("accuracy", "auroc", "log_loss"):
         assert for_score(members_of(logits, labels, "binary", name), choice) == choice
     majority = Choice(members=[0], strategy="majority")
@@ -415,6 +464,29 @@ def test_a_report_speaks_of_its_score(pool, tmp_path):
     assert "accuracy on dev" not in text
 
 
+def test_the_lower_log_loss_has_the_say_where_votes_tie(tmp_path):
+    """Two members without a rank contradict each other; of a tie the better one's class is taken, on any split."""
+    labels, ids = random_labels("binary", 40), [f"d{i}" for i in range(40)]
+    good = random_logits("binary", labels, 1, noise=1)[0]
+    for name, logits in (("m0", -good), ("m1", good)):
+        both = {"dev": logits, "test": logits}
+        add_member(tmp_path, "own", "binary", name, both, dict.fromkeys(both, ids), dict.fromkeys(both, labels))
+    record, raw = selected(
+        tmp_path, tmp_path, "own", "--score", "log_loss", "--method", "omni", "--strategy", "majority"
+    )
+    assert raw["best"]["name"] == "m1"
+    by_hand = (good[:, 0] > 0).astype(int)
+    assert predict(read(record), tmp_path, "dev")[1].tolist() == by_hand.tolist()
+
+
+def test_a_report_shows_the_lowest_rmse_first(pool):
+    shown = gather(compare(TaskPool(pool, "sts"), ["weighted"], Options(), score="rmse"), "weighted")
+    logits, labels = logits_of(pool, "sts", [r.name for r in shown.shown])
+    by_hand = [root_mean_squared_error(labels, one[:, 0]) for one in logits]
+    assert by_hand == sorted(by_hand)
+    assert shown.scores == pytest.approx(by_hand)
+
+
 def test_the_score_of_the_pool_is_what_its_members_were_trained_by(tmp_path, capsys):
     labels, ids = random_labels("binary", 40), [f"d{i}" for i in range(40)]
     logits = random_logits("binary", labels, 3, noise=2)
@@ -442,6 +514,20 @@ def test_the_score_of_the_pool_is_what_its_members_were_trained_by(tmp_path, cap
     err = capsys.readouterr().err
     assert "m2/member.json: settings: score is 'pearson'; a binary task has one of accuracy" in err
     assert len(err.splitlines()) == 1
+
+
+def test_what_is_imported_is_scored_as_the_pools_members_are(tmp_path, capsys):
+    labels, ids = random_labels("binary", 40), [f"d{i}" for i in range(40)]
+    logits = random_logits("binary", labels, 1, noise=3)[0]
+    how = {"settings": {"score": "f1"}, "train_fingerprint": "x"}
+    add_member(tmp_path / "pool", "own", "binary", "m0", {"dev": logits}, {"dev": ids}, {"dev": labels}, **how)
+    rows = "".join(f"{i},{-z}\n" for i, z in zip(ids, logits[:, 0], strict=True))
+    (tmp_path / "other.csv").write_text(f"id,logit\n{rows}")
+    assert run("import", tmp_path / "other.csv", "--pool", tmp_path / "pool", "--task", "own") == 0
+    expected = f1_score(labels, -logits[:, 0] > 0)
+    assert f"other  dev F1 {expected:.4f}, 40 examples" in capsys.readouterr().out
+    record = TaskPool(tmp_path / "pool", "own").record("other")
+    assert (record.scored_by, record.score) == ("f1", pytest.approx(expected))
 
 
 def test_mistakes_are_one_line(pool, tmp_path, capsys):

@@ -20,6 +20,7 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
 from lora_ensemble.train.data import BankData, resolve_tasks, weighed
 from lora_ensemble.train.evaluation import Evaluation, History, evaluate, summary_header
+from lora_ensemble.train.module import BankModule
 from lora_ensemble.train.notices import print_summary
 from lora_ensemble.train.runs.halving import survivors
 from lora_ensemble.train.runs.plan import Plan, PlannedBank
@@ -100,6 +101,22 @@ def test_the_lower_rmse_is_better_everywhere(capsys: pytest.CaptureFixture[str])
     assert [line[0] for line in capsys.readouterr().out.splitlines()[1:5]] == [*"bdac"]
 
 
+def test_the_curve_of_the_best_is_that_of_the_lowest() -> None:
+    logged: dict[str, float] = {}
+    said = Evaluation(np.zeros((3, 4, 1), np.float32), [0.3, 0.1, float("nan")], {}, True)
+    module: Any = SimpleNamespace(
+        on_test_epoch_end=lambda: None,
+        trainer=SimpleNamespace(sanity_checking=False, barebones=False, state=SimpleNamespace(fn="fit")),
+        tasks=[VALUES],
+        members=[SimpleNamespace(name=name) for name in "abc"],
+        evaluations={"v": said},
+        log=lambda name, value, **_: logged.update({name: value}),
+        _log=logged.update,
+    )
+    BankModule.on_validation_epoch_end(module)
+    assert (logged["dev_score/v"], logged["dev_score/v/a"], logged["dev_score/v/b"]) == (0.1, 0.3, 0.1)
+
+
 def test_several_tasks_by_their_weights() -> None:
     """By hand, (3 F1 - RMSE) / 4: 0.5 then 0.55, though the mean of both was better before."""
     tasks = weighed([CLASSES, VALUES], {"t": 3, "v": 1})
@@ -176,6 +193,26 @@ def test_a_run_by_macro_f1_and_dicor_after_it(program: Program, capsys: pytest.C
     # By accuracy it is another member, which the pool has no room for.
     assert program("fit", epochs, tasks=own(), members=members) == 2
     assert "other settings (score was 'f1_macro', is now None)" in capsys.readouterr().err
+
+
+def test_the_last_table_of_a_run_by_rmse_begins_with_the_lowest(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"name": "own", "kind": "regression", "text": ["sentence1", "sentence2"], "label": "similarity", "id": "id"}
+    task |= {"train": "sts-train.csv", "dev": "sts-dev.csv", "score": "rmse"}
+    members = "[{rank: 2, lr: 1e-5}, {targets: none, lr: 5e-2}, {rank: 3, lr: 1e-2}]"
+    assert program("fit", tasks=json.dumps([task]), members=members) == 0
+    header, *rows = capsys.readouterr().out.split("\nmember ")[-1].splitlines()
+    assert header.endswith("own dev (RMSE)")
+    opened = pool.TaskPool(program.pool, "own")
+    labels = opened.examples().labels
+    assert labels is not None
+    by_hand = {r.name: root_mean_squared_error(labels, opened.logits(r.name)[:, 0]) for r in opened.members}
+    assert [row.split()[0] for row in rows[:3]] == sorted(by_hand, key=lambda name: by_hand[name])
+    assert [r.name for r in opened.members] != sorted(by_hand, key=lambda name: by_hand[name])
+    for record in opened.members:
+        assert record.score == pytest.approx(by_hand[record.name], rel=1e-6)
+        assert record.score == min(s for s in record.epoch_scores if s is not None)
 
 
 def test_mistakes_are_one_line(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
