@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ensemble.bank.lora import single
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError
 
@@ -21,7 +22,8 @@ class BankAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) with a learning rate per row of one matrix (M, P): ``rates`` (M,).
 
     Every row gets what ``torch.optim.AdamW`` would give it alone. A row whose gradient is not finite is frozen for good
-    and changes no other row. ``group["lr"]`` is the schedule's factor on all rates, 1 at first.
+    and changes no other row. ``group["lr"]`` is the schedule's factor on all rates, 1 at first. ``weight_decay``: of
+    all, or of each row (M,). ``apart``: rates (M,) of some columns, and which those are, (P,) bool.
     """
 
     def __init__(
@@ -29,12 +31,30 @@ class BankAdamW(torch.optim.Optimizer):
         weights: torch.nn.Parameter,
         rates: Sequence[float],
         *,
-        weight_decay: float = 0.0,
+        weight_decay: float | Sequence[float] = 0.0,
+        apart: tuple[Sequence[float], Tensor] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        super().__init__([weights], {"lr": 1.0, "weight_decay": weight_decay, "betas": betas, "eps": eps})
-        self._rates = self._own = torch.tensor(rates, dtype=torch.float64).view(-1, 1)
+        of_all = weight_decay if isinstance(weight_decay, float | int) else 0.0
+        super().__init__([weights], {"lr": 1.0, "weight_decay": of_all, "betas": betas, "eps": eps})
+        self._rates, self._apart = _column(rates), apart
+        self._decays = None if isinstance(weight_decay, float | int) else _column(weight_decay)
+        self._own: tuple[Tensor, Tensor | None] | None = None
+
+    @classmethod
+    def of(cls, bank: Bank, weight_decay: float) -> BankAdamW:
+        """That of a bank, with its members' rates and decays; ``weight_decay``: of members that have none."""
+        b, decays = ([single(getattr(m, key)) for m in bank.members] for key in ("lr_b", "weight_decay"))
+        apart = None
+        if any(rate is not None for rate in b):
+            sizes = torch.tensor([math.prod(shape) for shape in bank.shapes.values()])
+            is_b = torch.tensor(["/" not in name and name.endswith(".B") for name in bank.shapes])
+            own = [lr if rate is None else rate for lr, rate in zip(bank.rates, b, strict=True)]
+            apart = own, is_b.repeat_interleave(sizes)
+        one = all(decay is None for decay in decays)
+        each = [weight_decay if decay is None else decay for decay in decays]
+        return cls(bank.weights, bank.rates, weight_decay=weight_decay if one else each, apart=apart)
 
     def _state(self) -> dict[str, Any]:
         (weights,) = self.param_groups[0]["params"]
@@ -44,6 +64,17 @@ class BankAdamW(torch.optim.Optimizer):
             alive = torch.ones(len(weights), 1, dtype=torch.bool, device=weights.device)
             state.update(step=0, alive=alive, **moments)  # whole or not at all
         return state
+
+    def _own_of(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rates (M, 1 or P) and decays (M, 1) on the weights' device; None: one for all."""
+        if self._own is None or (self._own[0].device, self._own[0].dtype) != (weights.device, weights.dtype):
+            # Once, not in every step: a copy would wait for the device.
+            rates = self._rates.to(weights)
+            if self._apart is not None:
+                others, where = self._apart
+                rates = torch.where(where.to(weights.device), _column(others).to(weights), rates)
+            self._own = rates, None if self._decays is None else self._decays.to(weights)
+        return self._own
 
     @property
     def alive(self) -> Tensor:
@@ -66,12 +97,11 @@ class BankAdamW(torch.optim.Optimizer):
         # A sum is finite only if every part is. bool: loading a checkpoint casts the state to the weights' type.
         alive = state["alive"].bool() & weights.grad.abs().sum(1, keepdim=True).isfinite()
         gradient = torch.where(alive, weights.grad, 0)
-        if (self._own.device, self._own.dtype) != (weights.device, weights.dtype):
-            self._own = self._rates.to(weights)  # once, not in every step: a copy would wait for the device
-        rates = torch.where(alive, self._own * group["lr"], 0)
+        own, decays = self._own_of(weights)
+        rates = torch.where(alive, own * group["lr"], 0)
         beta1, beta2 = group["betas"]
         step, change = state["step"] + 1, torch.empty_like(weights)
-        shrink, rates = 1 - rates * group["weight_decay"], rates / (1 - beta1**step)
+        shrink, rates = 1 - rates * (group["weight_decay"] if decays is None else decays), rates / (1 - beta1**step)
 
         state["alive"], state["step"] = alive, step
         weights.mul_(shrink)
@@ -82,6 +112,10 @@ class BankAdamW(torch.optim.Optimizer):
         torch.div(state["exp_avg"], change, out=change).mul_(rates)
         weights.sub_(change)
         return loss
+
+
+def _column(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).view(-1, 1)
 
 
 @torch.no_grad()
@@ -110,12 +144,13 @@ def trained_parameters(bank: Bank) -> list[Tensor]:
 
 
 def make_optimizer(bank: Bank, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW with a rate per member."""
-    rates = bank.rates
-    if bank.train_encoder:
-        # fused: far faster on a CPU than torch's default there
-        return torch.optim.AdamW(trained_parameters(bank), lr=rates[0], weight_decay=weight_decay, fused=True)
-    return BankAdamW(bank.weights, rates, weight_decay=weight_decay)
+    """AdamW with a rate per member; ``weight_decay``: of members that have none of their own."""
+    if not bank.train_encoder:
+        return BankAdamW.of(bank, weight_decay)
+    decay = single(bank.members[0].weight_decay)
+    decay = weight_decay if decay is None else decay
+    # fused: far faster on a CPU than torch's default there
+    return torch.optim.AdamW(trained_parameters(bank), lr=bank.rates[0], weight_decay=decay, fused=True)
 
 
 def finite_members(bank: Bank, optimizer: Any) -> list[bool]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_ensemble.bank import optim
 from lora_ensemble.bank.base_model import commit_of, encoder_fingerprint, hub_id, load_classifier, on_hub
 from lora_ensemble.bank.encode import States
-from lora_ensemble.bank.lora import Member, derived_seed, expand_members
+from lora_ensemble.bank.lora import Member, expand_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
@@ -149,7 +149,7 @@ class BankModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by the step, so that a resumed run draws the masks that it would have drawn."""
-        torch.manual_seed(derived_seed(self.seed, f"{self.current_epoch}/{batch_idx}/{self.global_rank}"))
+        self.bank.seed_dropout(self.seed, f"{self.current_epoch}/{batch_idx}/{self.global_rank}")
 
     def training_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> Tensor:
         """The sum over members and tasks of each one's mean loss; the sum keeps every member's own gradient."""
