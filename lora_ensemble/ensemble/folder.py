@@ -23,10 +23,20 @@ from lora_ensemble.bank.member_files import load_base
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.located import CONFIG, FORMAT, RECORD
 from lora_ensemble.dicor.table import decides, offsets
-from lora_ensemble.ensemble.sources import VERSION, Base, Source, find_bases, known_columns, longest_text, told_apart
+from lora_ensemble.ensemble.sources import (
+    VERSION,
+    Base,
+    Source,
+    find_bases,
+    kept_text,
+    known_columns,
+    longest_text,
+    told_apart,
+)
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
+from lora_ensemble.text.packing import Truncation
 
 MEMBERS, BASE = "members", "base"
 CARD = "README.md"
@@ -50,6 +60,7 @@ class Contents:
     bases: list[Base]
     members: list[MemberRecord]
     max_length: int  # tokens after which it cuts a text
+    kept: list[Truncation]  # what its members keep of it then
     ensemble: record.Ensemble | None = None  # that of the members, in their order; None: there is one member
     with_base: bool = False
     with_examples: bool = False
@@ -131,6 +142,7 @@ def write_ensemble(target: Path, source: Source, *, with_base: bool, with_exampl
         bases=list(bases.values()),
         members=source.members,
         max_length=min(longest_text(r, base.where, base.revision) for r, base in pairs),
+        kept=sorted({kept_text(r) for r in source.members}),
         ensemble=ensemble,
         with_base=with_base,
         with_examples=with_examples,
