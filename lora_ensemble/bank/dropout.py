@@ -28,6 +28,8 @@ def keep_mask(x: Tensor, p: float) -> Tensor:
 
 def _draw(mask: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """Fill a mask; ``generator``: of its device, None for torch's own."""
+    if mask.device.type != "cpu":
+        return mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
     dropped = min(round(p * _STEPS), _STEPS - 1)
     n = math.prod(mask.shape)
     draws = torch.empty((n + 3) // 4, dtype=torch.int64, device=mask.device)
@@ -69,27 +71,21 @@ def add_dropped(residual: Tensor, x: Tensor, p: float) -> Tensor:
 
 @dataclass(frozen=True)
 class MemberDropout:
-    """LoRA's dropout, of what enters the adapters at a layer: each member's masks from a generator of its own.
+    """LoRA's dropout, of what enters the adapters at a layer: each member's masks from a generator of its own."""
 
-    ``rows``: the members that have it there, by their row among those that run.
-    """
+    p: Sequence[float]  # of each member that runs; 0: it has none there
+    generators: Sequence[torch.Generator | None]
 
-    rows: list[int]
-    p: list[float]
-    generators: list[torch.Generator]
+    def of(self, members: slice) -> MemberDropout:
+        """That of some of them."""
+        return MemberDropout(self.p[members], self.generators[members])
 
-    def of(self, members: slice) -> MemberDropout | None:
-        """That of some of them; None where none of those has it."""
-        kept = [place for place, row in enumerate(self.rows) if members.start <= row < members.stop]
-        own = [self.rows[place] - members.start for place in kept]
-        return MemberDropout(own, [self.p[i] for i in kept], [self.generators[i] for i in kept]) if kept else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: (M or 1, T, in). Returns what is left of it for each of ``rows``, (len(rows), T, in)."""
-        masks = x.new_empty(len(self.rows), *x.shape[1:])
-        for mask, p, generator in zip(masks, self.p, self.generators, strict=True):
-            _draw(mask, p, generator)
-        return masks * (x if len(x) in (1, len(masks)) else x[self.rows])
+    def __call__(self, x: Tensor, rows: list[int]) -> Tensor:
+        """x: (M or 1, T, in). Returns what is left of it for some members, by their ``rows``: (len(rows), T, in)."""
+        masks = x.new_empty(len(rows), *x.shape[1:])
+        for mask, row in zip(masks, rows, strict=True):
+            _draw(mask, self.p[row], self.generators[row])
+        return masks * (x if len(x) in (1, len(rows)) else x[rows])
 
 
 def lowered(x: Tensor, layers: Sequence[tuple[Tensor, MemberDropout | None]]) -> list[Tensor]:
@@ -97,17 +93,16 @@ def lowered(x: Tensor, layers: Sequence[tuple[Tensor, MemberDropout | None]]) ->
 
     ``layers``: the layer's A (M, R, in), and the dropout before it.
     """
-    shared = [a for a, dropout in layers if dropout is None or len(dropout.rows) < len(a)]
-    lows = iter(_products(x, shared))
-    made = []
+    every = iter(_products(x, [a for a, dropout in layers if dropout is None or not all(dropout.p)]))
+    lows = []
     for a, dropout in layers:
-        everyone = dropout is not None and len(dropout.rows) == len(a)
-        low = x if everyone else next(lows)
-        if dropout is not None:
-            own = torch.bmm(dropout(x), (a if everyone else a[dropout.rows]).transpose(1, 2))
-            low = own if everyone else low.index_copy(0, torch.tensor(dropout.rows, device=x.device), own)
-        made.append(low)
-    return made
+        rows = [] if dropout is None else [row for row, p in enumerate(dropout.p) if p]
+        low = next(every) if len(rows) < len(a) else a.new_empty(len(a), x.shape[1], a.shape[1])
+        if dropout is not None and rows:
+            own = torch.bmm(dropout(x, rows), a[rows].transpose(1, 2))
+            low = low.index_copy(0, torch.tensor(rows, device=x.device), own)
+        lows.append(low)
+    return lows
 
 
 def _products(x: Tensor, every: list[Tensor]) -> Sequence[Tensor]:

@@ -162,13 +162,13 @@ class Bank(nn.Module):
 
     def _dropout(self, path: str, members: Sequence[int]) -> MemberDropout | None:
         """LoRA's dropout before the adapters at a path; None where none of these members has it now."""
-        rows = [row for row, i in enumerate(members) if i in self._dropped[path]] if self.training else []
-        if not rows:
+        own = self._dropped[path].intersection(members)
+        if not own or not self.training:
             return None
         if not self._generators:
             self._seed_members("")
-        own = [members[row] for row in rows]
-        return MemberDropout(rows, [single(self.members[i].dropout) for i in own], [self._generators[i] for i in own])
+        p = [single(self.members[i].dropout) if i in own else 0.0 for i in members]
+        return MemberDropout(p, [self._generators.get(i) for i in members])
 
     def _adapters(self, weights: Tensor, members: Sequence[int], dtype: torch.dtype, paths: Sequence[str]) -> Adapters:
         """Adapters of some members, from their rows of the weight matrix, as :data:`encode.Adapters`."""

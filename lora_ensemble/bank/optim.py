@@ -36,11 +36,10 @@ class BankAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        of_all = weight_decay if isinstance(weight_decay, float | int) else 0.0
-        super().__init__([weights], {"lr": 1.0, "weight_decay": of_all, "betas": betas, "eps": eps})
-        self._rates, self._apart = _column(rates), apart
-        self._decays = None if isinstance(weight_decay, float | int) else _column(weight_decay)
-        self._own: tuple[Tensor, Tensor | None] | None = None
+        super().__init__([weights], {"lr": 1.0, "betas": betas, "eps": eps})
+        decays = [weight_decay] * len(weights) if isinstance(weight_decay, float) else weight_decay
+        self._rates, self._decays, self._apart = _column(rates), _column(decays), apart
+        self._own: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, bank: Bank, weight_decay: float) -> BankAdamW:
@@ -50,11 +49,10 @@ class BankAdamW(torch.optim.Optimizer):
         if any(rate is not None for rate in b):
             sizes = torch.tensor([math.prod(shape) for shape in bank.shapes.values()])
             is_b = torch.tensor(["/" not in name and name.endswith(".B") for name in bank.shapes])
-            own = [lr if rate is None else rate for lr, rate in zip(bank.rates, b, strict=True)]
-            apart = own, is_b.repeat_interleave(sizes)
-        one = all(decay is None for decay in decays)
-        each = [weight_decay if decay is None else decay for decay in decays]
-        return cls(bank.weights, bank.rates, weight_decay=weight_decay if one else each, apart=apart)
+            rates = [lr if rate is None else rate for lr, rate in zip(bank.rates, b, strict=True)]
+            apart = rates, is_b.repeat_interleave(sizes)
+        decays = [weight_decay if decay is None else decay for decay in decays]
+        return cls(bank.weights, bank.rates, weight_decay=decays, apart=apart)
 
     def _state(self) -> dict[str, Any]:
         (weights,) = self.param_groups[0]["params"]
@@ -65,15 +63,15 @@ class BankAdamW(torch.optim.Optimizer):
             state.update(step=0, alive=alive, **moments)  # whole or not at all
         return state
 
-    def _own_of(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rates (M, 1 or P) and decays (M, 1) on the weights' device; None: one for all."""
+    def _own_of(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Rates (M, 1 or P) and decays (M, 1), as the weights are."""
         if self._own is None or (self._own[0].device, self._own[0].dtype) != (weights.device, weights.dtype):
             # Once, not in every step: a copy would wait for the device.
             rates = self._rates.to(weights)
             if self._apart is not None:
                 others, where = self._apart
                 rates = torch.where(where.to(weights.device), _column(others).to(weights), rates)
-            self._own = rates, None if self._decays is None else self._decays.to(weights)
+            self._own = rates, self._decays.to(weights)
         return self._own
 
     @property
@@ -101,7 +99,7 @@ class BankAdamW(torch.optim.Optimizer):
         rates = torch.where(alive, own * group["lr"], 0)
         beta1, beta2 = group["betas"]
         step, change = state["step"] + 1, torch.empty_like(weights)
-        shrink, rates = 1 - rates * (group["weight_decay"] if decays is None else decays), rates / (1 - beta1**step)
+        shrink, rates = 1 - rates * decays, rates / (1 - beta1**step)
 
         state["alive"], state["step"] = alive, step
         weights.mul_(shrink)

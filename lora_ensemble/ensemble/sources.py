@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from lora_ensemble import pool
 from lora_ensemble.bank.base_model import hub_id, load_tokenizer, longest_input
@@ -15,7 +14,7 @@ from lora_ensemble.dicor.located import CONFIG, Located, chosen_records, leads_o
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import PRESETS, Kind
-from lora_ensemble.text.packing import Truncation
+from lora_ensemble.text.packing import KEPT, Truncation
 
 VERSION = 1
 """Of an exported folder's ``config.json``."""
@@ -152,9 +151,8 @@ def told_apart(name: str, taken: Collection[str]) -> str:
 def kept_text(member: MemberRecord) -> Truncation:
     """What a member keeps of a text that is too long; ``UserError`` for what this version does not know."""
     kept = member.settings.get("truncation", "head")
-    if kept not in get_args(Truncation):
-        expected = ", ".join(get_args(Truncation))
-        raise UserError(f"member {member.name}: it was trained with truncation {kept!r}; expected one of {expected}")
+    if kept not in KEPT:
+        raise UserError(f"member {member.name}: trained with truncation {kept!r}; expected one of {', '.join(KEPT)}")
     return kept
 
 

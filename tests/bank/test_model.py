@@ -158,8 +158,8 @@ def test_dropout_is_peft_s(tiny: Callable[[str], Path], monkeypatch: pytest.Monk
     drawn: list[torch.Tensor] = []
     draw = MemberDropout.__call__
 
-    def noted(self: MemberDropout, x: torch.Tensor) -> torch.Tensor:
-        drawn.append(draw(self, torch.ones_like(x))[0])
+    def noted(self: MemberDropout, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        drawn.append(draw(self, torch.ones_like(x), rows)[0])
         return drawn[-1] * x
 
     monkeypatch.setattr(MemberDropout, "__call__", noted)
