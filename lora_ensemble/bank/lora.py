@@ -202,10 +202,10 @@ def _checked(where: str, name: str | None, settings: dict[str, Any], finetune: s
     ):
         if not right:
             raise UserError(f"{where}.{key}: {value}; expected {expected}")
-    same: dict[str, Any] = {"lr": float(lr), "weight_decay": _float(decay), "seed": seed, "patience": patience}
+    same: dict[str, Any] = {"lr": float(lr), "weight_decay": decay, "seed": seed, "patience": patience}
     member = Member(rank=1, targets=NO_TARGETS, **same)
     if adapted:
-        own: dict[str, Any] = {"layers": layers, "dropout": float(dropout or 0), "init": init, "lr_b": _float(lr_b)}
+        own: dict[str, Any] = {"layers": layers, "dropout": dropout or 0.0, "init": init, "lr_b": lr_b}
         member = Member(rank=rank, scaling=float(scaling), targets=targets, **own, **same)
     name = name or member_name(member, finetune)
     pool.check_name(name)
@@ -220,10 +220,6 @@ _PEFT: dict[str, Any] = {
     **dict.fromkeys(("inference_mode", "megatron_core", "qalora_group_size")),
 }
 """Keys of a ``LoraConfig`` that may be set, with PEFT's defaults where they are read; any other must be off."""
-
-
-def _float(number: float | None) -> float | None:
-    return None if number is None else float(number)
 
 
 def _with_peft(where: str, entry: Member) -> Member:

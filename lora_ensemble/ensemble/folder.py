@@ -23,16 +23,7 @@ from lora_ensemble.bank.member_files import load_base
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.located import CONFIG, FORMAT, RECORD
 from lora_ensemble.dicor.table import decides, offsets
-from lora_ensemble.ensemble.sources import (
-    VERSION,
-    Base,
-    Source,
-    find_bases,
-    kept_text,
-    known_columns,
-    longest_text,
-    told_apart,
-)
+from lora_ensemble.ensemble.sources import VERSION, Base, Source, find_bases, known_columns, text_limit, told_apart
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
@@ -135,14 +126,15 @@ def write_ensemble(target: Path, source: Source, *, with_base: bool, with_exampl
     (target / RECORD).write_text(moved.to_json(), encoding="utf-8")
     columns = known_columns(ensemble.task, ensemble.kind, source.text)
     pairs = [(r, bases[str(r.base_model)]) for r in source.members]
+    limits = [text_limit(r, base.where, base.revision) for r, base in pairs]
     contents = Contents(
         form="ensemble",
         task=Task(name=ensemble.task, kind=ensemble.kind, text=columns or ["text"], label_names=ensemble.labels),
         columns=columns,
         bases=list(bases.values()),
         members=source.members,
-        max_length=min(longest_text(r, base.where, base.revision) for r, base in pairs),
-        kept=sorted({kept_text(r) for r in source.members}),
+        max_length=min(longest for longest, _ in limits),
+        kept=sorted({kept for _, kept in limits}),
         ensemble=ensemble,
         with_base=with_base,
         with_examples=with_examples,

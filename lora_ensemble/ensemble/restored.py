@@ -30,7 +30,7 @@ from lora_ensemble.bank.member_files import load_base, restore_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.choose.combine import probabilities
-from lora_ensemble.ensemble.sources import Source, kept_text, longest_text, read_source
+from lora_ensemble.ensemble.sources import Source, read_source, text_limit
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
 from lora_ensemble.text.packing import Tokens, Truncation
@@ -93,7 +93,7 @@ class Ensemble:
         for i, r in enumerate(source.members):
             # Of the hub's revisions many have the same weights. A fully fine-tuned encoder is one member's own.
             version = str(r.base_fingerprint or r.revision) if r.revision and not any_base else ""
-            cut = r.settings.get("max_length"), kept_text(r)
+            cut = r.settings.get("max_length"), r.settings.get("truncation")
             key = (r.base_model, version, cut, None if r.finetune != "full" else r.name)
             together.setdefault(key, []).append(i)
         parts = [_part(source, places, where, any_base) for places in together.values()]
@@ -220,6 +220,5 @@ def _part(source: Source, places: list[int], device: torch.device, any_base: boo
     bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=full)
     restore_members(bank, source.pool, base_model=base_model)
     bank.eval().requires_grad_(False).to(device)
-    longest = longest_text(records[0], where, revision)
-    kept = kept_text(records[0])
+    longest, kept = text_limit(records[0], where, revision)
     return _Part(bank=bank, tokenizer=tokenizer, max_length=longest, truncation=kept, places=places)

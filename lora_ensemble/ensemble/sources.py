@@ -148,16 +148,12 @@ def told_apart(name: str, taken: Collection[str]) -> str:
     return next(n for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))) if n not in taken)
 
 
-def kept_text(member: MemberRecord) -> Truncation:
-    """What a member keeps of a text that is too long; ``UserError`` for what this version does not know."""
-    kept = member.settings.get("truncation", "head")
+def text_limit(member: MemberRecord, base_model: str, revision: str | None) -> tuple[int, Truncation]:
+    """Tokens after which a member over this base model, as ``load_base`` takes it, cuts a text, and what it keeps.
+
+    ``UserError`` for a way to cut that this version does not know.
+    """
+    kept, longest = member.settings.get("truncation", "head"), member.settings.get("max_length")
     if kept not in KEPT:
         raise UserError(f"member {member.name}: trained with truncation {kept!r}; expected one of {', '.join(KEPT)}")
-    return kept
-
-
-def longest_text(member: MemberRecord, base_model: str, revision: str | None) -> int:
-    """Tokens after which a member over this base model, as ``load_base`` takes it, cuts a text."""
-    if longest := member.settings.get("max_length"):
-        return int(longest)
-    return longest_input(base_model, load_tokenizer(base_model, revision), revision)
+    return int(longest or longest_input(base_model, load_tokenizer(base_model, revision), revision)), kept
