@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, DataCol
 
 from lora_ensemble.bank.base_model import load_tokenizer, location
 from lora_ensemble.bank.families import layer_number, set_dropout, target_paths
-from lora_ensemble.bank.lora import Member, head_names, peft_tensors, single
+from lora_ensemble.bank.lora import Member, single
+from lora_ensemble.bank.member_files import head_names, peft_tensors
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.bank.optim import BankAdamW
 from lora_ensemble.text.readers import read_split

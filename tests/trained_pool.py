@@ -50,6 +50,7 @@ def write_pool(
     finetune: str = "lora",
     n: int = 24,
     max_length: int | None = None,
+    truncation: str | None = None,
 ) -> list[Any]:
     """Write the entries' members of task "mine" with dev logits on n texts, which are returned."""
     task = Task(name="mine", kind=kind, text=["one", "two"][:columns], label_names=LABELS[kind])
@@ -82,7 +83,7 @@ def write_pool(
             base_model=str(base),
             base_fingerprint=fingerprint,
             finetune=finetune,
-            settings={"max_length": max_length},
+            settings={"max_length": max_length, **({} if truncation is None else {"truncation": truncation})},
         )
         files = weight_files(bank, i, task, base_model=str(base), revision=None)
         # Written twice: the second time with what PEFT makes of the first.

@@ -26,7 +26,8 @@ from transformers import DataCollatorWithPadding
 import one_pass
 from gpu.setting import Setting
 from lora_ensemble.bank.base_model import load_tokenizer
-from lora_ensemble.bank.lora import Member, from_peft, single
+from lora_ensemble.bank.lora import Member, single
+from lora_ensemble.bank.member_files import from_peft
 from lora_ensemble.bank.optim import BankAdamW
 from lora_ensemble.train.evaluation import member_losses
 from lora_ensemble.train.module import BankModule

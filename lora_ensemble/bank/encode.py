@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_ensemble.bank.attention import attend
-from lora_ensemble.bank.dropout import add_dropped, dropped
+from lora_ensemble.bank.dropout import MemberDropout, add_dropped, dropped, lowered
 from lora_ensemble.bank.families import accepts_token_types, family_of
 
-Adapters = Mapping[str, tuple[Tensor, Tensor]]
-"""Path of a linear layer in the encoder to A (M, R, in) and scaling times B (M, out, R)."""
+Adapters = Mapping[str, tuple[Tensor, Tensor, MemberDropout | None]]
+"""Path of a linear layer in the encoder to A (M, R, in), scaling times B (M, out, R), and the dropout before them."""
 States = Mapping[int, Tensor]
 """Number of a layer to what reaches it of a packed row, (1, T, H); see :meth:`PackedEncoder.frozen_states`."""
 
@@ -132,16 +132,9 @@ class PackedEncoder:
         paths = [self._paths[layer] for layer in layers]
         adapted = [(i, *adapters[path]) for i, path in enumerate(paths) if path in adapters]
         if of is not None:
-            adapted = [(i, a[of], b[of]) for i, a, b in adapted]
-        if not adapted:
-            return outputs
-        a = torch.cat([a for _, a, _ in adapted], 1) if len(adapted) > 1 else adapted[0][1]
-        m, rank, _ = a.shape
-        if len(x) == m:
-            low = torch.bmm(x, a.transpose(1, 2))
-        else:  # one row for all members: one product with all their A
-            low = F.linear(x[0], a.flatten(0, 1)).view(-1, m, rank).transpose(0, 1)
-        for (i, _, b), h in zip(adapted, low.split([a.shape[1] for _, a, _ in adapted], -1), strict=True):
+            adapted = [(i, a[of], b[of], drop and drop.of(of)) for i, a, b, drop in adapted]
+        lows = lowered(x, [(a, drop) for _, a, _, drop in adapted])
+        for (i, _, b, _), h in zip(adapted, lows, strict=True):
             outputs[i] = torch.baddbmm(outputs[i], h, b.transpose(1, 2))
         return outputs
 

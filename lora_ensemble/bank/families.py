@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lora_ensemble.bank.lora import ALL_LAYERS, NO_TARGETS, layer_numbers, linear_layers
+from lora_ensemble.bank.lora import ALL_LAYERS, NO_TARGETS, linear_layers
 from lora_ensemble.errors import UserError
 
 
@@ -95,6 +96,26 @@ def depth_of(encoder: Any, model_type: str) -> int:
     return len(encoder.get_submodule(family_of(model_type).layers))
 
 
+def layer_numbers(layers: str | list[int], depth: int) -> list[int]:
+    """Numbers, from 0, of the layers that a member's ``layers`` names in an encoder of ``depth`` layers.
+
+    A half or a third that is no whole number of layers is rounded up. ``UserError`` for what the encoder lacks.
+    """
+    if isinstance(layers, str):
+        count = {ALL_LAYERS: depth, "top-half": -(-depth // 2), "top-third": -(-depth // 3)}.get(layers)
+        if count is None and (top := re.fullmatch(r"top-([0-9]+)", layers)):
+            count = int(top[1])
+        numbers = range(depth - count, depth) if count else []
+    else:
+        numbers = sorted(set(layers))
+    if not numbers or numbers[0] < 0 or numbers[-1] >= depth:
+        raise UserError(
+            f"layers {layers!r}: expected all, top-half, top-third, top-1 to top-{depth}, or a list of numbers from 0 "
+            f"to {depth - 1}: this encoder has {depth} layers"
+        )
+    return list(numbers)
+
+
 def layer_number(path: str, model_type: str) -> int | None:
     """The layer, counted from 0, that a path in the encoder lies in; None below and above the layers."""
     within = path.removeprefix(family_of(model_type).layers + ".")
@@ -111,8 +132,9 @@ def target_paths(encoder: nn.Module, model_type: str, targets: str, layers: str 
     if targets == NO_TARGETS:
         return []
     wanted: set[str] = set()
-    for word in targets.split("+"):
-        named = _paths_of(word, family, paths, f"targets {targets!r} on {model_type}")
+    words, prefix = targets.split("+"), f"{encoder.base_model_prefix}."
+    for word in words:
+        named = _paths_of(word.removeprefix(prefix), family, paths, f"targets {targets!r} on {model_type}")
         if not named:
             # The last two parts of a path name a layer well enough in every family.
             suffixes = sorted({".".join(path.split(".")[-2:]) for path in paths})
@@ -123,7 +145,9 @@ def target_paths(encoder: nn.Module, model_type: str, targets: str, layers: str 
         wanted.update(named)
     if layers != ALL_LAYERS:
         numbers = layer_numbers(layers, depth_of(encoder, model_type))
-        outside = set() if "pooler" not in targets.split("+") else {family.pooler}
+        # Whole paths, with the encoder's name before them as in PEFT's files, are meant as they are there, too.
+        outside = {word.removeprefix(prefix) for word in words if word.startswith(prefix)}
+        outside |= set() if "pooler" not in words else {family.pooler or ""}
         wanted = {path for path in wanted if layer_number(path, model_type) in numbers or path in outside}
         if not wanted:
             raise UserError(f"targets {targets!r}: none is in layers {layers!r} of this {model_type} encoder")

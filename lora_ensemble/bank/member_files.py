@@ -1,10 +1,10 @@
-"""Members between a bank and the pool: a member's weights as files, and a bank filled from them."""
+"""Members between a bank and the pool: a member's weights as files in PEFT's format, and a bank filled from them."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,65 @@ from torch import Tensor
 
 from lora_ensemble import pool
 from lora_ensemble.bank import base_model as base
-from lora_ensemble.bank.lora import ALL_LAYERS, Adapter, from_peft, layer_numbers, peft_config, peft_tensors, single
+from lora_ensemble.bank.families import layer_numbers
+from lora_ensemble.bank.lora import ALL_LAYERS, Adapter, Member, single
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError, one_line
 from lora_ensemble.tasks import Task
+
+
+def head_names(model: Any) -> list[str]:
+    """Children of a classification model that hold its head: PEFT's ``modules_to_save``."""
+    names = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    return [name for name in names if name != model.base_model_prefix]
+
+
+def peft_config(
+    model: Any,
+    paths: Iterable[str],
+    member: Member,
+    *,
+    base_model: str,
+    revision: str | None,
+    layers: list[int] | None = None,
+) -> dict[str, Any]:
+    """``adapter_config.json`` for an ``AutoModelForSequenceClassification`` whose encoder is adapted at ``paths``.
+
+    ``layers``: numbers of the layers that they are in; None where they are in all.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "r": single(member.rank),
+        "lora_alpha": single(member.scaling) * single(member.rank),
+        "lora_dropout": single(member.dropout),
+        **({"init_lora_weights": True} if member.init == "kaiming" else {}),  # PEFT has no word for normal
+        "bias": "none",
+        "inference_mode": True,
+        # Whole paths: a suffix may match a layer of the head, or of another block.
+        "target_modules": [f"{model.base_model_prefix}.{path}" for path in paths],
+        **({} if layers is None else {"layers_to_transform": layers}),  # for people to read: the paths decide
+        "modules_to_save": head_names(model),
+    }
+
+
+def peft_tensors(adapter: Adapter, head: dict[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
+    """Tensors of ``adapter_model.safetensors`` under PEFT's keys. ``head``: parameter name to tensor."""
+    sides = ((path, side, t) for path, ab in adapter.items() for side, t in zip("AB", ab, strict=True))
+    tensors = {f"{prefix}.{path}.lora_{side}.weight": t for path, side, t in sides} | head
+    return {f"base_model.model.{name}": t for name, t in tensors.items()}
+
+
+def from_peft(tensors: dict[str, Tensor], *, prefix: str) -> tuple[Adapter, dict[str, Tensor]]:
+    """The inverse of :func:`peft_tensors`; an A without its B, or a B without its A, is left with the head."""
+    head = {key.removeprefix("base_model.model."): t for key, t in tensors.items()}
+    ends = ".lora_A.weight", ".lora_B.weight"
+    named = (name.removesuffix(ends[0]) for name in [*head] if name.endswith(ends[0]))
+    paths = [name for name in named if name + ends[1] in head]
+    adapter = {p.removeprefix(f"{prefix}."): (head.pop(p + ends[0]), head.pop(p + ends[1])) for p in paths}
+    return adapter, head
 
 
 def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revision: str | None) -> dict[str, Any]:
@@ -37,11 +92,8 @@ def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revisio
         path, layer = list(bank.layers.items())[-1]
         adapter = {path: (torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1))}
     member, tensors = bank.members[index], peft_tensors(adapter, heads[task.name], prefix=bank.prefix)
-    rank, scaling = single(member.rank), single(member.scaling)
     layers = None if member.layers == ALL_LAYERS else layer_numbers(member.own_layers, bank.depth)
-    config = peft_config(
-        model, adapter, rank=rank, scaling=scaling, base_model=base_model, revision=revision, layers=layers
-    )
+    config = peft_config(model, adapter, member, base_model=base_model, revision=revision, layers=layers)
     return {pool.ADAPTER_CONFIG: config, pool.ADAPTER: {name: tensor.numpy() for name, tensor in tensors.items()}}
 
 

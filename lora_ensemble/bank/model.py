@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ensemble.bank.dropout import MemberDropout
 from lora_ensemble.bank.encode import Adapters, PackedEncoder, States, product_dtype
 from lora_ensemble.bank.families import depth_of, family_of, layer_number, target_paths
 from lora_ensemble.bank.heads import drawn_head, head_logits, head_of
@@ -27,10 +28,12 @@ class Bank(nn.Module):
 
     ``classifier``: an ``AutoModelForSequenceClassification``, consumed. ``members``: expanded. ``fresh``: names of its
     weights that are not pretrained; those of the head are drawn from each member's seed, as the family draws them.
-    ``init_std``: standard deviation of A. ``train_encoder``: full fine-tuning, for one member without adapters.
-    ``frozen_dropout``: the encoder's dropout also acts for members that leave the encoder as it is. Raises
-    ``UserError`` for targets that the family cannot do.
+    ``init_std``: standard deviation of A where it starts normal. ``train_encoder``: full fine-tuning, for one member
+    without adapters. ``frozen_dropout``: the encoder's dropout also acts for members that leave the encoder as it is.
+    Raises ``UserError`` for targets that the family cannot do.
     """
+
+    _generators: Mapping[int, torch.Generator] = {}  # of LoRA's dropout, by the number of a member that has it
 
     def __init__(
         self,
@@ -51,8 +54,7 @@ class Bank(nn.Module):
         self.config = classifier.config
         self.encoder = classifier.base_model
         self.train_encoder = train_encoder
-        family = family_of(self.config.model_type)
-        kind = self.config.model_type
+        kind, family = self.config.model_type, family_of(self.config.model_type)
         self.paths = [target_paths(self.encoder, kind, single(m.targets), m.own_layers) for m in members]
         """Adapted linear layers of each member, in the encoder's order."""
         self.layers = linear_layers(self.encoder)  # every linear layer by its path, adapted or not
@@ -85,6 +87,7 @@ class Bank(nn.Module):
             else PaddedEncoder(self.encoder, self._inside, members=len(self._running))
         )
         self._scaling: Tensor | None = None
+        self._dropped = {p: {i for i, m in enumerate(members) if m.dropout and p in self.paths[i]} for p in adapted}
         self.weights = nn.Parameter(torch.zeros(len(members), row_width(self.shapes)))  # (M, P)
         pretrained = {n: p for n, p in classifier.named_parameters() if n not in fresh}
         for index, seed in enumerate(single(m.seed) for m in members):
@@ -109,8 +112,12 @@ class Bank(nn.Module):
         generator, rank = torch.Generator().manual_seed(derived_seed(seed, "adapter")), self.ranks[index]
         adapter = {}
         for path in self.paths[index]:
-            a = torch.randn(rank, self.layers[path].in_features, generator=generator) * init_std
-            adapter[path] = a, torch.zeros(self.layers[path].out_features, rank)
+            layer, a = self.layers[path], torch.empty(rank, self.layers[path].in_features)
+            if self.members[index].init == "kaiming":
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # PEFT's own call
+            else:
+                a.normal_(generator=generator).mul_(init_std)
+            adapter[path] = a, torch.zeros(layer.out_features, rank)
         return adapter
 
     def _views(self, weights: Tensor) -> dict[str, Tensor]:
@@ -143,9 +150,27 @@ class Bank(nn.Module):
             logits[name] = head_logits(head, own, read, self._pool(read, pooler, dtype))
         return logits
 
-    def _adapters(
-        self, weights: Tensor, members: Sequence[int], dtype: torch.dtype, paths: Sequence[str]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def seed_dropout(self, seed: int, step: str) -> None:
+        """Seed dropout for a step: LoRA's by each member's own seed, whoever is beside it, all other by ``seed``."""
+        torch.manual_seed(derived_seed(seed, step))
+        self._seed_members(step)
+
+    def _seed_members(self, step: str) -> None:
+        seeds = {i: derived_seed(single(m.seed), f"dropout/{step}") for i, m in enumerate(self.members) if m.dropout}
+        device = self.weights.device
+        self._generators = {i: torch.Generator(device).manual_seed(own) for i, own in seeds.items()}
+
+    def _dropout(self, path: str, members: Sequence[int]) -> MemberDropout | None:
+        """LoRA's dropout before the adapters at a path; None where none of these members has it now."""
+        own = self._dropped[path].intersection(members)
+        if not own or not self.training:
+            return None
+        if not self._generators:
+            self._seed_members("")
+        p = [single(self.members[i].dropout) if i in own else 0.0 for i in members]
+        return MemberDropout(p, [self._generators.get(i) for i in members])
+
+    def _adapters(self, weights: Tensor, members: Sequence[int], dtype: torch.dtype, paths: Sequence[str]) -> Adapters:
         """Adapters of some members, from their rows of the weight matrix, as :data:`encode.Adapters`."""
         # Not a buffer: a change of the module's precision would round it for good.
         if self._scaling is None or (self._scaling.device, self._scaling.dtype) != (weights.device, weights.dtype):
@@ -154,7 +179,10 @@ class Bank(nn.Module):
         order = list(members)
         scaling = self._scaling if order == list(range(len(self.members))) else self._scaling[order]
         views = self._views(weights)
-        return {p: (views[f"{p}.A"].to(dtype), (views[f"{p}.B"] * scaling).to(dtype)) for p in paths}
+        return {
+            p: (views[f"{p}.A"].to(dtype), (views[f"{p}.B"] * scaling).to(dtype), self._dropout(p, order))
+            for p in paths
+        }
 
     def _read(self, batch: Mapping[str, Any], states: States | None, dtype: torch.dtype) -> Tensor:
         """What the heads read of each example, (M, B, H)."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ensemble.bank.lora import single
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError
 
@@ -22,7 +23,8 @@ class BankAdamW(torch.optim.Optimizer):
 
     Every row gets what ``torch.optim.AdamW`` would give it alone. A row whose gradient is not finite is frozen for good
     and changes no other row; one of ``idle`` is left as if it had not been asked. ``group["lr"]`` is the schedule's
-    factor on all rates, 1 at first.
+    factor on all rates, 1 at first. ``weight_decay``: of all, or of each row (M,). ``apart``: rates (M,) of some
+    columns, and which those are, (P,) bool.
     """
 
     def __init__(
@@ -30,13 +32,29 @@ class BankAdamW(torch.optim.Optimizer):
         weights: torch.nn.Parameter,
         rates: Sequence[float],
         *,
-        weight_decay: float = 0.0,
+        weight_decay: float | Sequence[float] = 0.0,
+        apart: tuple[Sequence[float], Tensor] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        super().__init__([weights], {"lr": 1.0, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+        super().__init__([weights], {"lr": 1.0, "betas": betas, "eps": eps})
+        decays = [weight_decay] * len(weights) if isinstance(weight_decay, float) else weight_decay
+        self._rates, self._decays, self._apart = _column(rates), _column(decays), apart
         self.idle: list[int] = []  # rows that take no step, the next time
-        self._rates = self._own = torch.tensor(rates, dtype=torch.float64).view(-1, 1)
+        self._own: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, bank: Bank, weight_decay: float) -> BankAdamW:
+        """That of a bank, with its members' rates and decays; ``weight_decay``: of members that have none."""
+        b, decays = ([single(getattr(m, key)) for m in bank.members] for key in ("lr_b", "weight_decay"))
+        apart = None
+        if any(rate is not None for rate in b):
+            sizes = torch.tensor([math.prod(shape) for shape in bank.shapes.values()])
+            is_b = torch.tensor(["/" not in name and name.endswith(".B") for name in bank.shapes])
+            rates = [lr if rate is None else rate for lr, rate in zip(bank.rates, b, strict=True)]
+            apart = rates, is_b.repeat_interleave(sizes)
+        decays = [weight_decay if decay is None else decay for decay in decays]
+        return cls(bank.weights, bank.rates, weight_decay=decays, apart=apart)
 
     def _state(self) -> dict[str, Any]:
         (weights,) = self.param_groups[0]["params"]
@@ -48,6 +66,17 @@ class BankAdamW(torch.optim.Optimizer):
         if "missed" not in state:  # by an earlier version
             state["missed"] = [0] * len(weights)  # of the steps, how many each row was idle in
         return state
+
+    def _own_of(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Rates (M, 1 or P) and decays (M, 1), as the weights are."""
+        if self._own is None or (self._own[0].device, self._own[0].dtype) != (weights.device, weights.dtype):
+            # Once, not in every step: a copy would wait for the device.
+            rates = self._rates.to(weights)
+            if self._apart is not None:
+                others, where = self._apart
+                rates = torch.where(where.to(weights.device), _column(others).to(weights), rates)
+            self._own = rates, self._decays.to(weights)
+        return self._own
 
     @property
     def alive(self) -> Tensor:
@@ -70,9 +99,8 @@ class BankAdamW(torch.optim.Optimizer):
         # A sum is finite only if every part is. bool: loading a checkpoint casts the state to the weights' type.
         alive = state["alive"].bool() & weights.grad.abs().sum(1, keepdim=True).isfinite()
         gradient = torch.where(alive, weights.grad, 0)
-        if (self._own.device, self._own.dtype) != (weights.device, weights.dtype):
-            self._own = self._rates.to(weights)  # once, not in every step: a copy would wait for the device
-        rates = torch.where(alive, self._own * group["lr"], 0)
+        own, decays = self._own_of(weights)
+        rates = torch.where(alive, own * group["lr"], 0)
         beta1, beta2 = group["betas"]
         step, change = state["step"] + 1, torch.empty_like(weights)
         missed = [n + (i in self.idle) for i, n in enumerate(state["missed"])]
@@ -83,7 +111,7 @@ class BankAdamW(torch.optim.Optimizer):
             """1 less beta to the number of steps that a row has taken."""
             return 1 - beta**step if not any(missed) else weights.new_tensor([[1 - beta**t] for t in taken])
 
-        shrink, rates, bias2 = 1 - rates * group["weight_decay"], rates / bias(beta1), bias(beta2)
+        shrink, rates, bias2 = 1 - rates * decays, rates / bias(beta1), bias(beta2)
 
         state["alive"], state["step"], state["missed"] = alive, step, missed
         weights.mul_(shrink)
@@ -105,6 +133,10 @@ def leave_out(bank: Bank, optimizer: Any, members: list[int]) -> None:
         optimizer.idle = members
     elif members:
         optimizer.zero_grad(set_to_none=True)  # a fully fine-tuned member is alone
+
+
+def _column(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).view(-1, 1)
 
 
 @torch.no_grad()
@@ -133,12 +165,13 @@ def trained_parameters(bank: Bank) -> list[Tensor]:
 
 
 def make_optimizer(bank: Bank, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW with a rate per member."""
-    rates = bank.rates
-    if bank.train_encoder:
-        # fused: far faster on a CPU than torch's default there
-        return torch.optim.AdamW(trained_parameters(bank), lr=rates[0], weight_decay=weight_decay, fused=True)
-    return BankAdamW(bank.weights, rates, weight_decay=weight_decay)
+    """AdamW with a rate per member; ``weight_decay``: of members that have none of their own."""
+    if not bank.train_encoder:
+        return BankAdamW.of(bank, weight_decay)
+    decay = single(bank.members[0].weight_decay)
+    decay = weight_decay if decay is None else decay
+    # fused: far faster on a CPU than torch's default there
+    return torch.optim.AdamW(trained_parameters(bank), lr=bank.rates[0], weight_decay=decay, fused=True)
 
 
 def finite_members(bank: Bank, optimizer: Any) -> list[bool]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ensemble.bank.dropout import MemberDropout, lowered
 from lora_ensemble.bank.encode import Adapters, States
 from lora_ensemble.bank.families import accepts_token_types
 from lora_ensemble.bank.lora import linear_layers
@@ -24,6 +25,7 @@ class BankLinear(nn.Module):
 
     A: Tensor | None = None  # (M, R, in); zeros where a member has a lower rank, or no adapter here
     B: Tensor | None = None  # (M, out, R), its scaling in it
+    dropout: MemberDropout | None = None  # of what enters A
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -37,7 +39,7 @@ class BankLinear(nn.Module):
         if self.A is None or self.B is None:
             return y
         m = self.A.shape[0]
-        h = torch.bmm(x.reshape(m, -1, x.shape[-1]), self.A.transpose(1, 2))  # (M, B·L, R)
+        (h,) = lowered(x.reshape(m, -1, x.shape[-1]), [(self.A, self.dropout)])  # (M, B·L, R)
         return torch.baddbmm(y.reshape(m, -1, y.shape[-1]), h, self.B.transpose(1, 2)).view(*x.shape[:-1], -1)
 
 
@@ -74,7 +76,7 @@ class PaddedEncoder:
         """What the head reads of each example: the first token's vector, (M, B, H). All members start at 0."""
         members = len(starts)
         for path, layer in self._adapters.items():
-            layer.A, layer.B = adapters.get(path, (None, None))
+            layer.A, layer.B, layer.dropout = adapters.get(path, (None, None, None))
         for positions in self._positions:
             positions.members = members
         inputs = {

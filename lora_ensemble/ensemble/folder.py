@@ -23,10 +23,11 @@ from lora_ensemble.bank.member_files import load_base
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.located import CONFIG, FORMAT, RECORD
 from lora_ensemble.dicor.table import decides, offsets
-from lora_ensemble.ensemble.sources import VERSION, Base, Source, find_bases, known_columns, longest_text, told_apart
+from lora_ensemble.ensemble.sources import VERSION, Base, Source, find_bases, known_columns, text_limit, told_apart
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
+from lora_ensemble.text.packing import Truncation
 
 MEMBERS, BASE = "members", "base"
 CARD = "README.md"
@@ -50,6 +51,7 @@ class Contents:
     bases: list[Base]
     members: list[MemberRecord]
     max_length: int  # tokens after which it cuts a text
+    kept: list[Truncation]  # what its members keep of it then
     ensemble: record.Ensemble | None = None  # that of the members, in their order; None: there is one member
     with_base: bool = False
     with_examples: bool = False
@@ -124,13 +126,15 @@ def write_ensemble(target: Path, source: Source, *, with_base: bool, with_exampl
     (target / RECORD).write_text(moved.to_json(), encoding="utf-8")
     columns = known_columns(ensemble.task, ensemble.kind, source.text)
     pairs = [(r, bases[str(r.base_model)]) for r in source.members]
+    limits = [text_limit(r, base.where, base.revision) for r, base in pairs]
     contents = Contents(
         form="ensemble",
         task=ensemble.described(columns),
         columns=columns,
         bases=list(bases.values()),
         members=source.members,
-        max_length=min(longest_text(r, base.where, base.revision) for r, base in pairs),
+        max_length=min(longest for longest, _ in limits),
+        kept=sorted({kept for _, kept in limits}),
         ensemble=ensemble,
         with_base=with_base,
         with_examples=with_examples,

@@ -30,9 +30,9 @@ from lora_ensemble.bank.member_files import load_base, restore_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.choose.combine import probabilities
-from lora_ensemble.ensemble.sources import Source, longest_text, read_source
+from lora_ensemble.ensemble.sources import Source, read_source, text_limit
 from lora_ensemble.errors import UserError
-from lora_ensemble.text.packing import Tokens
+from lora_ensemble.text.packing import Tokens, Truncation
 
 Precision = Literal["32", "bf16"]
 Text = str | Sequence[str]
@@ -41,11 +41,12 @@ Text = str | Sequence[str]
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """Members that one pass serves: of one encoder, and reading texts up to one length."""
+    """Members that one pass serves: of one encoder, and cutting texts in one way."""
 
     bank: Bank
     tokenizer: Any
     max_length: int
+    truncation: Truncation
     places: list[int]  # where the bank's members stand in the ensemble
 
 
@@ -91,7 +92,8 @@ class Ensemble:
         for i, r in enumerate(source.members):
             # Of the hub's revisions many have the same weights. A fully fine-tuned encoder is one member's own.
             version = str(r.base_fingerprint or r.revision) if r.revision and not any_base else ""
-            key = (r.base_model, version, r.settings.get("max_length"), None if r.finetune != "full" else r.name)
+            cut = r.settings.get("max_length"), r.settings.get("truncation")
+            key = (r.base_model, version, cut, None if r.finetune != "full" else r.name)
             together.setdefault(key, []).append(i)
         parts = [_part(source, places, where, any_base) for places in together.values()]
         return cls(source.ensemble, parts, text=source.text, precision=precision)
@@ -129,7 +131,7 @@ class Ensemble:
         with self._lock, torch.inference_mode():
             for number, part in enumerate(self._parts):
                 budget = TOKENS.get(part.bank.weights.device.type, TOKENS["cpu"])
-                tokens = Tokens(columns, part.tokenizer, max_length=part.max_length)
+                tokens = Tokens(columns, part.tokenizer, max_length=part.max_length, truncation=part.truncation)
                 for some in _passes(tokens.lengths, budget // len(part.places)):
                     out[np.ix_(np.array(part.places), some)] = self._pass(part.bank, tokens.row(some))
                     if progress is not None and number == len(self._parts) - 1:
@@ -217,5 +219,5 @@ def _part(source: Source, places: list[int], device: torch.device, any_base: boo
     bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=full)
     restore_members(bank, source.pool, base_model=base_model)
     bank.eval().requires_grad_(False).to(device)
-    longest = longest_text(records[0], where, revision)
-    return _Part(bank=bank, tokenizer=tokenizer, max_length=longest, places=places)
+    longest, kept = text_limit(records[0], where, revision)
+    return _Part(bank=bank, tokenizer=tokenizer, max_length=longest, truncation=kept, places=places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from lora_ensemble.bank.families import accepts_token_types
 from lora_ensemble.bank.lora import Adapter, linear_layers
 from lora_ensemble.bank.member_files import load_base, read_weights
 from lora_ensemble.ensemble.folder import Contents, copy_files, save_pretrained
-from lora_ensemble.ensemble.sources import Base, check_readers, find_bases, known_columns, longest_text
+from lora_ensemble.ensemble.sources import Base, check_readers, find_bases, known_columns, text_limit
 from lora_ensemble.errors import UserError, one_line
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import Task
@@ -42,13 +43,21 @@ def write_member(target: Path, folder: Path, member: MemberRecord, *, merged: bo
         raise UserError(f"member {member.name}: fully fine-tuned, so it has no adapter; use --format merged")
     else:
         copy_files(folder, member, [pool.ADAPTER_CONFIG, pool.ADAPTER], target, base)
-    tokenizer.model_max_length = longest = longest_text(member, base.where, base.revision)
+    longest, kept = text_limit(member, base.where, base.revision)
+    tokenizer.model_max_length = longest
+    if kept == "tail":
+        tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
+    elif kept == "head-tail":
+        said = "heads and tails of long texts, which no tokeniser can be told: this folder's keeps heads alone"
+        print(f"lora-ensemble: notice: {member.name} was trained on {said}", file=sys.stderr)
     # Or a pipeline keeps the types of a pair from an encoder that was trained with them, or gives them to one without.
     types = ["token_type_ids"] if accepts_token_types(classifier.base_model) else []
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", *types, "attention_mask"]
     tokenizer.save_pretrained(target)
     form: Literal["merged", "peft"] = "merged" if merged else "peft"
-    return Contents(form=form, task=task, columns=columns, bases=[base], members=[member], max_length=longest)
+    return Contents(
+        form=form, task=task, columns=columns, bases=[base], members=[member], max_length=longest, kept=[kept]
+    )
 
 
 def _merged_member(classifier: Any, folder: Path, member: MemberRecord, base: Base) -> Any:

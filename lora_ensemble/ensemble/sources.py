@@ -14,6 +14,7 @@ from lora_ensemble.dicor.located import CONFIG, Located, chosen_records, leads_o
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord
 from lora_ensemble.tasks import PRESETS, Kind
+from lora_ensemble.text.packing import KEPT, Truncation
 
 VERSION = 1
 """Of an exported folder's ``config.json``."""
@@ -147,8 +148,12 @@ def told_apart(name: str, taken: Collection[str]) -> str:
     return next(n for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))) if n not in taken)
 
 
-def longest_text(member: MemberRecord, base_model: str, revision: str | None) -> int:
-    """Tokens after which a member over this base model, as ``load_base`` takes it, cuts a text."""
-    if longest := member.settings.get("max_length"):
-        return int(longest)
-    return longest_input(base_model, load_tokenizer(base_model, revision), revision)
+def text_limit(member: MemberRecord, base_model: str, revision: str | None) -> tuple[int, Truncation]:
+    """Tokens after which a member over this base model, as ``load_base`` takes it, cuts a text, and what it keeps.
+
+    ``UserError`` for a way to cut that this version does not know.
+    """
+    kept, longest = member.settings.get("truncation", "head"), member.settings.get("max_length")
+    if kept not in KEPT:
+        raise UserError(f"member {member.name}: trained with truncation {kept!r}; expected one of {', '.join(KEPT)}")
+    return int(longest or longest_input(base_model, load_tokenizer(base_model, revision), revision)), kept

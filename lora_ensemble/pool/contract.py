@@ -79,10 +79,14 @@ class MemberRecord:
     scaling: float | None = None
     targets: str | None = None
     layers: str | list[int] | None = None  # None: all
-    bag: bool = False
+    bag: bool | None = None
     patience: int | None = None
     lr: float | None = None
     seed: int | None = None
+    lr_b: float | None = None  # None: lr
+    weight_decay: float | None = None  # None: that of the settings
+    dropout: float | None = None  # of LoRA; None: 0
+    init: str | None = None  # None: normal
     settings: dict[str, Any] = field(default_factory=dict)  # what else decides the result: epochs, batch size, ...
     run: str | None = None  # the run that made it; it ties the folders of one member in several tasks
     versions: dict[str, str] = field(default_factory=dict)

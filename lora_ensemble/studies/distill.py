@@ -42,7 +42,7 @@ from lora_ensemble.train.notices import say
 _BLOCK = 8192  # texts that the ensemble is asked about at once: what all its members say of them is kept in memory
 _SETTINGS = {
     "model": "init_std head_dropout encoder_dropout frozen_dropout weight_decay schedule warmup",
-    "data": "batch_size max_length steps_per_epoch",
+    "data": "batch_size max_length truncation steps_per_epoch",
     "trainer": "max_epochs max_steps precision accumulate_grad_batches limit_train_batches gradient_clip_val "
     "gradient_clip_algorithm",
 }
@@ -225,7 +225,9 @@ def _identity(ensemble: record.Ensemble) -> str:
 
 def _settings(best: MemberRecord) -> dict[str, Any]:
     """How a member was trained, by option."""
-    own = {key: getattr(best, key) for key in ("rank", "scaling", "lr", "seed")}
+    own = {
+        key: getattr(best, key) for key in ("rank", "scaling", "lr", "lr_b", "weight_decay", "dropout", "init", "seed")
+    }
     own = {k: v for k, v in own.items() if v is not None}
     options: dict[str, Any] = {"model.members": (Member(**own, targets=best.targets or NO_TARGETS),)}
     for group, keys in _SETTINGS.items():

@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lora_ensemble.errors import UserError
+
+Truncation = Literal["head", "tail", "head-tail"]
+"""What is kept of a text that is too long: its beginning, its end, or half of the room from each (Sun et al. 2019, "How
+to fine-tune BERT for text classification", section 5.3.1)."""
+KEPT: dict[Truncation, str] = {"head": "heads", "tail": "tails", "head-tail": "heads and tails"}
 MULTIPLE = 8
 """To a multiple of so many tokens a row is filled up: what multiplies matrices prepares itself for each new shape
 (oneDNN's bf16 products on a CPU for milliseconds), and likes even ones."""
@@ -19,10 +25,13 @@ MULTIPLE = 8
 class Tokens:
     """Texts tokenised once: one list of N strings for each text column; two are cross-encoded as pairs.
 
-    Examples of more than ``max_length`` tokens are cut, the longer sentence of a pair first.
+    Of examples of more than ``max_length`` tokens ``truncation`` says what is kept. The longer sentence of a pair is
+    cut first, until both are equally long, each in that way. ``UserError`` where the tokeniser cannot do it.
     """
 
-    def __init__(self, texts: Sequence[Sequence[str]], tokenizer: Any, *, max_length: int) -> None:
+    def __init__(
+        self, texts: Sequence[Sequence[str]], tokenizer: Any, *, max_length: int, truncation: Truncation = "head"
+    ) -> None:
         columns = [list(column) for column in texts]
         settings = {"return_token_type_ids": True, "return_attention_mask": False}
         # verbose=False: the warning about length would come although the cut is made and said.
@@ -32,8 +41,16 @@ class Tokens:
         if self.cut:
             long = [[column[i] for i in self.cut] for column in columns]
             cut = tokenizer(*long, truncation="longest_first", max_length=max_length, **settings)
+            if truncation != "head" and not tokenizer.is_fast:
+                raise UserError(
+                    f"data.truncation: {truncation} needs a fast tokeniser, which this model has not; use head"
+                )
             for place, i in enumerate(self.cut):
-                rows[i], types[i] = cut["input_ids"][place], cut["token_type_ids"][place]
+                if truncation == "head":
+                    rows[i], types[i] = cut["input_ids"][place], cut["token_type_ids"][place]
+                else:
+                    kept = _kept(tokens.sequence_ids(i), cut.sequence_ids(place), truncation)
+                    rows[i], types[i] = ([row[i][place] for place in kept] for row in (rows, types))
         self.lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))  # (N,) tokens of each
         self._start = np.concatenate([[0], np.cumsum(self.lengths)])
         self._tokens = np.fromiter((t for row in rows for t in row), np.int32, int(self._start[-1]))
@@ -56,6 +73,20 @@ class Tokens:
             "token_type_ids": fill(torch.from_numpy(self._types[source].astype(np.int64))),
             **layout(lengths),
         }
+
+
+def _kept(whole: Sequence[int | None], cut: Sequence[int | None], truncation: Truncation) -> list[int]:
+    """Places of the tokens that an example keeps.
+
+    ``whole``, ``cut``: which text each of its tokens is of, None for one that the tokeniser adds, before and after that
+    has cut it: how many each text keeps is its rule. Of an odd number the beginning gets one more.
+    """
+    lost: set[int] = set()
+    for text in {*whole} - {None}:
+        own, room = [place for place, of in enumerate(whole) if of == text], cut.count(text)
+        first = -(-room // 2) if truncation == "head-tail" else 0
+        lost.update(own[first : len(own) - (room - first)])
+    return [place for place in range(len(whole)) if place not in lost]
 
 
 def places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -18,25 +18,26 @@ import torch
 
 from lora_ensemble.bank.lora import Member, derived_seed, single
 from lora_ensemble.tasks import Task
-from lora_ensemble.text.packing import Tokens
+from lora_ensemble.text.packing import KEPT, Tokens, Truncation
 from lora_ensemble.text.readers import Split, fingerprint
 
 
 class TokenisedSplit:
     """A split's tokens in flat arrays, its ids and its labels, which may be soft (``BankData.teach``).
 
-    ``max_length``: longest example in tokens; longer ones are cut, the longer sentence of a pair first.
+    ``max_length``, ``truncation``: as :class:`Tokens`.
     """
 
-    def __init__(self, split: Split, tokenizer: Any, *, max_length: int) -> None:
+    def __init__(self, split: Split, tokenizer: Any, *, max_length: int, truncation: Truncation = "head") -> None:
         self.source, self.ids, self.labels, self.groups = split, split.ids, split.labels, split.groups
         self.fingerprint = fingerprint(split)
-        self.tokens = Tokens(split.texts, tokenizer, max_length=max_length)
+        self.tokens = Tokens(split.texts, tokenizer, max_length=max_length, truncation=truncation)
         self.lengths = self.tokens.lengths
         self.notices = list(split.notices)
         if cut := self.tokens.cut:
             first = ", ".join(str(split.ids[i]) for i in cut[:3])
-            self.notices.append(f"{len(cut)} of {len(self)} examples cut to {max_length} tokens (first ids: {first})")
+            kept = f"cut to {max_length} tokens, their {KEPT[truncation]} kept"
+            self.notices.append(f"{len(cut)} of {len(self)} examples {kept} (first ids: {first})")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -19,6 +19,7 @@ from lora_ensemble.bank.base_model import load_tokenizer, longest_input, tokeniz
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import one_label
 from lora_ensemble.tasks import DEFAULT_SCORE, PRESETS, Task
+from lora_ensemble.text.packing import Truncation
 from lora_ensemble.text.readers import Split, read_split, shared_texts, split_file
 from lora_ensemble.train.batches import EvalBatches, ExampleWeights, TokenisedSplit, TrainBatches
 from lora_ensemble.train.notices import say
@@ -36,6 +37,7 @@ class BankData(pl.LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int = 32,
         max_length: int | None = None,
+        truncation: Truncation = "head",
         steps_per_epoch: int | Literal["longest", "shortest"] = "longest",
         seed: int = 11711,
         predict_split: Literal["train", "dev", "test"] = "test",
@@ -50,6 +52,8 @@ class BankData(pl.LightningDataModule):
             batch_size: Examples per step, task and member, over all devices together.
             eval_batch_size: Examples at a time in evaluation; it changes speed and memory, not results.
             max_length: Longest example in tokens; longer ones are cut. Null: what the encoder can take.
+            truncation: What is kept of those: head, tail, or head-tail (half of each). Of a pair the longer text is cut
+                first, each in that way.
             steps_per_epoch: longest: until the longest task is through (shorter ones start again); shortest: until
                 the shortest is; or a number of steps, each epoch going on where the last one stopped.
             seed: Orders the batches; all members share the order.
@@ -71,6 +75,7 @@ class BankData(pl.LightningDataModule):
             raise UserError(f"data.max_length: {max_length}; expected at least 4 tokens")
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.steps_per_epoch, self.seed, self.predict_split = steps_per_epoch, seed, predict_split
+        self.truncation: Truncation = truncation
         self.splits: dict[str, dict[str, TokenisedSplit]] = {}  # split name to task name to examples
         self.taught: dict[str, Any] = {}
         """What :meth:`teach` was given, in words: it goes into the settings of the members that are trained here."""
@@ -94,11 +99,12 @@ class BankData(pl.LightningDataModule):
     def _read(self, task: Task, split: str, *, need_labels: bool) -> TokenisedSplit:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.base_model, self.revision)
-        key = (repr(task), split, need_labels, self.root, self.base_model, self.revision, self._limit())
+        cut: Any = {"max_length": self._limit(), "truncation": self.truncation}
+        key = (repr(task), split, need_labels, self.root, self.base_model, self.revision, *cut.values())
         if key in self.tokenised:
             return self.tokenised[key]
         raw = read_split(task, split, self.root, need_labels=need_labels)
-        tokenised = self.tokenised[key] = TokenisedSplit(raw, self._tokenizer, max_length=self._limit())
+        tokenised = self.tokenised[key] = TokenisedSplit(raw, self._tokenizer, **cut)
         tokenised.notices += one_label(raw.labels, task.labels)
         train = self.splits.get("train", {}).get(task.name)
         if split == "dev" and train is not None and (shared := shared_texts(train.source, raw)):
@@ -130,7 +136,7 @@ class BankData(pl.LightningDataModule):
         own = first.source
         texts = [[*a, *b] for a, b in zip(own.texts, unlabelled.texts, strict=True)]
         whole = Split(np.concatenate([own.ids, unlabelled.ids]), texts, labels)
-        taught = TokenisedSplit(whole, self._tokenizer, max_length=self._limit())
+        taught = TokenisedSplit(whole, self._tokenizer, max_length=self._limit(), truncation=self.truncation)
         # What a record calls its training data; the rest is in ``how``, and soft labels round otherwise elsewhere.
         taught.fingerprint = first.fingerprint
         self.splits["train"][task], self.taught = taught, how

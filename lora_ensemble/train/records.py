@@ -220,6 +220,7 @@ def described(data: BankData, module: BankModule, *, run: str) -> dict[str, list
         "tasks": [t.name for t in module.tasks],
         "train_fingerprints": {t.name: train[t.name].fingerprint for t in module.tasks},
         **{key: getattr(data, key) for key in ("batch_size", "max_length", "steps_per_epoch")},
+        **({} if data.truncation == "head" else {"truncation": data.truncation}),
         "data_seed": data.seed,
         **{key: getattr(trainer, key) for key in _OF_THE_TRAINER},
         "precision": str(trainer.precision),
@@ -254,9 +255,8 @@ def difference(there: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: 
     ``resumed``: only how long it trains may differ. ``any_base``: the base model may, too.
     """
     for key in (
-        *("base_model", "finetune", "rank", "scaling", "targets", "layers", "bag", "patience", "lr", "seed"),
-        "labels",
-        "train_fingerprint",
+        *("base_model", "finetune", "rank", "scaling", "targets", "layers", "patience", "lr", "lr_b"),
+        *("weight_decay", "dropout", "init", "bag", "seed", "labels", "train_fingerprint"),
     ):
         if (a := getattr(there, key)) != (b := getattr(wanted, key)):
             return f"{key} was {a!r}, is now {b!r}"

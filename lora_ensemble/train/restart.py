@@ -21,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from lora_ensemble.bank.base_model import base_difference
+from lora_ensemble.bank.lora import LATER
 from lora_ensemble.bank.member_files import say_unknown_base
 from lora_ensemble.errors import Interrupted, UserError
 from lora_ensemble.files import replacing
@@ -219,9 +220,7 @@ def limit_on_dev(trainer: pl.Trainer) -> str:
 
 def check_checkpoint(saved: Mapping[str, Any], expected: Mapping[str, Any], *, any_base: bool) -> None:
     """``UserError`` where a checkpoint, by what it says of its bank, is another one's, or over another base model."""
-    # An earlier version knew none of these.
-    new = {"layers": None, "bag": False, "patience": None}
-    saved = {**saved, "members": [{**new, **m} for m in saved.get("members", [])]}
+    saved = {**saved, "members": [{**dict.fromkeys(LATER), **m} for m in saved.get("members", [])]}
     for key in ("base_model", "finetune", "tasks", "members"):
         if saved.get(key) != expected[key]:
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_ensemble.bank.dropout import add_dropped, dropped, keep_mask
+from lora_ensemble.bank.dropout import MemberDropout, add_dropped, dropped, keep_mask, lowered
 
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
@@ -52,3 +52,28 @@ def test_no_dropout_is_no_change() -> None:
     x = torch.randn(1, 4, 3)
     assert dropped(x, 0.0) is x
     assert torch.equal(add_dropped(x, x, 0.0), x + x)
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_members_masks_are_the_same_whoever_is_beside_it(shared: bool) -> None:
+    """And those who have no dropout get A x, in one product with the others or alone."""
+    x = torch.randn(1 if shared else 4, 6, 5, dtype=torch.float64)
+    a, other = (torch.randn(4, 3, 5, dtype=torch.float64) for _ in range(2))
+    p = [0.3, 0.5, 0.0, 0.7]
+    drop = MemberDropout(p, generators(4))
+    some, none = lowered(x, [(a, drop), (other, None)])
+    rows = x.expand(4, -1, -1)
+    torch.testing.assert_close(none, rows @ other.transpose(1, 2))
+    torch.testing.assert_close(some[2], rows[2] @ a[2].T)
+    (alone,) = lowered(rows[3:], [(a[3:], MemberDropout([0.7], generators(4)[3:]))])
+    torch.testing.assert_close(some[3], alone[0])
+    (pair,) = lowered(x if shared else x[1:3], [(a[1:3], MemberDropout(p, generators(4)).of(slice(1, 3)))])
+    torch.testing.assert_close(pair, some[1:3])
+    for row in (0, 1, 3):  # by hand, from masks that are 0 or 1 / (1 - p)
+        (mask,) = MemberDropout(p, generators(4))(torch.ones(1, 6, 5, dtype=torch.float64), [row])
+        assert sorted(mask.unique().tolist()) == pytest.approx([0, 1 / (1 - p[row])], rel=2e-4)
+        torch.testing.assert_close(some[row], (rows[row] * mask) @ a[row].T)

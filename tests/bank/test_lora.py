@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lora_ensemble.bank.lora import Member, expand_members, layer_numbers
+from lora_ensemble.bank.families import layer_numbers
+from lora_ensemble.bank.lora import Member, expand_members
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord
 
@@ -32,6 +35,14 @@ def test_a_list_is_a_grid() -> None:
         ({"layers": [5, 4, 5]}, "r8-c1-qv-l4+5-lr1e-4-s11711"),
         ({"layers": "top-2", "targets": "none", "patience": 1}, "head-lr1e-4-s11711-p1"),
         ({"layers": None}, "r8-c1-qv-lr1e-4-s11711"),
+        ({"dropout": 0.0, "init": "normal", "lr_b": None, "weight_decay": None}, "r8-c1-qv-lr1e-4-s11711"),
+        ({"dropout": 0.05, "init": "kaiming", "layers": "top-2"}, "r8-c1-qv-top-2-d0.05-kaiming-lr1e-4-s11711"),
+        ({"lr_b": 1.6e-3, "weight_decay": 0.01, "patience": 2}, "r8-c1-qv-lr1e-4-b1.6e-3-wd0.01-s11711-p2"),
+        ({"weight_decay": 0}, "r8-c1-qv-lr1e-4-wd0-s11711"),
+        (
+            {"targets": "none", "dropout": 0.1, "init": "kaiming", "lr_b": 1.0, "weight_decay": 0.1},
+            "head-lr1e-4-wd0.1-s11711",
+        ),
     ],
 )
 def test_names(entry: dict[str, Any], name: str) -> None:
@@ -83,12 +94,18 @@ def test_what_a_record_says_comes_back(finetune: str) -> None:
     entries = (
         [Member(targets="none", rank=5, lr=1e-3)]
         if finetune == "full"
-        else [Member(rank=[2, 3]), Member(layers=["top-half", [0, 4]], patience=2), Member(targets="none", patience=1)]
+        else [
+            Member(rank=[2, 3]),
+            Member(layers=["top-half", [0, 4]], patience=2),
+            Member(targets="none", patience=1),
+            Member(dropout=[0.0, 0.1], init="kaiming", lr_b=[None, 1e-3], weight_decay=[0.0, 0.1]),
+        ]
     )
+    later = {"layers": "all", "patience": None, "dropout": 0.0, "init": "normal", "lr_b": None, "weight_decay": None}
     for member in expand_members(entries, finetune=finetune):
         says = member.recorded()
-        assert sorted(says) == ["layers", "lr", "name", "patience", "rank", "scaling", "seed", "targets"]
-        assert (says["layers"] is None) == (member.layers == "all")
+        assert sorted(says) == sorted(["lr", "name", "rank", "scaling", "seed", "targets", *later])
+        assert [says[k] is None for k in later] == [getattr(member, k) == default for k, default in later.items()]
         assert [says[k] is None for k in ("rank", "scaling", "targets")] == [not member.adapted] * 3
         record = MemberRecord(task="t", kind="binary", **says)
         assert Member.of_record(record) == member
@@ -106,6 +123,11 @@ def test_what_a_record_says_comes_back(finetune: str) -> None:
         ([{"scaling": -1}], "scaling: -1"),
         ([{"seed": -1}], "seed: -1"),
         ([{"patience": 0}], r"members\[0\].patience: 0; expected a number of dev evaluations"),
+        ([{"dropout": 1.0}], r"members\[0\].dropout: 1.0; expected a probability from 0 to below 1"),
+        ([{"dropout": float("nan")}], r"dropout: nan"),
+        ([{"lr_b": [None, 0.0]}], r"lr_b: 0.0; expected a learning rate above 0, or null for lr"),
+        ([{"weight_decay": -0.1}], r"weight_decay: -0.1; expected 0 or more, or null for model.weight_decay"),
+        ([{"init": "gaussian"}], r"init: gaussian; expected normal or kaiming"),
         ([{"layers": []}], "empty list"),
         ([{"rank": []}], "empty list"),
         ([{"rank": None}], r"members\[0\].rank: None"),
@@ -126,3 +148,77 @@ def test_mistakes(entries: list[dict[str, Any]], message: str) -> None:
 def test_full_fine_tuning_of_two_is_refused() -> None:
     with pytest.raises(UserError, match="2 members with finetune: full"):
         expand_members([Member(lr=[1e-5, 2e-5])], finetune="full")
+
+
+def saved_by_peft(folder: Path, **settings: Any) -> str:
+    from peft import LoraConfig
+
+    LoraConfig(**settings).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ({"task_type": "SEQ_CLS"}, {"rank": 8, "scaling": 1.0, "targets": "qv"}),  # PEFT's defaults
+        (
+            {"r": 4, "lora_alpha": 16, "target_modules": ["value", "query"], "lora_dropout": 0.1},
+            {"rank": 4, "scaling": 4.0, "targets": "query+value", "dropout": 0.1},
+        ),
+        ({"r": 16, "lora_alpha": 8, "use_rslora": True}, {"rank": 16, "scaling": 2.0}),
+        ({"target_modules": "all-linear", "modules_to_save": ["classifier", "score"]}, {"targets": "all-linear"}),
+        ({"target_modules": ["key"], "layers_to_transform": [3, 1]}, {"targets": "key", "layers": [1, 3]}),
+        ({"target_modules": ["key"], "layers_to_transform": 0}, {"targets": "key", "layers": [0]}),
+    ],
+)
+def test_a_config_of_peft_stands_for_an_entry(tmp_path: Path, given: dict[str, Any], settings: dict[str, Any]) -> None:
+    folder = saved_by_peft(tmp_path, **given)
+    expected = {"rank": 8, "scaling": 1.0, "targets": "qv", "init": "kaiming", **settings}
+    for path in (folder, f"{folder}/adapter_config.json"):
+        two = expand_members([Member(peft=path, lr=[1e-3, 2e-3], seed=5, patience=2, weight_decay=0.1)])
+        same = {"seed": 5, "patience": 2, "weight_decay": 0.1}
+        assert two == expand_members([Member(**expected, **same, lr=[1e-3, 2e-3])])
+    assert expand_members([Member(peft=folder, name="mine")])[0].name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"use_dora": True}, "use_dora is True, which no member here can have"),
+        ({"rank_pattern": {"query": 2}}, "rank_pattern is {'query': 2}"),
+        ({"alpha_pattern": {"query": 2}}, "alpha_pattern is"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"modules_to_save": ["embeddings"]}, "modules_to_save is"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+        ({"layer_replication": [(0, 2)]}, "layer_replication is"),
+        ({"init_lora_weights": "gaussian"}, "init_lora_weights is 'gaussian'"),
+        ({"init_lora_weights": False}, "init_lora_weights is False"),
+        ({"target_modules": ".*query"}, r"target_modules is '\.\*query'"),
+        ({"exclude_modules": ["key"]}, "exclude_modules is"),
+        ({"task_type": "CAUSAL_LM"}, "task_type is 'CAUSAL_LM'"),
+        ({"layers_to_transform": [1], "layers_pattern": "layer"}, "layers_pattern is"),
+    ],
+)
+def test_what_no_member_can_have_of_peft_is_refused_by_name(
+    tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    folder = saved_by_peft(tmp_path, **given)
+    with pytest.raises(UserError, match=rf"members\[0\].peft: .*adapter_config.json: {message}"):
+        expand_members([Member(peft=folder)])
+
+
+def test_a_config_of_peft_beside_its_own_settings(tmp_path: Path) -> None:
+    folder = saved_by_peft(tmp_path, r=4)
+    for entry in ({"rank": 16}, {"rank": [8, 16]}, {"dropout": 0.1}, {"layers": "top-1"}, {"targets": "qkv"}):
+        with pytest.raises(UserError, match=rf"members\[0\].{next(iter(entry))}: .* leave one of them out"):
+            expand_members([Member(peft=folder, **entry)])
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": "4"}))
+    with pytest.raises(UserError, match="r is '4'"):
+        expand_members([Member(peft=folder)])
+    for content in ("[]", "{", json.dumps({"peft_type": "IA3"})):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(UserError, match="not a LoraConfig that PEFT saved"):
+            expand_members([Member(peft=folder)])
+    with pytest.raises(UserError, match=r"nowhere: not a LoraConfig that PEFT saved"):
+        expand_members([Member(peft=str(tmp_path / "nowhere"))])

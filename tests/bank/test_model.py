@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from conftest import FAMILY_NAMES, packed, tiny_config
 from torch.nn import functional as F
 
 from lora_ensemble.bank.base_model import load_classifier
+from lora_ensemble.bank.dropout import MemberDropout
 from lora_ensemble.bank.families import accepts_token_types, family_of, target_paths
-from lora_ensemble.bank.lora import Member, expand_members, head_names, peft_config, peft_tensors
+from lora_ensemble.bank.lora import Member, derived_seed, expand_members
+from lora_ensemble.bank.member_files import head_names, peft_config, peft_tensors, weight_files
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.bank.optim import BankAdamW, clip_rows
 from lora_ensemble.errors import UserError
@@ -63,9 +67,10 @@ def sst_losses(bank: Bank, batch: dict[str, Any]) -> torch.Tensor:
 
 def train(bank: Bank, data: list[dict[str, Any]], *, clip: float | None = None, decay: float = 0.0) -> torch.Tensor:
     """Train by the sum of the members' losses; returns them (steps, M)."""
-    optimizer = BankAdamW(bank.weights, bank.rates, weight_decay=decay)
+    optimizer = BankAdamW.of(bank, decay)
     history = []
-    for batch in data:
+    for step, batch in enumerate(data):
+        bank.seed_dropout(0, str(step))
         losses = sst_losses(bank, batch)
         optimizer.zero_grad()
         losses.sum().backward()
@@ -96,7 +101,10 @@ THREE = (
 )
 
 
-LAYERED = (Member(rank=4, targets="qkv", layers="top-half", lr=2e-3, seed=4), *THREE)
+LAYERED = (
+    Member(rank=4, targets="qkv", layers="top-half", lr=2e-3, lr_b=1e-2, weight_decay=0.2, init="kaiming", seed=4),
+    *THREE,
+)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -116,6 +124,119 @@ def test_together_equals_alone(tiny: Callable[[str], Path], family: str) -> None
         assert a.keys() == b.keys()
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+DROPPED = (
+    Member(rank=3, targets="qkv", lr=3e-2, dropout=0.3, seed=1),
+    Member(rank=4, targets="qkv", lr=3e-2, dropout=0.1, layers="top-half", seed=2),
+    Member(rank=5, targets="all-linear", lr=1e-3, dropout=0.5, seed=3),
+    Member(rank=2, targets="all-linear", lr=1e-3, seed=4),
+    Member(targets="none", lr=1e-2, seed=5),
+)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_member_with_dropout_has_its_own_masks_in_any_bank(tiny: Callable[[str], Path], family: str) -> None:
+    """LoRA's alone: each trained alone is to 1e-10 what it is beside four others; and dropout does something."""
+    data = batches(6)
+    together = bank_of(tiny(family), *DROPPED).double()
+    history = train(together, data)
+    for index, entry in enumerate(DROPPED):
+        alone = bank_of(tiny(family), entry).double()
+        torch.testing.assert_close(history[:, index], train(alone, data)[:, 0], rtol=0, atol=1e-12)
+        a, b = flat_state(together, index), flat_state(alone, 0)
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        still = train(bank_of(tiny(family), dataclasses.replace(entry, dropout=0.0)).double(), data)[:, 0]
+        assert torch.allclose(still, history[:, index], rtol=0, atol=1e-9) == (entry.dropout == 0)
+
+
+def test_masks_of_members_come_from_their_seeds_and_the_step(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal seeds draw the same, others not; what seeds all other dropout says nothing here."""
+    drawn: list[torch.Tensor] = []
+    draw = MemberDropout.__call__
+
+    def noted(self: MemberDropout, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        drawn.append(draw(self, torch.ones_like(x), rows))
+        return drawn[-1] * x
+
+    monkeypatch.setattr(MemberDropout, "__call__", noted)
+    entries = [Member(rank=2, dropout=0.5, seed=seed, name=name) for seed, name in ((1, "a"), (2, "b"), (1, "c"))]
+    bank, part = bank_of(tiny("bert"), *entries), row(batches(1)[0])
+
+    def masks(seed: int, step: str) -> torch.Tensor:
+        drawn.clear()
+        bank.seed_dropout(seed, step)
+        bank(part)
+        assert len(drawn) == 4  # query and value of two layers
+        assert not torch.equal(drawn[0], drawn[1])
+        return torch.stack([mask[:, :4] for mask in drawn])
+
+    first = masks(0, "1")
+    assert torch.equal(first[:, 0], first[:, 2])
+    assert not torch.equal(first[:, 0], first[:, 1])
+    assert torch.equal(first, masks(5, "1"))
+    assert not torch.equal(first, masks(0, "2"))
+
+
+def test_dropout_is_peft_s(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT is given the masks that were drawn, one for each layer and none other: logits and gradients agree."""
+    from peft import LoraConfig, get_peft_model
+
+    drawn: list[torch.Tensor] = []
+    draw = MemberDropout.__call__
+
+    def noted(self: MemberDropout, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        drawn.append(draw(self, torch.ones_like(x), rows)[0])
+        return drawn[-1] * x
+
+    monkeypatch.setattr(MemberDropout, "__call__", noted)
+    member = Member(rank=4, scaling=3.0, targets="query+value", layers=[0], dropout=0.4)
+    bank = bank_of(tiny("bert"), member).double()
+    bank.weights.data += 0.1 * torch.randn_like(bank.weights)
+    (batch,) = batches(1)
+    part = {n: t[:, :8] for n, t in batch["sst"].items() if n != "labels"}  # 4 examples of 8 tokens: nothing is filled
+    part["attention_mask"], part["token_type_ids"] = torch.ones(4, 8).long(), torch.zeros(4, 8).long()
+    part["input_ids"] = torch.nn.functional.pad(part["input_ids"], (0, 8 - part["input_ids"].shape[1]), value=9)
+    ours = bank({"sst": packed(part)})["sst"][0]
+    ours.square().sum().backward()
+
+    adapter, heads = bank.member_state(0)
+    classifier, _ = load_classifier(str(tiny("bert")), num_labels=5, head_dropout=0.0, encoder_dropout=0.0)
+    config = LoraConfig(
+        task_type="SEQ_CLS", r=4, lora_alpha=12, target_modules=["query", "value"], layers_to_transform=[0],
+        lora_dropout=0.4,
+    )  # fmt: skip
+    model = get_peft_model(classifier, config).double()
+    masks = iter(drawn)
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout.default"):
+            mask = next(masks).view(4, 8, -1)
+            monkeypatch.setattr(module, "forward", lambda x, mask=mask: x * mask)
+    assert next(masks, None) is None
+    given = peft_tensors(adapter, heads["sst"], prefix=bank.prefix)
+    own = {
+        n.replace(".default", "").replace(".modules_to_save", ""): p
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
+    assert own.keys() == given.keys()
+    for name, parameter in own.items():
+        parameter.data.copy_(given[name])
+    theirs = model.train()(**part).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # member_state rounds to float32
+    theirs.square().sum().backward()
+    gradient = bank._views(bank.weights.grad)
+    for path in adapter:
+        for side in "AB":
+            peer = own[f"base_model.model.bert.{path}.lora_{side}.weight"].grad
+            torch.testing.assert_close(gradient[f"{path}.{side}"][0], peer, rtol=1e-5, atol=1e-5)
+    bank.eval()
+    count = len(drawn)
+    bank({"sst": packed(part)})
+    assert len(drawn) == count
 
 
 def test_members_differ_and_loss_gradients_do_not_cross(tiny: Callable[[str], Path]) -> None:
@@ -205,14 +326,21 @@ def test_dropout_masks_of_members_are_independent(tiny: Callable[[str], Path]) -
             assert not torch.allclose(noisy[0], noisy[1], atol=1e-3), (family, dropped)
 
 
-@pytest.mark.parametrize("layers", ["all", [1]])
+@pytest.mark.parametrize(
+    ("layers", "plus"), [("all", {}), ([1], {"lr_b": 1.6e-2, "weight_decay": 0.1, "init": "kaiming"})]
+)
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_bank_of_one_trains_like_peft(tiny: Callable[[str], Path], family: str, layers: str | list[int]) -> None:
-    """The real PEFT, the same start, torch's AdamW: the same losses for 20 steps (float64, dropout off, to 1e-10)."""
+def test_bank_of_one_trains_like_peft(
+    tiny: Callable[[str], Path], family: str, layers: str | list[int], plus: dict[str, Any]
+) -> None:
+    """The real PEFT, the same start, torch's AdamW: the same losses for 20 steps (float64, dropout off, to 1e-10).
+
+    Also with LoRA+ and decay, which are groups of parameters to torch.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = "qkv" if family == "modernbert" else "qv"
-    bank = bank_of(tiny(family), Member(rank=4, scaling=3.0, lr=2e-3, targets=targets, layers=layers))
+    bank = bank_of(tiny(family), Member(rank=4, scaling=3.0, lr=2e-3, targets=targets, layers=layers, **plus))
     adapter, heads = bank.member_state(0)
     classifier, _ = load_classifier(str(tiny(family)), num_labels=5, head_dropout=0.0, encoder_dropout=0.0)
     of_layers = family_of(family)
@@ -236,7 +364,11 @@ def test_bank_of_one_trains_like_peft(tiny: Callable[[str], Path], family: str, 
             parameter.copy_(given[names[name]])
     data = batches(20)
     ours = train(bank.double(), data)[:, 0]
-    optimizer = torch.optim.AdamW(own.values(), lr=2e-3, weight_decay=0.0)
+    groups = [
+        {"params": [p for n, p in own.items() if "lora_B" not in n]},
+        {"params": [p for n, p in own.items() if "lora_B" in n], "lr": plus.get("lr_b", 2e-3)},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=2e-3, weight_decay=plus.get("weight_decay", 0.0))
     theirs = []
     model.train()
     for batch in data:
@@ -272,6 +404,32 @@ def test_adapter_starts_normal_with_the_given_deviation_and_b_at_zero(tiny: Call
     assert all(bool((t == 0).all()) for _, t in adapter.values())
     assert bool((heads["sst"]["classifier.bias"] == 0).all())
     assert 0.015 < float(heads["sst"]["classifier.weight"].std()) < 0.025  # BERT's initializer_range is 0.02
+
+
+def test_kaiming_is_pefts_own_draw_from_the_members_seed(tiny: Callable[[str], Path]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    bank = bank_of(tiny("bert"), Member(rank=6, targets="all-linear", init="kaiming", seed=7), Member(seed=1))
+    adapter, _ = bank.member_state(0)
+    classifier, _ = load_classifier(str(tiny("bert")), num_labels=5)
+    model: Any = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=6, target_modules="all-linear"))
+    torch.manual_seed(derived_seed(7, "adapter"))
+    for path, (a, b) in adapter.items():
+        layer: Any = model.base_model.model.bert.get_submodule(path)
+        layer.reset_lora_parameters("default", True)
+        assert torch.equal(a, layer.lora_A["default"].weight), path
+        assert torch.equal(b, layer.lora_B["default"].weight)
+
+
+def test_a_config_of_a_member_of_the_pool_names_the_same_layers(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its target_modules are whole paths, with the encoder's name before them."""
+    bank = bank_of(tiny("bert"), Member(rank=4, scaling=2.0, targets="qkv+pooler", layers=[1], dropout=0.1))
+    files = weight_files(bank, 0, SST, base_model="b", revision=None)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(files["adapter_config.json"]))
+    again = bank_of(tiny("bert"), Member(peft=str(tmp_path), name="again"))
+    assert again.paths == bank.paths
+    assert [path.split(".")[-1] for path in again.paths[0]] == ["query", "key", "value", "dense"]
+    assert (again.members[0].scaling, again.members[0].dropout) == (2.0, 0.1)
 
 
 def test_pretrained_head_weights_are_kept(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -391,14 +549,19 @@ def test_peft_config_of_a_member() -> None:
     from transformers import BertForSequenceClassification
 
     bert = BertForSequenceClassification(tiny_config("bert", 9))
-    config = peft_config(bert, ["a.query"], rank=4, scaling=2.5, base_model="b", revision=None)
+    (member,) = expand_members([Member(rank=4, scaling=2.5)])
+    config = peft_config(bert, ["a.query"], member, base_model="b", revision=None)
     assert config["r"] == 4
     assert config["lora_alpha"] == 10.0
     assert config["target_modules"] == ["bert.a.query"]
     assert config["modules_to_save"] == ["classifier"]
     assert "layers_to_transform" not in config
-    config = peft_config(bert, ["a.query"], rank=4, scaling=2.5, base_model="b", revision=None, layers=[1])
+    assert config["lora_dropout"] == 0
+    assert "init_lora_weights" not in config
+    (member,) = expand_members([Member(rank=4, dropout=0.1, init="kaiming")])
+    config = peft_config(bert, ["a.query"], member, base_model="b", revision=None, layers=[1])
     assert config["layers_to_transform"] == [1]
+    assert (config["lora_dropout"], config["init_lora_weights"]) == (0.1, True)
 
 
 @pytest.mark.parametrize(

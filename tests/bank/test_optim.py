@@ -31,6 +31,47 @@ def test_each_row_is_torchs_adamw(decay: float) -> None:
     assert float((ours.detach() - start).abs().min()) > 0
 
 
+def test_rates_of_columns_and_decays_of_rows_are_torchs_groups() -> None:
+    """With a schedule, whose factor multiplies both rates."""
+    rates, others, decays = [1e-3, 1e-2, 1e-2], [1e-2, 1e-2, 0.3], [0.1, 0.0, 0.5]
+    apart = torch.arange(17) % 3 == 0
+    start = torch.randn(3, 17, dtype=torch.float64)
+    ours = torch.nn.Parameter(start.clone())
+    bank = BankAdamW(ours, rates, weight_decay=decays, apart=(others, apart))
+    peers, theirs = [], []
+    for row, lr, other, decay in zip(start, rates, others, decays, strict=True):
+        parts = [torch.nn.Parameter(row[where].clone()) for where in (~apart, apart)]
+        groups = [{"params": [part], "lr": of} for part, of in zip(parts, (lr, other), strict=True)]
+        peers.append(torch.optim.AdamW(groups, weight_decay=decay))
+        theirs.append(parts)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in (bank, *peers)]
+    for g in gradients(50):
+        ours.grad = g.clone()
+        bank.step()
+        for parts, peer, row in zip(theirs, peers, g, strict=True):
+            for part, where in zip(parts, (~apart, apart), strict=True):
+                part.grad = row[where].clone()
+            peer.step()
+        for schedule in schedules:
+            schedule.step()
+    for where, place in ((~apart, 0), (apart, 1)):
+        expected = torch.stack([parts[place].detach() for parts in theirs])
+        torch.testing.assert_close(ours.detach()[:, where], expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decay_of_each_row_that_is_one_for_all_gives_the_same_bits(dtype: torch.dtype) -> None:
+    ends = []
+    for decay in (0.1, [0.1] * 3):
+        weights = torch.nn.Parameter(torch.ones(3, 17, dtype=dtype))
+        bank = BankAdamW(weights, [0.1, 0.2, 0.3], weight_decay=decay)
+        for g in gradients(5):
+            weights.grad = g.to(dtype)
+            bank.step()
+        ends.append(weights.detach())
+    assert torch.equal(*ends)
+
+
 def test_schedule_scales_every_rate() -> None:
     ours = torch.nn.Parameter(torch.ones(2, 1, dtype=torch.float64))
     bank = BankAdamW(ours, [0.1, 0.2])

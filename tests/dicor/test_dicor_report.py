@@ -24,7 +24,7 @@ from lora_ensemble.dicor.options import METHODS, Options
 from lora_ensemble.dicor.report import facts, page, theory
 from lora_ensemble.dicor.report.theory import BINS, calibration
 from lora_ensemble.dicor.table import decides
-from lora_ensemble.pool import TaskPool
+from lora_ensemble.pool import MemberRecord, TaskPool
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "base"}
 
@@ -464,3 +464,28 @@ def test_without_wandb_it_says_what_to_install_before_the_work(tmp_path, monkeyp
     assert "pip install wandb" in err
     assert out == ""
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "targets", "rate"),
+    [
+        ({"targets": "qv", "lr": 1e-4}, "qv", "0.0001"),
+        ({"targets": "qv", "layers": [1], "lr": 1e-4, "lr_b": 1.6e-3}, "qv, [1]", "0.0001, B 0.0016"),
+        (
+            {
+                "targets": "qkv",
+                "layers": "top-half",
+                "dropout": 0.1,
+                "init": "kaiming",
+                "lr": 1e-3,
+                "weight_decay": 0.0,
+            },
+            "qkv, top-half, dropout 0.1, kaiming",
+            "0.001, decay 0",
+        ),
+        ({}, "-", "-"),
+    ],
+)
+def test_a_members_settings_in_words(given, targets, rate):
+    record = MemberRecord(name="m", task="t", kind="binary", rank=4, scaling=2.0, seed=3, **given)
+    assert facts.settings(record) == ["m", "4", "2", targets, rate, "3"]

@@ -149,16 +149,28 @@ def test_members_of_other_encoders_and_lengths(tiny: Callable[[str], Path], tmp_
         ("electra", {"entries": ENTRIES[2:3]}),
         ("bert", {"entries": (Member(lr=1e-5),), "finetune": "full"}),
         ("bert", {"entries": (Member(name="short"),), "max_length": 10}),
+        ("bert", {"entries": (Member(name="tail", seed=2),), "max_length": 10, "truncation": "tail"}),
+        ("bert", {"entries": (Member(name="both", seed=3),), "max_length": 10, "truncation": "head-tail"}),
     ]
     for family, how in groups:
         write_pool(pool, tiny(family), "binary", **how)
     ensemble = Ensemble.load(select(pool, "--method", "omni"))
     found = dict(zip(ensemble.members, ensemble.logits(texts), strict=True))
-    assert len(found) == 5
+    assert len(found) == 7
     for name, logits in found.items():
         base = tiny("electra" if name.startswith("r3") else "bert")
-        expected = peft_logits(pool / "mine" / name, base, texts, 1, max_length=10 if name == "short" else 90)
+        # Ten tokens are eight words, each a token, and two that the tokeniser adds.
+        words = [text.split() for text in texts]
+        shorter = {"tail": [w[-8:] for w in words], "both": [w if len(w) < 9 else w[:4] + w[-4:] for w in words]}
+        cut = [" ".join(w) for w in shorter.get(name, words)]
+        expected = peft_logits(pool / "mine" / name, base, cut, 1, max_length=10 if name == "short" else 90)
         np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+
+
+def test_a_way_to_cut_texts_that_this_version_does_not_know(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    write_pool(tmp_path / "pool", tiny("bert"), "binary", entries=ENTRIES[:2], truncation="middle")
+    with pytest.raises(UserError, match="trained with truncation 'middle'; expected one of head, tail, head-tail"):
+        Ensemble.load(select(tmp_path / "pool", "--method", "omni"))
 
 
 def test_threads_get_their_own_answers(trained: Callable[..., Path], tmp_path: Path) -> None:

@@ -548,6 +548,42 @@ def test_the_lines_to_load_it_run_for_a_base_with_a_head_for_other_classes(
         assert name == "page" or capsys.readouterr().out
 
 
+@pytest.mark.parametrize("truncation", ["head", "tail", "head-tail"])
+def test_what_is_kept_of_a_long_text_goes_with_it(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], truncation: str
+) -> None:
+    """A member's tokeniser keeps heads or tails; half of both it cannot, which is said. An ensemble keeps all."""
+    from transformers import AutoTokenizer
+
+    pool, texts = tmp_path / "pool", texts_of(10, 1, seed=3, longest=30)
+    write_pool(pool, tiny("bert"), "multiclass", entries=ENTRIES[:2], max_length=12, truncation=truncation)
+    words = [text.split() for text in texts]
+    kept = {"head": [w[:10] for w in words], "tail": [w[-10:] for w in words]}
+    kept["head-tail"] = [w if len(w) <= 10 else w[:5] + w[-5:] for w in words]
+    assert kept["head"] != kept["tail"] != kept["head-tail"]
+
+    def expected(how: str) -> np.ndarray:
+        return peft_logits(pool / "mine" / FIRST, tiny("bert"), [" ".join(w) for w in kept[how]], 5)
+
+    ran("--ensemble", select(pool, "--method", "omni"), "--output", tmp_path / "all")
+    ensemble = Ensemble.load(tmp_path / "all")
+    found = ensemble.logits(texts)[ensemble.members.index(FIRST)]
+    np.testing.assert_allclose(found, expected(truncation), rtol=0, atol=2e-5)
+    said = "" if truncation == "head" else f"; what was kept of them in training: {truncation}"
+    assert f"- Texts are cut after 12 tokens{said}.\n" in (tmp_path / "all" / "README.md").read_text()
+    member = ("--pool", pool, "--task", "mine", "--member", FIRST)
+    for form in ("peft", "merged"):
+        capsys.readouterr()
+        ran(*member, "--format", form, "--output", tmp_path / form)
+        assert ("heads and tails of long texts, which no" in capsys.readouterr().err) == (truncation == "head-tail")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / form)
+        ours = [tokenizer(text, truncation=True)["input_ids"][1:-1] for text in texts]
+        there = tokenizer([" ".join(w) for w in kept["head" if truncation == "head-tail" else truncation]])
+        assert ours == [ids[1:-1] for ids in there["input_ids"]]
+        here = "; what the tokeniser here keeps: head" if truncation == "head-tail" else ""
+        assert f"- Texts are cut after 12 tokens{said}{here}.\n" in (tmp_path / form / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("family", "kind"), [*((f, "binary") for f in FAMILY_NAMES), ("bert", "multiclass"), ("bert", "regression")]
 )

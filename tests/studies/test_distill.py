@@ -20,7 +20,8 @@ from trained_pool import peft_logits, texts_of, write_pool
 
 from lora_ensemble import pool
 from lora_ensemble.bank.base_model import load_classifier
-from lora_ensemble.bank.lora import Member, expand_members, head_names, peft_tensors
+from lora_ensemble.bank.lora import Member, expand_members
+from lora_ensemble.bank.member_files import head_names, peft_tensors
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
 from lora_ensemble.dicor.cli import main as dicor

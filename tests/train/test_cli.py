@@ -738,26 +738,72 @@ def test_members_that_never_got_into_the_pool_are_left_out(
     assert "no such member; train it first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("entry", ["{rank: 2, name: mine, layers: [1]}", "{rank: 2, name: mine, patience: 3}"])
-def test_a_name_is_of_one_set_of_layers_and_one_patience(
-    program: Program, capsys: pytest.CaptureFixture[str], entry: str
-) -> None:
+def test_a_name_is_of_one_set_of_settings(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert program("fit", members="[{rank: 2, name: mine}]") == 0
-    capsys.readouterr()
-    assert program("fit", members=f"[{entry}]") == 2
-    what = "layers was None, is now [1]" if "layers" in entry else "patience was None, is now 3"
-    assert f"holds a member of this name with other settings ({what})" in capsys.readouterr().err
-    assert program("validate", members=f"[{entry}]") == (2 if "layers" in entry else 0)
-    assert ("its layers was None, is now [1]" in capsys.readouterr().err) == ("layers" in entry)
+    new = {"layers": "[1]", "patience": "3", "dropout": "0.1", "init": "kaiming", "lr_b": "0.01", "weight_decay": "0.1"}
+    for key, value in new.items():
+        entry = f"{{rank: 2, name: mine, {key}: {value}}}"
+        capsys.readouterr()
+        assert program("fit", members=f"[{entry}]") == 2
+        what = f"{key} was None, is now {value if key != 'init' else repr(value)}"
+        assert f"holds a member of this name with other settings ({what})" in capsys.readouterr().err
+    for key in ("layers", "dropout"):  # only where the layers are others do the weights not fit
+        assert program("validate", members=f"[{{rank: 2, name: mine, {key}: {new[key]}}}]") == 2 * (key == "layers")
+    assert "its layers was None, is now [1]" in capsys.readouterr().err
+    assert program("fit", "--data.truncation=tail", members="[{rank: 2, name: mine}]") == 2
+    assert "with other settings (truncation was None, is now 'tail')" in capsys.readouterr().err
+
+
+def test_settings_of_a_member_and_of_long_texts_reach_the_record(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And go on after an interruption as if there had been none, masks included."""
+    entry = "{rank: 2, lr: 0.01, lr_b: [null, 2e-2], weight_decay: 0.1, dropout: 0.2, init: kaiming}"
+    how = ("--data.truncation=head-tail", "--data.max_length=6", "--model.head_dropout=0")
+    assert program("fit", *how, members=f"[{entry}]") == 0
+    assert "examples cut to 6 tokens, their heads and tails kept (first ids: " in capsys.readouterr().out
+    there = {r.name: r for r in pool.TaskPool(program.pool, "sst").members}
+    assert sorted(there) == [f"r2-c1-qv-d0.2-kaiming-lr1e-2-{b}wd0.1-s11711" for b in ("b2e-2-", "")]
+    for name, r in there.items():
+        assert (r.dropout, r.init, r.weight_decay, r.lr_b) == (0.2, "kaiming", 0.1, 2e-2 if "b2e" in name else None)
+        assert r.settings["truncation"] == "head-tail"
+        config = json.loads((program.pool / "sst" / name / pool.ADAPTER_CONFIG).read_text())
+        assert (config["lora_dropout"], config["init_lora_weights"]) == (0.2, True)
+    ends = [torch.load(program.run_dir() / "checkpoint" / "last.ckpt", weights_only=True)["state_dict"]]
+    for folder in (program.pool, program.run_dir()):
+        shutil.rmtree(folder)
+    assert program("fit", *how, "--trainer.max_steps=5", members=f"[{entry}]") == 0
+    assert program("fit", *how, "--ckpt_path=last", members=f"[{entry}]") == 0
+    ends.append(torch.load(program.run_dir() / "checkpoint" / "last.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(*(end["bank.weights"] for end in ends))
+
+
+def test_a_config_of_peft_in_the_settings(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["key"], lora_dropout=0.1, task_type="SEQ_CLS")
+    config.save_pretrained(program.folder / "config")
+    members = f"[{{peft: {program.folder / 'config'}, lr: [0.01, 0.02]}}]"
+    assert program("fit", members=members) == 0
+    for lr in ("1", "2"):
+        name = f"r2-c3-key-d0.1-kaiming-lr{lr}e-2-s11711"
+        there = json.loads((program.pool / "sst" / name / pool.ADAPTER_CONFIG).read_text())
+        assert (there["r"], there["lora_alpha"], there["lora_dropout"]) == (2, 6, 0.1)
+        assert {path.split(".")[-1] for path in there["target_modules"]} == {"key"}
+    assert program("predict", members=members) == 0
+    LoraConfig(use_dora=True).save_pretrained(program.folder / "config")
+    assert program("fit", members=members) == 2
+    assert "use_dora is True, which no member here can have; leave it out" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(program: Program) -> None:
-    """One that knew neither layers nor patience."""
+    """One that knew none of the later settings."""
     assert program("fit", "--trainer.max_epochs=1") == 0
     (file,) = program.folder.glob("runs/*/checkpoint/last.ckpt")
     content = torch.load(file, weights_only=True)
     for member in content["bank"]["members"]:
-        del member["layers"], member["patience"]
+        for key in ("layers", "patience", "dropout", "init", "lr_b", "weight_decay"):
+            del member[key]
     torch.save(content, file)
     assert program("fit", "--trainer.max_epochs=2", "--ckpt_path=last") == 0
     assert {r.epochs_done for r in pool.TaskPool(program.pool, "sst").members} == {2}

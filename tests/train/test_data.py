@@ -13,7 +13,7 @@ import pytest
 from lora_ensemble.bank.base_model import load_tokenizer
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import PRESETS, Task
-from lora_ensemble.text.packing import unpack
+from lora_ensemble.text.packing import Tokens, unpack
 from lora_ensemble.text.readers import Split
 from lora_ensemble.train.batches import EvalBatches, TokenisedSplit, TrainBatches
 from lora_ensemble.train.data import BankData, resolve_tasks
@@ -60,7 +60,7 @@ def test_truncation_is_counted_and_said(tokenizer: Any) -> None:
     split = split_of(6, tokenizer, pairs=True, max_length=8)
     assert split.lengths.max() == 8
     # Pairs of 4 + 1, 1 + 10 and 10 + 4 words, each with 3 special tokens: 8, 14 and 17 tokens.
-    assert split.notices == ["4 of 6 examples cut to 8 tokens (first ids: x1, x2, x4)"]
+    assert split.notices == ["4 of 6 examples cut to 8 tokens, their heads kept (first ids: x1, x2, x4)"]
     assert split_of(6, tokenizer, pairs=True, max_length=17).notices == []
     one = split.batch(np.array([2]))["input_ids"][:8].tolist()
     assert (
@@ -69,6 +69,73 @@ def test_truncation_is_counted_and_said(tokenizer: Any) -> None:
             "the hotel and the film were not bad at all", "the train was late", truncation="longest_first", max_length=8
         )["input_ids"]
     )
+
+
+@pytest.mark.parametrize(
+    ("truncation", "most", "one", "two"),
+    [
+        ("head", 8, "the hotel and the film were", None),
+        ("tail", 8, "film were not bad at all", None),
+        ("head-tail", 8, "the hotel and bad at all", None),
+        ("head-tail", 7, "the hotel and at all", None),  # of five, the beginning gets three
+        ("head-tail", 4, "the all", None),
+        ("head-tail", 12, "the hotel and the film were not bad at all", None),
+        # Pairs: three special tokens, and what is left is shared as the tokeniser shares it.
+        ("tail", 11, "not bad at all", "the train was late"),
+        ("head-tail", 11, "the hotel at all", "the train was late"),
+        ("tail", 9, "bad at all", "train was late"),
+        ("head-tail", 9, "the hotel all", "the train late"),
+        ("head-tail", 15, "the hotel and the not bad at all", "the train was late"),
+    ],
+)
+def test_what_is_kept_of_long_texts(tokenizer: Any, truncation: Any, most: int, one: str, two: str | None) -> None:
+    """By hand: each word is a token."""
+    texts = ["the hotel and the film were not bad at all"], ["the train was late"]
+    columns, expected = (texts[:1], [one]) if two is None else (texts, [one, two])
+    tokens = Tokens(columns, tokenizer, max_length=most, truncation=truncation)
+    found, wanted = tokens.row(np.array([0])), tokenizer(*expected, return_token_type_ids=True)
+    n = len(wanted["input_ids"])
+    assert tokens.lengths.tolist() == [n]
+    assert tokens.cut == ([0] if n < (12 if two is None else 17) else [])
+    assert found["input_ids"][:n].tolist() == wanted["input_ids"]
+    heads = Tokens(columns, tokenizer, max_length=most)  # what is kept of frozen layers is kept by this
+    assert (tokens.digest == heads.digest) == (truncation == "head" or not tokens.cut)
+    assert found["token_type_ids"][:n].tolist() == wanted["token_type_ids"]
+
+
+def test_who_cuts_otherwise_shares_no_tokens(demo_root: Path, tiny: Callable[[str], Path]) -> None:
+    """Nor does a student's data, which has labels of its own."""
+    same: dict[str, Any] = {"base_model": str(tiny("bert")), "root": str(demo_root), "tasks": ("sst",), "max_length": 6}
+    head, tail, again = BankData(**same), BankData(**same, truncation="tail"), BankData(**same, truncation="tail")
+    tail.tokenised = again.tokenised = head.tokenised
+    for data in (head, tail, again):
+        data.setup("fit")
+    heads, tails = (data.splits["train"]["sst"] for data in (head, tail))
+    assert again.splits["train"]["sst"] is tails
+    assert heads.tokens.digest != tails.tokens.digest
+    tail.teach("sst", np.eye(5)[tails.source.labels], Split(np.array([], str), [[]], None), {})
+    assert tail.splits["train"]["sst"].tokens.digest == tails.tokens.digest
+
+
+def test_tails_are_what_the_tokeniser_keeps_from_the_left(tiny: Callable[[str], Path]) -> None:
+    from transformers import AutoTokenizer
+
+    rng = np.random.default_rng(0)
+    words = np.array(["the", "train", "was", "late", "hotel", "film", "good"])
+    one, two = ([" ".join(rng.choice(words, rng.integers(0, 30))) for _ in range(40)] for _ in range(2))
+    theirs = AutoTokenizer.from_pretrained(tiny("bert"), truncation_side="left")
+    for columns in ([one], [one, two]):
+        ours = Tokens(columns, load_tokenizer(str(tiny("bert"))), max_length=12, truncation="tail")
+        assert 10 < len(ours.cut) < 40
+        expected = theirs(*columns, truncation="longest_first", max_length=12)["input_ids"]
+        assert [ours.row(np.array([i]))["input_ids"][:n].tolist() for i, n in enumerate(ours.lengths)] == expected
+
+
+def test_a_slow_tokeniser_can_only_keep_heads(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    Tokens([["the train was late"]], tokenizer, max_length=5)
+    with pytest.raises(UserError, match=r"data.truncation: tail needs a fast tokeniser"):
+        Tokens([["the train was late"]], tokenizer, max_length=5, truncation="tail")
 
 
 def batches(

@@ -266,7 +266,7 @@ def test_what_decides_the_loss_is_recorded(program: Program, capsys: pytest.Capt
     assert program("fit", tasks=given(), members="[{name: a}]") == 2
     assert "class_weights was 'balanced', is now None" in capsys.readouterr().err
     assert program("fit", tasks=given(class_weights="balanced"), members="[{name: a, bag: true}]") == 2
-    assert "bag was False, is now True" in capsys.readouterr().err
+    assert "bag was None, is now True" in capsys.readouterr().err
 
 
 def test_a_student_has_soft_labels(program: Program) -> None:

@@ -198,7 +198,15 @@ def members_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
 
 
 def settings(r: MemberRecord) -> list[str]:
-    """A member's name, rank, scaling, targets (and their layers), learning rate and seed as texts."""
-    targets = r.targets if r.layers is None else f"{r.targets}, {r.layers}"
-    values = (r.rank, r.scaling, targets, r.lr, r.seed)
-    return [r.name, *("-" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+    """A member's name, rank, scaling, targets, learning rate and seed as texts, with what is special about them."""
+
+    def text(*values: object) -> str:
+        known = (f"{v:g}" if isinstance(v, float) else str(v) for v in values if v is not None)
+        return ", ".join(known) or "-"
+
+    dropout, rate_b, decay = (
+        None if of is None else f"{word} {of:g}"
+        for word, of in (("dropout", r.dropout), ("B", r.lr_b), ("decay", r.weight_decay))
+    )
+    targets = text(r.targets, r.layers, dropout, r.init)
+    return [r.name, text(r.rank), text(r.scaling), targets, text(r.lr, rate_b, decay), text(r.seed)]

@@ -130,16 +130,20 @@ def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
-def cautious_need(config: Any, *, width: int, tokens: int, longest: int, number: int = 4) -> Need:
+def cautious_need(
+    config: Any, *, width: int, tokens: int, longest: int, number: int = 4, dropout: bool = False
+) -> Need:
     """More than a member takes in training, from shapes alone.
 
     ``config``: the encoder's; ``width``: P; ``tokens``: B·L of the largest step, padding counted; ``longest``: L;
-    ``number``: bytes of a number.
+    ``number``: bytes of a number. ``dropout``: whether a member has LoRA's.
     """
     h = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * h
     # What autograd keeps of a layer for a token, generously: DeBERTa's positions and adapters on every layer included.
     per_token = 14 * h + 3 * inner + 12 * config.num_attention_heads * longest
+    # A mask, and what it leaves, before each adapter of a layer: five of width H, one of the inner width.
+    per_token += 2 * (5 * h + inner) if dropout else 0
     # Weights, gradient, two moments, two temporaries of a step and two of the backward pass.
     state = 8 * width
     layers = config.num_hidden_layers + 1  # the embeddings, as one more

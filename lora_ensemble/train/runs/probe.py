@@ -82,6 +82,7 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
         tokens=max(share * sum(lengths), data.eval_batch_size * max(lengths) // 4),
         longest=max(lengths),
         number=number,
+        dropout=any(member.dropout for member in module.members),
     )
     # On a device of its own the encoder comes on top, once as it is and once for autocast's copies.
     encoder = 2 * sum(p.nbytes for p in bank.encoder.parameters()) if device.type != "cpu" else 0
@@ -183,7 +184,7 @@ class Trial:
         training, weights, plugin = phase == "train", module.bank.weights, self.trainer.precision_plugin
         module.train(training).to(device)
         with plugin.forward_context(), torch.set_grad_enabled(training):
-            optimizer = BankAdamW(weights, module.bank.rates)
+            optimizer = BankAdamW.of(module.bank, 0.0)
             if training:
                 # As in the middle of a run: the moments are there, and the last step's gradient until the backward
                 # pass.
