@@ -195,6 +195,22 @@ def test_a_run_by_macro_f1_and_dicor_after_it(program: Program, capsys: pytest.C
     assert "other settings (score was 'f1_macro', is now None)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("overall", "weights"), [("{own: 3, sts: 1}", (3, 1)), ("mean", (1, 1))])
+def test_a_run_of_two_tasks_by_their_weights(program: Program, overall: str, weights: tuple[int, int]) -> None:
+    """The best epoch by hand, from both tasks' scores of each epoch as the pool has them."""
+    tasks = own(score="f1_macro")[:-1] + ", sts]"
+    members = "[{rank: 2, lr: 3e-2}, {targets: none, lr: 3e-2}]"
+    extra = ("--trainer.max_epochs=4", f"--data.overall={overall}", "--data.steps_per_epoch=10")
+    assert program("fit", *extra, tasks=tasks, members=members) == 0
+    for record in pool.TaskPool(program.pool, "own").members:
+        other = pool.TaskPool(program.pool, "sts").record(record.name)
+        both = np.array([record.epoch_scores, other.epoch_scores], float)
+        assert record.best_epoch == other.best_epoch == int(np.argmax(weights @ both)) + 1
+        assert (record.settings["overall"], other.settings["overall"]) == weights
+        assert "score" not in other.settings
+    assert dicor(["compare", "--pool", str(program.pool), "--method", "weighted"]) == 0
+
+
 def test_the_last_table_of_a_run_by_rmse_begins_with_the_lowest(
     program: Program, capsys: pytest.CaptureFixture[str]
 ) -> None:
