@@ -97,11 +97,12 @@ def test_what_a_record_says_comes_back(finetune: str) -> None:
         else [
             Member(rank=[2, 3]),
             Member(layers=["top-half", [0, 4]], patience=2),
-            Member(targets="none", patience=1),
+            Member(targets="none", patience=1, bag=[False, True]),
             Member(dropout=[0.0, 0.1], init="kaiming", lr_b=[None, 1e-3], weight_decay=[0.0, 0.1]),
         ]
     )
-    later = {"layers": "all", "patience": None, "dropout": 0.0, "init": "normal", "lr_b": None, "weight_decay": None}
+    later: dict[str, Any] = {"layers": "all", "patience": None, "dropout": 0.0, "init": "normal", "bag": False}
+    later |= {"lr_b": None, "weight_decay": None}
     for member in expand_members(entries, finetune=finetune):
         says = member.recorded()
         assert sorted(says) == sorted(["lr", "name", "rank", "scaling", "seed", "targets", *later])
