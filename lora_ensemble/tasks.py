@@ -112,7 +112,7 @@ class Task:
     leaderboard_column: str = "Prediction"
     """Header of the value column in the course's leaderboard files, which ``dicor apply`` writes for the presets."""
     overall: float | None = None
-    """Its weight in the overall score of several tasks; ``data.overall`` sets it."""
+    """Its weight in the overall score of several tasks, where each of them says it, or ``data.overall`` for all."""
 
     def __post_init__(self) -> None:
         check_task_name(self.name)
@@ -137,6 +137,8 @@ class Task:
         refuse(len(set(self.labels)) < len(self.labels), f"label_names holds a name twice: {self.labels}")
         headless = bool(self.columns) and self.dataset is not None
         refuse(headless, "columns is for files without a header; a data set names its columns")
+        weight = 1.0 if self.overall is None else self.overall
+        refuse(not 0 < weight < math.inf, f"overall is {weight}; expected a weight above 0, for data.overall")
         try:
             check_score(self.score, self.kind)
         except UserError as e:
