@@ -123,7 +123,7 @@ class Task:
     leaderboard_column: str = "Prediction"
     """Header of the value column in the course's leaderboard files, which ``dicor apply`` writes for the presets."""
     overall: float | None = None
-    """Its weight in the overall score of several tasks; ``data.overall`` sets it."""
+    """Its weight in the overall score of several tasks, where each of them says it, or ``data.overall`` for all."""
 
     def __post_init__(self) -> None:
         check_task_name(self.name)
@@ -159,6 +159,8 @@ class Task:
         refuse(apart, f"dev is {self.dev}; expected a file, or a share between 0 and 1 of the training file")
         headless = bool(self.columns) and self.dataset is not None
         refuse(headless, "columns is for files without a header; a data set names its columns")
+        weight = 1.0 if self.overall is None else self.overall
+        refuse(not 0 < weight < math.inf, f"overall is {weight}; expected a weight above 0, for data.overall")
         try:
             check_score(self.score, self.kind)
         except UserError as e:

@@ -16,7 +16,8 @@ def number(value: float | None, *, sign: bool = False) -> str:
     """Four decimals; "undefined" for NaN, "-" for None."""
     if value is None:
         return "-"
-    return "undefined" if value != value else f"{value:{'+' if sign else ''}.4f}"
+    # Plus 0: what rounding left below 0 is no -0.0000.
+    return "undefined" if value != value else f"{round(value, 4) + 0.0:{'+' if sign else ''}.4f}"
 
 
 def about(estimates: Estimates) -> str:

@@ -186,7 +186,7 @@ def weighed(tasks: list[Task], overall: Mapping[str, float] | Literal["mean"] | 
     """The tasks with their weights in the overall score; ``UserError`` where these are needed, or do not fit."""
     names = [t.name for t in tasks]
     own = [t for t in tasks if t.scored_by != DEFAULT_SCORE[t.kind]]
-    if overall is None and (not own or len(tasks) == 1):
+    if overall is None and (not own or len(tasks) == 1 or None not in [t.overall for t in tasks]):
         return tasks
     weights = dict.fromkeys(names, 1.0) if overall == "mean" else dict(overall or {})
     if set(weights) != set(names) or not all(0 < w < math.inf for w in weights.values()):

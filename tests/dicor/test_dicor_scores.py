@@ -30,6 +30,7 @@ from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.dicor.options import Options
 from lora_ensemble.dicor.record import read
 from lora_ensemble.dicor.report.facts import gather
+from lora_ensemble.dicor.table import number
 from lora_ensemble.pool import TaskPool
 from lora_ensemble.tasks import SCORES
 from lora_ensemble.text.splits import canonical
@@ -528,6 +529,16 @@ def test_what_is_imported_is_scored_as_the_pools_members_are(tmp_path, capsys):
     assert f"other  dev F1 {expected:.4f}, 40 examples" in capsys.readouterr().out
     record = TaskPool(tmp_path / "pool", "own").record("other")
     assert (record.scored_by, record.score) == ("f1", pytest.approx(expected))
+
+
+def test_what_rounds_to_0_has_no_minus():
+    assert [number(x, sign=True) for x in (-1e-17, -0.00004, 0.0, -0.00006)] == [
+        "+0.0000",
+        "+0.0000",
+        "+0.0000",
+        "-0.0001",
+    ]
+    assert number(-1e-9) == "0.0000"
 
 
 def test_mistakes_are_one_line(pool, tmp_path, capsys):

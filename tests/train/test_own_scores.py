@@ -128,6 +128,9 @@ def test_several_tasks_by_their_weights() -> None:
     assert history.best_epoch == [2]
     assert [t.overall for t in weighed([CLASSES, VALUES], "mean")] == [1, 1]
     assert weighed([VALUES], None) == [VALUES]  # one task is judged by its own score
+    assert weighed(tasks, None) == tasks  # each said it itself
+    with pytest.raises(UserError, match="task 'p': overall is -1; expected a weight above 0"):
+        Task(name="p", kind="binary", overall=-1, **TEXT)
     presets = resolve_tasks(["sst", "sts"])
     assert weighed(presets, None) == presets
     assert [t.recorded for t in weighed(presets, {"sst": 2, "sts": 1})] == [{"overall": 2}, {"overall": 1}]

@@ -49,7 +49,8 @@ class Sums:
         """(k,): of a sum of ``count`` members and each further one."""
         if self.proposes and self.kind != "regression":
             likely = class_probabilities((total + self.each) / (count + 1), self.kind)
-            return -log_losses(likely[:, np.arange(len(self.labels)), self.labels.astype(np.int64)]).mean(axis=-1)
+            true = likely[:, np.arange(len(self.labels)), self.labels.astype(np.int64)]
+            return np.round(-log_losses(true).mean(axis=-1), DECIMALS)
         if self.by_loss or self.name not in ("pearson", "spearman"):
             return self.value(total + self.each, count + 1)
         s = np.asarray(total - np.mean(total))
