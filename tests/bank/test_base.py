@@ -315,10 +315,11 @@ def test_the_runs_name_is_what_it_was(trained: Trained) -> None:
     assert "revision" not in raw["data"]
     assert raw["model"].pop("metrics") == []
     assert raw["model"].pop("frozen_cache") == 20
-    later = {"layers": "all", "patience": None, "dropout": 0.0, "init": "normal"}
+    later = {"layers": "all", "patience": None, "dropout": 0.0, "init": "normal", "bag": False}
     later |= dict.fromkeys(("lr_b", "weight_decay", "peft"))
     assert [{key: m.pop(key) for key in later} for m in raw["model"]["members"]] == [later] * 2
     assert raw["data"].pop("truncation") == "head"
+    assert raw["data"].pop("overall") is None
     from lora_ensemble.train.options import NOT_THE_RUN
 
     what: dict[str, Any] = {
