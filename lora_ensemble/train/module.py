@@ -236,11 +236,9 @@ class BankModule(pl.LightningModule):
         """Gather every row once, on all devices, and score it. A collective."""
         examples = self.trainer.datamodule.splits[self.split]
         for task in self.tasks:
-            parts, metrics = self._collected.pop(task.name, []), self.metrics[task.name]
-            strategy, members = self.trainer.strategy, len(self.members)
-            self.evaluations[task.name] = evaluate(
-                parts, examples[task.name], task, members=members, metrics=metrics, strategy=strategy
-            )
+            parts, own = self._collected.pop(task.name, []), examples[task.name]
+            more: dict[str, Any] = {"metrics": self.metrics[task.name], "strategy": self.trainer.strategy}
+            self.evaluations[task.name] = evaluate(parts, own, task, members=len(self.members), **more)
 
     on_predict_epoch_end = on_test_epoch_end
 
@@ -293,6 +291,8 @@ class BankModule(pl.LightningModule):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what was trained; the frozen rest may be missing, nothing else may."""
+        if self._trainer is not None and self.trainer.precision == "64-true":
+            self.double()  # Lightning (2.6) does so after it has loaded, which would round
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         bad = [*self._trained().intersection(result.missing_keys), *result.unexpected_keys]
         if bad and strict:

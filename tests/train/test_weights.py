@@ -135,9 +135,10 @@ def test_a_binary_label_is_smoothed_over_both() -> None:
     assert (member_losses(logits, labels, "binary")[0] - expected).abs().min() > 0.01
 
 
-def test_a_run_that_was_cut_goes_on_bit_for_bit(program: Program, tmp_path: Path) -> None:
-    """Which steps a member was idle in is in the checkpoint."""
-    options = ("--data.batch_size=2", "--trainer.max_epochs=3")
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_a_run_that_was_cut_goes_on_bit_for_bit(program: Program, tmp_path: Path, precision: str) -> None:
+    """Which steps a member was idle in is in the checkpoint. Nothing of it is rounded on the way back."""
+    options = ("--data.batch_size=2", "--trainer.max_epochs=3", f"--trainer.precision={precision}")
     tasks, members = given(weight="w"), f"[{BAGS}]"
     assert program("fit", *options, tasks=tasks, members=members) == 0
     whole = weights(program)
