@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("paper", choices=get_args(PaperName))
     p.add_argument("--data.root", dest="root", type=Path, required=True, metavar="DIR", help="the course's files")
     p.add_argument(
-        "--scale", choices=get_args(Scale), default="full", help="small: about an hour on two cores (default: full)"
+        "--scale", choices=get_args(Scale), default="full", help="small: under an hour on two cores (default: full)"
     )
     p.add_argument(
         "--patience",
