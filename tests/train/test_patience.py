@@ -22,7 +22,7 @@ ENTRIES = [
     "{rank: 3, lr: 1e-2, patience: 2, layers: [1]}",
     "{rank: 4, lr: 1e-3, targets: all-linear, patience: 3}",
     "{targets: none, lr: 1e-2, patience: 2}",
-    "{rank: 2, lr: 1e-2}",
+    "{rank: 2, lr: 1e-2, bag: true}",
 ]
 ALL = f"[{', '.join(ENTRIES)}]"
 
