@@ -428,13 +428,14 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["lora_ensemble.train.cli"])
 
 
-def start(arguments: list[str], *kill: Any) -> Any:
-    process = FORKS.Process(target=run, args=(arguments, *kill))
+def start(log: Path, arguments: list[str], *kill: Any) -> Any:
+    # The path as an argument: the fork server may have been started before, with another environment.
+    process = FORKS.Process(target=run, args=(log, arguments, *kill))
     process.start()
     return process
 
 
-def run(arguments: list[str], event: str = "", number: int = 0) -> None:
+def run(log_file: Path, arguments: list[str], event: str = "", number: int = 0) -> None:
     """In a process of its own, its words in a file; it kills itself before the event happens for the number-th time."""
     counted = itertools.count(1)
 
@@ -450,7 +451,7 @@ def run(arguments: list[str], event: str = "", number: int = 0) -> None:
         BankModule.training_step = deadly(BankModule.training_step)  # type: ignore[method-assign]
     elif event == "rename":
         os.rename, os.replace = deadly(os.rename), deadly(os.replace)
-    with open(os.environ["SWEEP_LOG"], "a") as log:
+    with open(log_file, "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os._exit(main(arguments))
@@ -471,28 +472,27 @@ def test_sigterm(program: Program, two_swept: Program, capsys: pytest.CaptureFix
 SWEPT_IN_BANKS = ("--model.schedule=linear", "--trainer.logger=false")
 
 
-def test_four_kills(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_kills(program: Program) -> None:
     """Before there is a checkpoint, while the pool is written, in the second epoch, and in the second bank."""
-    monkeypatch.setenv("SWEEP_LOG", str(program.folder / "log"))
+    log = program.folder / "log"
     how = (*SWEPT_IN_BANKS, "--bank_size=3")
     assert program("sweep", *how, members=SIX) == 0
     undisturbed, program.pool = contents(program.pool), program.folder / "killed"
     shutil.rmtree(program.folder / "runs")
     for kill in (("step", 5), ("rename", 4), ("step", 13), ("step", 12), ()):
-        process = start(program.arguments("sweep", *how, members=SIX), *kill)
+        process = start(log, program.arguments("sweep", *how, members=SIX), *kill)
         process.join()
-        assert process.exitcode == (-signal.SIGKILL if kill else 0), (program.folder / "log").read_text()[-3000:]
+        assert process.exitcode == (-signal.SIGKILL if kill else 0), log.read_text()[-3000:]
     assert contents(program.pool) == undisturbed
 
 
 @pytest.mark.slow
-def test_kills_at_any_moment(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kills_at_any_moment(program: Program) -> None:
     """Twelve members in three banks, killed twenty times and begun again: always the pool of an undisturbed sweep."""
     log = program.folder / "log"
-    monkeypatch.setenv("SWEEP_LOG", str(log))
     how = (*SWEPT_IN_BANKS, "--bank_size=4")
     started = time.monotonic()
-    undisturbed = start(program.arguments("sweep", *how, members=TWELVE))
+    undisturbed = start(log, program.arguments("sweep", *how, members=TWELVE))
     undisturbed.join()
     takes = time.monotonic() - started
     assert undisturbed.exitcode == 0
@@ -505,7 +505,7 @@ def test_kills_at_any_moment(program: Program, monkeypatch: pytest.MonkeyPatch) 
         shutil.rmtree(program.folder / "runs")
         program.pool = program.folder / f"pool-{rounds}"
         while True:
-            process = start(program.arguments("sweep", *how, members=TWELVE))
+            process = start(log, program.arguments("sweep", *how, members=TWELVE))
             process.join(random_.uniform(0, takes) if kills < 20 else None)
             if process.exitcode is not None:
                 break
