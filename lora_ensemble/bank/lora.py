@@ -132,9 +132,8 @@ def member_name(member: Member, finetune: str) -> str:
 
     end = f"lr{rate(member.lr)}" + (f"-b{rate(member.lr_b)}" if member.lr_b is not None else "")
     end += f"-wd{_short(member.weight_decay)}" if member.weight_decay is not None else ""
-    end += (
-        f"-s{member.seed}" + "-bag" * bool(member.bag) + (f"-p{member.patience}" if member.patience is not None else "")
-    )
+    end += f"-s{member.seed}" + ("-bag" if member.bag else "")
+    end += f"-p{member.patience}" if member.patience is not None else ""
     if finetune == "full":
         return f"full-{end}"
     if not member.adapted:

@@ -161,9 +161,8 @@ class Bank(nn.Module):
         self._generators = {i: torch.Generator(device).manual_seed(own) for i, own in seeds.items()}
 
     def _dropout(self, path: str, members: Sequence[int]) -> MemberDropout | None:
-        """LoRA's dropout before the adapters at a path; None where none of these members has it now."""
-        own = self._dropped[path].intersection(members)
-        if not own or not self.training:
+        """LoRA's dropout before the adapters at a path; None where no member has it now."""
+        if not self.training or not (own := self._dropped[path]):
             return None
         if not self._generators:
             self._seed_members("")

@@ -105,11 +105,14 @@ class BankAdamW(torch.optim.Optimizer):
         step, change = state["step"] + 1, torch.empty_like(weights)
         missed = [n + (i in self.idle) for i, n in enumerate(state["missed"])]
         kept = [(t, t[self.idle]) for t in (weights, state["exp_avg"], state["exp_avg_sq"])] if self.idle else []
-        taken = [max(step - n, 1) for n in missed]
 
         def bias(beta: float) -> float | Tensor:
             """1 less beta to the number of steps that a row has taken."""
-            return 1 - beta**step if not any(missed) else weights.new_tensor([[1 - beta**t] for t in taken])
+            return (
+                1 - beta**step
+                if not any(missed)
+                else weights.new_tensor([[1 - beta ** max(step - n, 1)] for n in missed])
+            )
 
         shrink, rates, bias2 = 1 - rates * decays, rates / bias(beta1), bias(beta2)
 

@@ -131,9 +131,9 @@ class BankData(pl.LightningDataModule):
         ``labels``: (N + U, C) probabilities of the classes, or (N + U,) of class 1 or values. ``how``: ``taught``.
         """
         first = self.splits["train"][task]
-        if ExampleWeights(next(t for t in self.tasks if t.name == task), first.source, ()).anything:
-            raise UserError(f"task {task!r}: a student learns from soft labels; leave out class_weights and weight")
         own = first.source
+        if own.weights is not None or any(t.class_weights is not None for t in self.tasks if t.name == task):
+            raise UserError(f"task {task!r}: a student learns from soft labels; leave out class_weights and weight")
         texts = [[*a, *b] for a, b in zip(own.texts, unlabelled.texts, strict=True)]
         whole = Split(np.concatenate([own.ids, unlabelled.ids]), texts, labels)
         taught = TokenisedSplit(whole, self._tokenizer, max_length=self._limit(), truncation=self.truncation)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,15 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in text)
 
 
-def print_summary(
-    header: list[str], rows: list[list[Any]], *, folder: Path, tasks: list[str], signs: Sequence[int] = ()
-) -> None:
+def print_summary(header: list[str], rows: list[list[Any]], *, folder: Path, signs: Mapping[str, int]) -> None:
     """The table of ``History.summary``, best members first by the tasks' scores, and what to do next.
 
-    ``signs``: of the scores, -1 where lower is better; none: higher is.
+    ``signs``: task to the sign of its score, -1 where lower is better.
     """
-    signs = signs or [1] * len(tasks)
-    order = sorted(rows, key=lambda r: [-x * s if s == s else math.inf for s, x in zip(r[2:], signs, strict=False)])
+    by = list(enumerate(signs.values(), 2))
+    order = sorted(rows, key=lambda r: [-sign * r[i] if r[i] == r[i] else math.inf for i, sign in by])
     say(table(header, order))
-    say(f"pool: {folder}\nnext:" + "".join(f"\n  dicor compare --pool {folder} --task {t}" for t in tasks))
+    say(f"pool: {folder}\nnext:" + "".join(f"\n  dicor compare --pool {folder} --task {t}" for t in signs))
 
 
 def default_loggers(run_dir: Path, *, experiment: str, resumed: bool) -> list[Logger]:

@@ -293,5 +293,4 @@ def tell_members(
         if log_table := getattr(logger, "log_table", None):  # W&B's; it refuses a column of numbers and words
             log_table(key="members", columns=header, data=[[r[0], str(r[1]), *r[2:]] for r in rows])
     if printed:
-        tasks = {t.name: t.sign for t in module.tasks}
-        print_summary(header, rows, folder=folder, tasks=[*tasks], signs=[*tasks.values()])
+        print_summary(header, rows, folder=folder, signs={t.name: t.sign for t in module.tasks})

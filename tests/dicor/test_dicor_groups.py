@@ -12,7 +12,7 @@ from scipy.stats import bootstrap, norm, t
 
 from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.dicor.estimate.honest import Estimates, estimate
-from lora_ensemble.dicor.estimate.interval import of_differences
+from lora_ensemble.dicor.estimate.interval import _of_few, of_differences
 from lora_ensemble.dicor.estimate.splits import stratified_folds
 from lora_ensemble.dicor.members import Dev
 from lora_ensemble.pool import TaskPool, read_examples, write_examples
@@ -96,6 +96,20 @@ def test_intervals_are_scipys_bootstrap_over_groups(kind: Kind) -> None:
     assert rowwise is not None
     assert ours.value == pytest.approx(rowwise.value)
     assert ours.high - ours.low > 1.3 * (rowwise.high - rowwise.low)
+
+
+@pytest.mark.parametrize("groups", [10, 12, 40, 1000])  # with fewer than ten there is no estimate
+def test_few_groups_widen_an_interval_as_students_t_does(groups: int) -> None:
+    """And by the variance's n - 1; the bootstrap's own ends, drawn with the same seed, are that much nearer."""
+    few = np.sqrt(groups / (groups - 1)) * t.ppf(0.95, groups - 1) / norm.ppf(0.95)
+    assert _of_few(groups) == pytest.approx(few, rel=1e-3)
+    right = (np.random.default_rng(0).random(groups) < 0.7).astype(int)
+    truth, alone = np.ones(groups, int), np.arange(groups)  # each its own group: drawn as examples are
+    found = of_differences({"a": right[None]}, [("a", "")], truth, "binary", "accuracy", alone)["a", ""]
+    assert found is not None
+    draws = np.random.default_rng(0).integers(groups, size=(2000, groups))
+    ends = np.percentile(right[draws].mean(axis=1), [5, 95])
+    assert (found.low, found.high) == pytest.approx(tuple(found.value + few * (ends - found.value)), abs=1e-3)
 
 
 @pytest.mark.parametrize("groups", [12, 40])

@@ -189,5 +189,5 @@ def test_planned_steps(limit: Any, accumulate: int, epochs: int, steps: int, exp
 def test_the_table_is_sorted_by_the_tasks_scores_alone(capsys: pytest.CaptureFixture[str]) -> None:
     """Of equal scores the first stays first, whatever a further metric says; NaN comes last."""
     rows = [["a", 1, float("nan"), 0.9], ["b", 1, 0.5, 0.1], ["c", 1, 0.5, 0.7], ["d", 2, 0.6, 0.0]]
-    print_summary(["member", "best epoch", "t dev", "t dev (F1Score)"], rows, folder=Path("pool"), tasks=["t"])
+    print_summary(["member", "best epoch", "t dev", "t dev (F1Score)"], rows, folder=Path("pool"), signs={"t": 1})
     assert [line[0] for line in capsys.readouterr().out.splitlines()[1:5]] == ["d", "b", "c", "a"]

@@ -97,7 +97,7 @@ def test_the_lower_rmse_is_better_everywhere(capsys: pytest.CaptureFixture[str])
     assert row.split()[-2:] == ["one", "0.1000"]
     assert "; best so far one 0.1000; " in said
     rows: list[list[Any]] = [["a", 1, 0.3], ["b", 1, 0.1], ["c", 1, float("nan")], ["d", 1, 0.2]]
-    print_summary(["member", "best epoch", "v dev"], rows, folder=Path("pool"), tasks=["v"], signs=[-1])
+    print_summary(["member", "best epoch", "v dev"], rows, folder=Path("pool"), signs={"v": -1})
     assert [line[0] for line in capsys.readouterr().out.splitlines()[1:5]] == [*"bdac"]
 
 

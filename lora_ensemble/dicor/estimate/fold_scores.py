@@ -169,7 +169,7 @@ def standardised(said: np.ndarray, name: ScoreName) -> np.ndarray:
     deviation. Other scores look at what was said as it is. Over parts that different ensembles decide, a difference of
     their scales would count as an error; so it is about the mean of the parts' own scores. (With mean and deviation of
     the choosing part, their error would count, too. Ranks in the part in place of log-odds make average precision of
-    few positives too low: by 0.05 of 60 examples with six.)
+    few positives too low.)
     """
     if not SCORES[name].by_rank and name != "pearson":
         return said

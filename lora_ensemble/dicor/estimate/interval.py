@@ -108,17 +108,17 @@ def of_differences(
             # A draw of N examples is a multinomial draw over the three values.
             draws = np.random.default_rng(0).multinomial(len(labels), counts / counts.sum(), size=DRAWS)
             value, drawn = float(gain.mean()), (draws[:, 2] - draws[:, 0]) / len(labels)
-        low, high = np.percentile(drawn, [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
-        wide = 1.0 if groups is None else _of_few(int(groups.max()) + 1)
-        intervals[a, b] = Interval(value, float(value + wide * (low - value)), float(value + wide * (high - value)))
+        ends = np.percentile(drawn, [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
+        if groups is not None:
+            ends = value + _of_few(int(groups.max()) + 1) * (ends - value)
+        intervals[a, b] = Interval(value, *ends.tolist())
     return intervals
 
 
 def _of_few(groups: int) -> float:
     """By what the bootstrap's intervals over few groups are too narrow: Student's t and the variance's n - 1.
 
-    t as Cornish and Fisher expand it (Abramowitz and Stegun, 26.7.5), to 0.1 % from five groups on. With 12 groups, 87
-    of 100 plain intervals hold the truth, with 40 groups 89; so widened, 90 and 90.
+    t as Cornish and Fisher expand it (Abramowitz and Stegun, 26.7.5).
     """
     v = groups - 1
     t = Z + (Z**3 + Z) / (4 * v) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * v**2)
