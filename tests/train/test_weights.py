@@ -17,6 +17,7 @@ from test_cli import Program
 
 from lora_ensemble import pool
 from lora_ensemble.bank.lora import Member, derived_seed, expand_members
+from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
 from lora_ensemble.text.readers import Split, fingerprint, read_split
@@ -39,7 +40,8 @@ def program(tmp_path: Path, tiny: Callable[[str], Path], demo_root: Path) -> Pro
         texts = [line.split("\t")[2] for line in (demo_root / f"ids-sst-{split}.csv").read_text().splitlines()[1:]]
         rows = [
             {"text": text, "label": "abc"[min(int(rng.integers(8)) // 3, 2)], "w": round(float(rng.gamma(1.0)), 3)}
-            for text in texts[:n]
+            | {"writer": f"{split if i % 4 else 'both'}{i % 11}"}
+            for i, text in enumerate(texts[:n])
         ]
         rows[3]["w"] = 0
         (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -224,7 +226,7 @@ def test_weights_belong_to_the_training_data(program: Program) -> None:
 def test_weights_that_are_none(program: Program, capsys: pytest.CaptureFixture[str], cell: str, message: str) -> None:
     file = program.root / "train.jsonl"
     lines = file.read_text().splitlines()
-    lines[4] = lines[4][: lines[4].index('"w":')] + f'"w": {cell}}}'
+    lines[4] = lines[4][: lines[4].index('"w":')] + f'"w": {cell}, "writer": "x"}}'
     file.write_text("\n".join(lines) + "\n")
     assert program("fit", tasks=given(weight="w")) == 2
     err = capsys.readouterr().err
@@ -235,7 +237,10 @@ def test_weights_that_are_none(program: Program, capsys: pytest.CaptureFixture[s
 
 def test_no_such_column_of_weights(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert program("fit", tasks=given(weight="importance")) == 2
-    assert "no column 'importance'; columns found: text, label, w; set weight: of task 't'" in capsys.readouterr().err
+    assert (
+        "no column 'importance'; columns found: text, label, w, writer; set weight: of task 't'"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -257,6 +262,20 @@ def test_settings_that_are_none(more: dict[str, Any], message: str) -> None:
 def test_a_regression_has_no_classes(more: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"(is|are) for classes"):
         Task(name="t", kind="regression", text=["a"], **more)
+
+
+def test_groups_go_from_the_files_into_the_pool_and_to_dicor(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program("fit", tasks=given(group="writer"), members="[{name: a}, {name: b, seed: 2}]") == 0
+    rows = [json.loads(line) for line in (program.root / "dev.jsonl").read_text().splitlines()]
+    torn = sum(row["writer"].startswith("both") for row in rows)
+    assert f"{torn} of 20 examples are of groups that are also in train" in capsys.readouterr().out
+    groups = pool.TaskPool(program.pool, "t").examples().groups
+    assert groups is not None
+    assert groups.tolist() == [row["writer"] for row in rows]
+    assert dicor(["compare", "--pool", str(program.pool), "--task", "t"]) == 0
+    assert f"the {len(set(groups))} groups, which no split tears apart" in capsys.readouterr().out
 
 
 def test_what_decides_the_loss_is_recorded(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
