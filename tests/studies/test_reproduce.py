@@ -326,6 +326,13 @@ def test_told_to_end(program: Program, capsys: pytest.CaptureFixture[str], monke
     assert "stopped in part 1 " in capsys.readouterr().err
 
 
+def small_oyeniyi(program: Program) -> tuple[Path, list[str]]:
+    """Where it goes, and the command."""
+    output = program.folder / "out"
+    arguments = ["reproduce", "oyeniyi", f"--data.root={program.root}", "--scale=small", f"--output={output}"]
+    return output, [*arguments, f"--base_model={program.base}", "--accelerator=cpu", "--precision=32-true"]
+
+
 def test_small_reproduction_of_oyeniyi(
     program: Program, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,9 +340,7 @@ def test_small_reproduction_of_oyeniyi(
     fewer = program.folder / "fewer.yaml"
     fewer.write_text("data: {steps_per_epoch: 4}\ntrainer: {max_epochs: 2, precision: 32-true}\n")
     monkeypatch.setattr(command, "config_files", lambda part, scale: [*config_files(part, scale), fewer])
-    output = program.folder / "out"
-    arguments = ["reproduce", "oyeniyi", f"--data.root={program.root}", "--scale=small", f"--output={output}"]
-    arguments += [f"--base_model={program.base}", "--accelerator=cpu", "--precision=32-true"]
+    output, arguments = small_oyeniyi(program)
     assert main([*arguments, "--plan"]) == 0
     assert not output.exists()
     capfd.readouterr()
@@ -367,9 +372,7 @@ def test_patience_trains_until_nothing_is_gained(
     monkeypatch.setattr(command, "config_files", lambda part, scale: [*config_files(part, scale), fewer])
     monkeypatch.setattr(work, "config_files", lambda part, scale: [*config_files(part, scale), fewer])
     monkeypatch.setattr(work, "MOST", 4)
-    output = program.folder / "out"
-    arguments = ["reproduce", "oyeniyi", f"--data.root={program.root}", "--scale=small", f"--output={output}"]
-    arguments += [f"--base_model={program.base}", "--accelerator=cpu", "--precision=32-true"]
+    output, arguments = small_oyeniyi(program)
     assert main([*arguments, "--patience=0"]) == 2
     assert "--patience 0: expected a number of dev evaluations of at least 1" in capfd.readouterr().err
     assert main([*arguments, "--patience=1"]) == 0
