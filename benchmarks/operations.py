@@ -109,7 +109,7 @@ def counted(work: Workload, members: int, epochs: int) -> dict[str, tuple[float,
         for batch in batches:
             run("training", "train", batch, backward=True)
         bank.eval()
-        for batch in EvalBatches({name: dev}, batch_size=32, rank=0, world=1):
+        for batch in EvalBatches({"dev": {name: dev}}, batch_size=32, rank=0, world=1):
             run("dev", "dev", batch, backward=False)
         bank.train()
     sums["frozen"][1] = frozen(encoder, np.concatenate([train.lengths, dev.lengths]), start) if start else 0.0

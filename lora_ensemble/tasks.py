@@ -17,6 +17,8 @@ ScoreName = Literal[
 ]
 # fmt: on
 SPLITS = ("train", "dev", "test")
+OOF = "oof"
+"""The training examples as a split of their own: each predicted by a model that was trained without its fold."""
 
 
 @dataclass(frozen=True, kw_only=True)

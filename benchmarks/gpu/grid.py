@@ -64,7 +64,7 @@ class _Clock(pl.Callback):
         assert isinstance(module, BankModule)
         synchronize(self._device)
         self.validations.append(time.perf_counter() - self._validation)
-        (found,) = module.evaluations.values()
+        (found,) = module.evaluations["dev"].values()
         self.best.append(max(found.scores or [math.nan]))
         self._since = time.perf_counter() if self._done >= self._warmup else 0.0
 

@@ -149,10 +149,11 @@ def _short(number: Any) -> str:
     return repr(number).removesuffix(".0")
 
 
-def expand_members(entries: Sequence[Member], *, finetune: str = "lora") -> list[Member]:
+def expand_members(entries: Sequence[Member], *, finetune: str = "lora", ending: str = "") -> list[Member]:
     """All members that the entries describe, grids expanded, in order; of an expanded one, itself.
 
-    ``UserError`` where there is none, a value is out of range, a name is there twice, or several are finetuned in full.
+    ``ending``: of the names that are made from the settings. ``UserError`` where there is no member, a value is out of
+    range, a name is there twice, or several are finetuned in full.
     """
     if not entries:
         raise UserError("model.members: the list is empty; give at least one member, e.g. [{rank: 8, lr: 1e-4}]")
@@ -166,7 +167,7 @@ def expand_members(entries: Sequence[Member], *, finetune: str = "lora") -> list
             raise UserError(f"{where}: a setting is an empty list; a grid needs at least one value")
         if entry.name and len(grid) > 1:
             raise UserError(f"{where}: name {entry.name!r} for a grid of {len(grid)} members; leave the name out")
-        members += [_checked(where, entry.name, settings, finetune) for settings in grid]
+        members += [_checked(where, entry.name, settings, finetune, ending) for settings in grid]
     numbers: dict[str, int] = {}
     for number, member in enumerate(members):
         if numbers.setdefault(member.name, number) != number:
@@ -187,7 +188,7 @@ def _is_grid(setting: str, value: Any) -> bool:
     return isinstance(value, list) and not (setting == "layers" and value and all(isinstance(v, int) for v in value))
 
 
-def _checked(where: str, name: str | None, settings: dict[str, Any], finetune: str) -> Member:
+def _checked(where: str, name: str | None, settings: dict[str, Any], finetune: str, ending: str) -> Member:
     rank, scaling, lr, targets, seed = (settings[k] for k in ("rank", "scaling", "lr", "targets", "seed"))
     layers, patience = settings["layers"] or ALL_LAYERS, settings["patience"]
     layers = sorted(set(layers)) if isinstance(layers, list) else layers
@@ -213,7 +214,7 @@ def _checked(where: str, name: str | None, settings: dict[str, Any], finetune: s
     if adapted:
         own: dict[str, Any] = {"layers": layers, "dropout": dropout or 0.0, "init": init, "lr_b": lr_b}
         member = Member(rank=rank, scaling=float(scaling), targets=targets, **own, **same)
-    name = name or member_name(member, finetune)
+    name = name or member_name(member, finetune) + ending
     pool.check_name(name)
     return dataclasses.replace(member, name=name)
 

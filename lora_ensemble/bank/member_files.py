@@ -97,12 +97,23 @@ def weight_files(bank: Bank, index: int, task: Task, *, base_model: str, revisio
     return {pool.ADAPTER_CONFIG: config, pool.ADAPTER: {name: tensor.numpy() for name, tensor in tensors.items()}}
 
 
+def answering_files(bank: Bank, rows: Sequence[int], task: Task, **base: Any) -> dict[str, Any]:
+    """:func:`weight_files` of the models whose mean a member is, which have these rows: of several, in folders."""
+    models = [weight_files(bank, row, task, **base) for row in rows]
+    if len(models) == 1:
+        return models[0]
+    return {pool.in_fold(k, name): content for k, files in enumerate(models) for name, content in files.items()}
+
+
 def read_weights(
-    folder: Path, record: pool.MemberRecord, *, prefix: str
+    folder: Path, record: pool.MemberRecord, *, prefix: str, model: str = ""
 ) -> tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]:
-    """A member's adapter, head and, where it was fully fine-tuned, encoder, from the pool at ``folder``."""
+    """A member's adapter, head and, where it was fully fine-tuned, encoder, from the pool at ``folder``.
+
+    ``model``: which of :attr:`MemberRecord.models`.
+    """
     full = record.finetune == "full"
-    arrays = pool.read_tensors(folder, record, pool.FULL if full else pool.ADAPTER)
+    arrays = pool.read_tensors(folder, record, model + (pool.FULL if full else pool.ADAPTER))
     tensors = {key: torch.from_numpy(array).float() for key, array in arrays.items()}
     if not full:
         adapter, head = from_peft(tensors, prefix=prefix)
@@ -148,9 +159,11 @@ def load_base(
 def restore_members(bank: Bank, folder: Path, *, base_model: str, fingerprint: Mapping[str, Any] | None = None) -> None:
     """Fill a bank with its members' best weights from the pool at ``folder``.
 
+    A member that is several models is there for each of them; where the pool has one for all of them, the last gets it.
     ``fingerprint``: the base model's, to be checked. ``UserError`` where a member is missing, has another base model or
     other settings, or comes from different runs or epochs in several tasks.
     """
+    names = [m.name for m in bank.members]
     for index, member in enumerate(bank.members):
         records = [_record_of(bank, index, task, folder, base_model) for task in bank.tasks]
         if fingerprint is not None:
@@ -158,9 +171,16 @@ def restore_members(bank: Bank, folder: Path, *, base_model: str, fingerprint: M
         origins = {r.task: (r.run, r.best_epoch) for r in records}
         if len(set(origins.values())) > 1:
             raise UserError(f"{folder}: {member.name!r} comes from different runs or epochs: {origins}; train it again")
-        heads = {}
+        models, rows, place = records[0].models or [""], names.count(member.name), names[:index].count(member.name)
+        if len(models) not in (1, rows):
+            raise UserError(
+                f"{folder}: {member.name!r} is {len(models)} models; give the data.folds it was trained with"
+            )
+        if len(models) == 1 and place < rows - 1:
+            continue
+        model, heads = models[place % len(models)], {}
         for record in records:
-            adapter, heads[record.task], encoder = read_weights(folder, record, prefix=bank.prefix)
+            adapter, heads[record.task], encoder = read_weights(folder, record, prefix=bank.prefix, model=model)
             try:
                 if encoder:
                     bank.load_encoder(encoder)

@@ -77,14 +77,10 @@ class Bank(nn.Module):
         ]
         """The layer at which each member leaves the encoder as it was: what lies below runs once for all, and without
         dropout. 0: with the embeddings; the number of layers: it reads the encoder's output."""
-        everyone = range(len(members))
-        order = sorted(everyone, key=self.starts.__getitem__)  # as they start
-        self._running = [i for i in order if self.starts[i] < self.depth]  # those for which the encoder runs
-        self._places = None if order == [*everyone] else sorted(everyone, key=order.__getitem__)  # of each in the order
+        self._everyone = list(range(len(members)))
+        running = sum(start < self.depth for start in self.starts)  # those for which the encoder runs
         self._encode: PackedEncoder | PaddedEncoder = (
-            PackedEncoder(self.encoder)
-            if family.packs
-            else PaddedEncoder(self.encoder, self._inside, members=len(self._running))
+            PackedEncoder(self.encoder) if family.packs else PaddedEncoder(self.encoder, self._inside, members=running)
         )
         self._scaling: Tensor | None = None
         self._dropped = {p: {i for i, m in enumerate(members) if m.dropout and p in self.paths[i]} for p in adapted}
@@ -128,24 +124,28 @@ class Bank(nn.Module):
         return {name: p.view(len(weights), *shape) for (name, shape), p in zip(shapes, pieces, strict=True)}
 
     def forward(
-        self, batches: Mapping[str, Mapping[str, Any]], states: Mapping[str, States] | None = None
+        self,
+        batches: Mapping[str, Mapping[str, Any]],
+        states: Mapping[str, States] | None = None,
+        members: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """Task name to logits (M, B, C), from task name to a packed row, see :meth:`PackedEncoder.__call__`.
 
-        ``states``: task name to :meth:`frozen_states` of the same batch, where they are known already.
+        ``states``: task name to :meth:`frozen_states` of the same batch, where they are known already. ``members``:
+        those that are asked, by number; None: all.
         """
-        dtype = product_dtype(self.weights)
-        views = self._views(self.weights)
-        pooler = self._adapters(self.weights, range(len(self.members)), dtype, self._in_pooler)
+        dtype, asked = product_dtype(self.weights), self._everyone if members is None else list(members)
+        weights = self._rows(asked)
+        views = self._views(weights)
+        pooler = self._adapters(asked, dtype, self._in_pooler)
         logits = {}
         for name, batch in batches.items():
             head = self._by_task[name]
             if batch["examples"] == 0:
                 # A process without an example of a small last batch still takes part in the backward pass.
-                nothing = self.weights.new_zeros(len(self.members), 0, head.config.num_labels)
-                logits[name] = self.weights.sum() * 0 + nothing
+                logits[name] = weights.sum() * 0 + weights.new_zeros(len(asked), 0, head.config.num_labels)
                 continue
-            read = self._read(batch, (states or {}).get(name), dtype)
+            read = self._read(batch, (states or {}).get(name), dtype, asked)
             own = {n: views[f"{name}/{n}"] for n, _ in head.named_parameters()}
             logits[name] = head_logits(head, own, read, self._pool(read, pooler, dtype))
         return logits
@@ -169,40 +169,43 @@ class Bank(nn.Module):
         p = [single(self.members[i].dropout) if i in own else 0.0 for i in members]
         return MemberDropout(p, [self._generators.get(i) for i in members])
 
-    def _adapters(self, weights: Tensor, members: Sequence[int], dtype: torch.dtype, paths: Sequence[str]) -> Adapters:
-        """Adapters of some members, from their rows of the weight matrix, as :data:`encode.Adapters`."""
+    def _rows(self, members: list[int]) -> Tensor:
+        """The weights of some members, a row for each."""
+        return self.weights if members == self._everyone else self.weights[members]
+
+    def _adapters(self, members: list[int], dtype: torch.dtype, paths: Sequence[str]) -> Adapters:
+        """Adapters of some members, as :data:`encode.Adapters`."""
+        weights = self.weights
         # Not a buffer: a change of the module's precision would round it for good.
         if self._scaling is None or (self._scaling.device, self._scaling.dtype) != (weights.device, weights.dtype):
             with torch.inference_mode(False):  # or an evaluation's would be no use to training
                 self._scaling = weights.new_tensor([single(m.scaling) for m in self.members]).view(-1, 1, 1)
-        order = list(members)
-        scaling = self._scaling if order == list(range(len(self.members))) else self._scaling[order]
-        views = self._views(weights)
+        scaling = self._scaling if members == self._everyone else self._scaling[members]
+        views = self._views(self._rows(members))
         return {
-            p: (views[f"{p}.A"].to(dtype), (views[f"{p}.B"] * scaling).to(dtype), self._dropout(p, order))
+            p: (views[f"{p}.A"].to(dtype), (views[f"{p}.B"] * scaling).to(dtype), self._dropout(p, members))
             for p in paths
         }
 
-    def _read(self, batch: Mapping[str, Any], states: States | None, dtype: torch.dtype) -> Tensor:
-        """What the heads read of each example, (M, B, H)."""
+    def _read(self, batch: Mapping[str, Any], states: States | None, dtype: torch.dtype, members: list[int]) -> Tensor:
+        """What the heads of some members read of each example, (M, B, H)."""
         states = self.frozen_states(batch) if states is None else states
         parts: list[Tensor] = []
-        runs, everyone = self._running, list(range(len(self.members)))
-        if runs:
-            rows = self.weights if runs == everyone else self.weights[runs]
-            adapters = self._adapters(rows, runs, dtype, self._inside)
-            starts = [self.starts[i] for i in runs]
+        order = sorted(range(len(members)), key=lambda place: self.starts[members[place]])  # as they start
+        starts = [start for place in order if (start := self.starts[members[place]]) < self.depth]
+        if starts:
+            adapters = self._adapters([members[place] for place in order[: len(starts)]], dtype, self._inside)
             read = self._encode(batch, adapters, starts=starts, states=states, dropout=self.training)
-            parts.append(read.expand(len(runs), -1, -1))
-        if len(runs) < len(everyone):
-            parts.append(states[self.depth].expand(len(everyone) - len(runs), -1, -1))
+            parts.append(read.expand(len(starts), -1, -1))
+        if rest := len(members) - len(starts):
+            parts.append(states[self.depth].expand(rest, -1, -1))
         read = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return read if self._places is None else read[self._places]
+        return read if order == sorted(order) else read[sorted(order, key=order.__getitem__)]
 
     @torch.no_grad()
     def read(self, batch: Mapping[str, Any]) -> Tensor:
         """The encoder's output that each member's head reads, the first token's, (M, B, H)."""
-        return self._read(batch, None, product_dtype(self.weights))
+        return self._read(batch, None, product_dtype(self.weights), self._everyone)
 
     @property
     def frozen_layers(self) -> list[int]:

@@ -17,7 +17,7 @@ from lora_ensemble import __version__
 from lora_ensemble.dicor.choose.settings import DEFAULT_METHOD
 from lora_ensemble.dicor.options import METHODS, Options, Request, add_options, options_of, refuse_unheard
 from lora_ensemble.errors import Parser, UserError
-from lora_ensemble.tasks import SCORES
+from lora_ensemble.tasks import OOF, SCORES
 
 if TYPE_CHECKING:
     from lora_ensemble.pool import TaskPool
@@ -67,7 +67,7 @@ def _parser() -> Parser:
         description="Write an ensemble's predictions: CSV, or for sst, quora and sts the course's leaderboard file.",
     )
     apply.add_argument("--ensemble", type=Path, required=True, metavar="FILE", help="what dicor select or export wrote")
-    apply.add_argument("--split", choices=("dev", "test"), default="test", help="default: test")
+    apply.add_argument("--split", choices=("dev", OOF, "test"), default="test", help="default: test")
     apply.add_argument("--output", type=Path, required=True, metavar="FILE", help="the predictions to write")
     apply.add_argument("--pool", type=Path, metavar="DIR", help="the pool, if it is no longer where the record says")
     return parser
@@ -77,6 +77,11 @@ def _shared() -> tuple[Parser, Parser, Parser]:
     """The options that several commands have: of the methods, about one task, and with several methods."""
     settings, one_task, several = (Parser(add_help=False) for _ in range(3))
     settings.add_argument("--pool", type=Path, required=True, metavar="DIR", help="the folder that training wrote")
+    settings.add_argument(
+        "--on",
+        choices=("dev", OOF),
+        help="what to choose on: dev (the default where there is one), or the out-of-fold predictions of training",
+    )
     settings.add_argument(
         "--score",
         choices=SCORES,
@@ -96,7 +101,7 @@ def _shared() -> tuple[Parser, Parser, Parser]:
         "--split",
         choices=("dev", "test"),
         default="dev",
-        help="test: also score what was chosen on dev on the labelled test split; do it once",
+        help="test: also score what was chosen on the labelled test split; do it once",
     )
     several.add_argument("--plots", type=Path, metavar="DIR", help="save the plots of a report as PNG and SVG")
     return settings, one_task, several
@@ -123,23 +128,25 @@ def _import(given: argparse.Namespace) -> None:
 def _head(task_pool: TaskPool) -> str:
     reasons = ", ".join(f"{n} {why}" for why, n in sorted(Counter(task_pool.left_out.values()).items()))
     return (
-        f"{task_pool.name}: {len(task_pool.members)} members on {len(task_pool.examples().ids)} dev examples; "
+        f"{task_pool.name}: {len(task_pool.members)} members on {len(task_pool.examples().ids)} {task_pool.split} "
+        "examples; "
         f"{len(task_pool.left_out)} left out{f' ({reasons})' if reasons else ''}"
     )
 
 
 def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
-    from lora_ensemble.dicor.compare import compare
+    from lora_ensemble.dicor.compare import compare, judged
     from lora_ensemble.dicor.table import about, number, offsets, table, verdict
     from lora_ensemble.files import writing
     from lora_ensemble.pool import TaskPool
 
     with writing(given.output) as f:
-        task_pool, options = TaskPool(given.pool, given.task), options_of(given, Options)
+        task_pool, options = TaskPool(given.pool, given.task, split=given.on), options_of(given, Options)
         method = given.method or DEFAULT_METHOD[task_pool.kind]
         refuse_unheard(options, [method])
         comparison = compare(task_pool, [method], options, score=given.score)
+        judgement = judged(comparison, test=False)
         _notify(comparison.notices, given.task)
         ensemble = record.make(comparison, method, folder=given.output.resolve().parent)
         f.write(ensemble.to_json())
@@ -153,12 +160,12 @@ def _select(given: argparse.Namespace) -> None:
         print(f"{row['name']:<{width}} {row['score']:>{len(score)}.4f} {row['weight']:>7.4f} {similarity:>32}")
     if ensemble.offsets is not None:
         print(offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
-    print(f"\n{table(estimates)}\n\n{verdict(method, estimates.of[method])}\n{about(estimates)}")
+    print(f"\n{table(estimates, judgement)}\n\n{verdict(method, estimates.of[method])}\n{about(estimates)}")
     print(f"saved {given.output}")
 
 
 def _compare(given: argparse.Namespace) -> None:
-    from lora_ensemble.dicor.compare import compare, overall, test_scores
+    from lora_ensemble.dicor.compare import compare, judged, overall
     from lora_ensemble.dicor.table import about, number, table, verdict
     from lora_ensemble.pool import TaskPool, task_names
 
@@ -174,14 +181,14 @@ def _compare(given: argparse.Namespace) -> None:
     refuse_unheard(options, methods)
     comparisons = {}
     for task in tasks:
-        task_pool = TaskPool(given.pool, task)
+        task_pool = TaskPool(given.pool, task, split=given.on)
         comparison = comparisons[task] = compare(
             task_pool, methods, options, score=given.score, probabilities=bool(given.plots)
         )
         estimates = comparison.estimates
-        test = test_scores(comparison) if given.split == "test" else None
+        judgement = judged(comparison, test=given.split == "test")
         _notify(comparison.notices, task)
-        print(f"{_head(task_pool)}\n\n{table(estimates, test)}\n")
+        print(f"{_head(task_pool)}\n\n{table(estimates, judgement)}\n")
         default = DEFAULT_METHOD[task_pool.kind]
         method = default if default in estimates.of else list(estimates.of)[-1]
         print(verdict(method, estimates.of[method]))
@@ -215,7 +222,7 @@ def _check_report(what: str, folder: Path | None) -> None:
 def _report(given: argparse.Namespace) -> None:
     """Write the page, and say where it is."""
     _check_report("dicor report", given.plots)
-    from lora_ensemble.dicor.compare import compare, test_scores
+    from lora_ensemble.dicor.compare import compare, judged
     from lora_ensemble.dicor.report import page, to_wandb
     from lora_ensemble.dicor.report.charts import plots
     from lora_ensemble.dicor.report.facts import gather, method_shown
@@ -229,11 +236,11 @@ def _report(given: argparse.Namespace) -> None:
     methods, options = given.method or list(METHODS), options_of(given, Options)
     refuse_unheard(options, methods)
     with writing(given.output) as f:
-        task_pool = TaskPool(given.pool, given.task)
+        task_pool = TaskPool(given.pool, given.task, split=given.on)
         comparison = compare(task_pool, methods, options, score=given.score, probabilities=True)
-        test = test_scores(comparison) if given.split == "test" else None
+        judgement = judged(comparison, test=given.split == "test")
         _notify(comparison.notices, given.task)
-        facts = gather(comparison, method_shown(comparison, given.method), test=test)
+        facts = gather(comparison, method_shown(comparison, given.method), judgement=judgement)
         shown = plots(facts)
         text = page.page(facts, shown, options)
         f.write(text)
@@ -260,8 +267,8 @@ def _apply(given: argparse.Namespace) -> None:
     if score is not None:
         _notify(one_label(examples.labels, ensemble.labels, f"{given.split} labels"), ensemble.task)
         print(f"{ensemble.task} {given.split} {SCORES[ensemble.score].words} {number(score)}")
-        if given.split == "dev":
-            print(IN_SAMPLE)
+        if given.split == ensemble.chosen_on:
+            print(IN_SAMPLE.format(given.split))
     print(f"saved {len(decided)} predictions of {ensemble.size} members in {given.output}")
 
 

@@ -37,7 +37,7 @@ class Logits:
 
 
 def dev_of(task_pool: TaskPool, score: str | None = None) -> Dev:
-    """The members of a pool on its dev examples, and by which score they are judged (None: the pool's).
+    """The members of a pool on the examples of its split, and by which score they are judged (None: the pool's).
 
     ``UserError`` where these have no labels, the kind has no such score, the pool's are several, and as ``TaskPool``.
     """
@@ -47,7 +47,7 @@ def dev_of(task_pool: TaskPool, score: str | None = None) -> Dev:
     examples, records = task_pool.examples(), task_pool.members
     if examples.labels is None:
         where = task_pool.pool / task_pool.name
-        raise UserError(f"{where}: the dev examples have no labels, so there is no score to choose by")
+        raise UserError(f"{where}: the {task_pool.split} examples have no labels, so there is no score to choose by")
     file = logits_file(task_pool.split)
     dev = Dev.of(
         [Logits(task_pool, r.name) for r in records],
@@ -61,12 +61,12 @@ def dev_of(task_pool: TaskPool, score: str | None = None) -> Dev:
         fingerprints=[r.files.get(file, r.name) for r in records],
         score=score or task_pool.scored_by,
     )
-    notices = [*dev.notices, *one_label(examples.labels, task_pool.labels, "dev labels")]
+    notices = [*dev.notices, *one_label(examples.labels, task_pool.labels, f"{task_pool.split} labels")]
     if students := sum(DISTILLED in r.settings for r in records):
         who, whose = ("1 member was", "its") if students == 1 else (f"{students} members were", "their")
         what = "distilled from an ensemble that was chosen on dev"
         notices.append(f"{who} {what}: {whose} scores flatter a little, honest ones too")
-    return replace(dev, notices=notices)
+    return replace(dev, notices=notices, split=task_pool.split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def compare(
     score: str | None = None,
     probabilities: bool = False,
 ) -> Comparison:
-    """Choose by these methods, and by ``best`` and ``omni``, from a pool's dev logits, and estimate how good each is.
+    """Choose by these methods, and by ``best`` and ``omni``, on a pool's split, and estimate how good each is.
 
     ``score``: its name; None: that which the members were trained by. ``probabilities``: see ``estimate``.
     ``UserError``, naming the task, where an option does not fit the pool, and as ``estimate`` does.
@@ -117,25 +117,37 @@ def compare(
     return Comparison(task_pool=task_pool, methods=methods, estimates=estimates, dev=dev, notices=notices)
 
 
-def test_scores(comparison: Comparison) -> dict[str, float]:
-    """Method to the score, on the labelled test split, of what it chose on dev. NaN where it is undefined.
+@dataclass(frozen=True)
+class Judgement:
+    """The scores of what each method chose, by its name, on a labelled split that nothing was chosen on."""
 
-    Notices about the test labels are added to the comparison's. ``UserError`` where these, or test logits, are unknown.
+    split: str
+    scores: dict[str, float]  # NaN where it is undefined
+
+
+def judged(comparison: Comparison, *, test: bool) -> Judgement | None:
+    """What was chosen, on the test split where that is asked for, else on dev where it was chosen on other examples.
+
+    Notices about the labels are added to the comparison's. None where there is nothing to judge on. ``UserError`` where
+    test labels or logits are unknown.
     """
-    pool = TaskPool(comparison.task_pool.pool, comparison.task_pool.name, split="test")
+    of = comparison.task_pool
+    if not test and (of.split == "dev" or not all("dev" in r.examples for r in of.members)):
+        return None
+    pool = TaskPool(of.pool, of.name, split="test" if test else "dev")
     labels = pool.examples().labels
     if labels is None:
         raise UserError(
             f"{pool.pool / pool.name}: the test examples have no labels, so there is no score; leave out --split test"
         )
-    comparison.notices.extend(one_label(labels, pool.labels, "test labels"))
+    comparison.notices.extend(one_label(labels, pool.labels, f"{pool.split} labels"))
     scores, by = {}, comparison.dev.scored_by
     for method, chosen_by in comparison.estimates.of.items():
         names, ranks = chosen_by.names, [pool.record(name).rank for name in chosen_by.names]
         on_dev = comparison.score.sign * np.array([comparison.estimates.scores[name] for name in names])
         chosen = Members(np.stack([pool.logits(name) for name in names]), pool.kind, names, ranks, on_dev, score=by)
         scores[method] = float(scored(said(chosen, chosen_by.choice), labels, pool.kind, by))
-    return scores
+    return Judgement(pool.split, scores)
 
 
 def overall(comparisons: Mapping[str, Comparison]) -> dict[str, tuple[float, float]] | None:

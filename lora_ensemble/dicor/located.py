@@ -110,10 +110,11 @@ def chosen_records(ensemble: Ensemble, pool: Path) -> list[MemberRecord]:
         record = read_record(pool, ensemble.task, chosen.name)
         if record is None:
             raise UserError(f"{folder}: no such member, though the ensemble needs it; copy it back, or select again")
-        dev = logits_file("dev")
+        split = ensemble.chosen_on
+        logits = logits_file(split)
         for what, now, then in (
-            ("dev logits", record.files.get(dev), chosen.files[dev]),
-            ("dev examples", record.examples.get("dev"), ensemble.examples),
+            (f"{split} logits", record.files.get(logits), chosen.files[logits]),
+            (f"{split} examples", record.examples.get(split), ensemble.examples),
             ("kind", record.kind, ensemble.kind),
             ("labels", record.labels, ensemble.labels),
         ):

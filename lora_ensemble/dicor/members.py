@@ -98,6 +98,7 @@ class Dev:
     epochs: Sequence[np.ndarray | None]  # M of (E, N, C) logits of every epoch, or None where they were not kept
     notices: list[str] = field(default_factory=list)  # what was left out, or is to be known, in words
     groups: np.ndarray | None = None  # (N,) unicode: examples of one group are no independent evidence; None: all are
+    split: str = "dev"  # what the examples are: dev, or oof
 
     @classmethod
     def of(
@@ -193,9 +194,11 @@ class Dev:
             return self, good
         words = SCORES[self.scored_by].words
         if np.all(self.labels == self.labels[0]):
-            raise UserError(f"the dev labels are all the same, so {words} is undefined; give dev examples that differ")
+            raise UserError(
+                f"the {self.split} labels are all the same, so {words} is undefined; give examples that differ"
+            )
         name, value = self.names[undefined[0]], decisions(self.logits_of(undefined[0]), self.kind)[0]
-        what = f"member {name}: its dev predictions are constant (all {value:.6g}), so its {words}"
+        what = f"member {name}: its {self.split} predictions are constant (all {value:.6g}), so its {words}"
         if not good:
             raise UserError(f"{what} is undefined, and so are all others'; train them again")
         others = f" (and {len(undefined) - 1} more like it)" if len(undefined) > 1 else ""

@@ -21,15 +21,16 @@ from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord, check_name, logits_file
 from lora_ensemble.scores import scored
-from lora_ensemble.tasks import SCORES, Kind, ScoreName, Task, check_score, check_task_name
+from lora_ensemble.tasks import OOF, SCORES, Kind, ScoreName, Task, check_score, check_task_name
 
 SCHEMA = 2
 _KEYS = [
     *("version", "task", "kind", "labels", "method", "settings", "strategy", "size", "members", "estimate", "best"),
     *("omni", "folds", "repeats", "considered", "left_out", "notices", "examples", "pool", "scale", "offsets", "score"),
+    "chosen_on",
 ]
-"""Of the file after its schema, in this order; old files have neither scale nor offsets, nor a score's name."""
-_DEV = logits_file("dev")
+"""Of the file after its schema, in this order; old files have neither scale nor offsets, nor a score's name, nor say
+what was chosen on: it was dev."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,8 @@ class Ensemble:
     method: str
     settings: dict[str, Any]  # the method's parameters
     members: list[MemberRecord]
-    """In the order of choice, as they were then; the score is that of their dev logits. Of members that were read only
-    what the file says is known: see ``rows``."""
+    """In the order of choice, as they were then; the score is that on what was chosen on. Of members that were read
+    only what the file says is known: see ``rows``."""
     choice: Choice  # how they decide together; it counts them as they stand in ``members``
     estimate: dict[str, Any]  # of the ensemble: see ``figures``
     best: dict[str, Any]  # the single best member: its name and figures
@@ -55,7 +56,8 @@ class Ensemble:
     considered: int  # M: the finished members of the pool that have a score, each once
     left_out: dict[str, str]  # name to reason of members that were not considered because they are not finished
     notices: list[str]  # what else was left out, or is to be known of the members
-    examples: str  # fingerprint of the dev examples
+    examples: str  # fingerprint of the examples that were chosen on
+    chosen_on: str  # their split: dev, or oof
     pool: str  # path of the pool, relative to the folder of this file
 
     @property
@@ -78,8 +80,8 @@ class Ensemble:
         """What the file says of each member and of its part in the choice.
 
         ``weight``: its part in the mean, of sum 1, or of the votes. ``temperature``: what its logits are divided by
-        first, or None. ``similarities``: to each member before it, where the method looks at them. ``dev_logits``: the
-        checksum of what it was chosen by; another one means that it was trained again since.
+        first, or None. ``similarities``: to each member before it, where the method looks at them. ``dev_logits``, or
+        ``oof_logits``: the checksum of what it was chosen by; another one means that it was trained again since.
         """
         k, choice = self.size, self.choice
         weights = [1 / k] * k if choice.weights is None else choice.weights.tolist()
@@ -92,7 +94,7 @@ class Ensemble:
                 "temperature": temperatures[i],
                 "mean_similarity": float(np.mean(similarities[i])) if similarities[i] else None,
                 "similarities": similarities[i],
-                "dev_logits": member.files[_DEV],
+                f"{self.chosen_on}_logits": member.files[logits_file(self.chosen_on)],
             }
             for i, member in enumerate(self.members)
         ]
@@ -167,7 +169,8 @@ def make(comparison: Comparison, method: str, *, folder: Path) -> Ensemble:
         considered=len(omni.names),
         left_out=task_pool.left_out,
         notices=estimates.notices,
-        examples=task_pool.members[0].examples["dev"],
+        examples=task_pool.members[0].examples[task_pool.split],
+        chosen_on=task_pool.split,
         pool=os.path.relpath(task_pool.pool.resolve(), folder.resolve()),
     )
 
@@ -184,7 +187,7 @@ def read(path: Path) -> Ensemble:
     if (schema := raw.pop("schema")) != SCHEMA:
         raise UserError(f"{path}: schema {schema!r}; this version reads schema {SCHEMA}; select again")
     try:
-        raw = {"scale": 1.0, "offsets": None, "score": None, **raw}
+        raw = {"scale": 1.0, "offsets": None, "score": None, "chosen_on": "dev", **raw}
         _check(raw)
         return _ensemble_of(raw)
     except (TypeError, KeyError, ValueError, UserError) as e:
@@ -194,10 +197,10 @@ def read(path: Path) -> Ensemble:
 
 def _ensemble_of(raw: dict[str, Any]) -> Ensemble:
     """The ensemble of a file's content, which ``_check`` has seen."""
-    rows, strategy, offsets = raw.pop("members"), raw.pop("strategy"), raw.pop("offsets")
+    rows, strategy, offsets, split = raw.pop("members"), raw.pop("strategy"), raw.pop("offsets"), raw["chosen_on"]
     weights, degrees, similarities, checksums, _ = (
         [row.pop(key) for row in rows]
-        for key in ("weight", "temperature", "similarities", "dev_logits", "mean_similarity")
+        for key in ("weight", "temperature", "similarities", f"{split}_logits", "mean_similarity")
     )
     choice = Choice(
         members=list(range(raw.pop("size"))),
@@ -208,9 +211,9 @@ def _ensemble_of(raw: dict[str, Any]) -> Ensemble:
         offsets=None if offsets is None else np.array(offsets),
         similarities=similarities,
     )
-    task = {"task": raw["task"], "kind": raw["kind"], "labels": raw["labels"], "examples": {"dev": raw["examples"]}}
+    task = {"task": raw["task"], "kind": raw["kind"], "labels": raw["labels"], "examples": {split: raw["examples"]}}
     members = [
-        MemberRecord(**row, **task, finished=True, files={_DEV: checksum})
+        MemberRecord(**row, **task, finished=True, files={logits_file(split): checksum})
         for row, checksum in zip(rows, checksums, strict=True)
     ]
     return Ensemble(**raw, members=members, choice=choice)
@@ -227,6 +230,7 @@ def _check(raw: dict[str, Any]) -> None:
     kind, strategy, labels, offsets, rows = (raw[k] for k in ("kind", "strategy", "labels", "offsets", "members"))
     expect(kind in get_args(Kind), raw, "kind", f"one of {', '.join(get_args(Kind))}")
     expect(strategy in get_args(Strategy), raw, "strategy", f"one of {', '.join(get_args(Strategy))}")
+    expect(raw["chosen_on"] in ("dev", OOF), raw, "chosen_on", f"dev or {OOF}")
     for key in ("task", "pool", "examples"):
         expect(isinstance(raw[key], str), raw, key, "text")
     texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)

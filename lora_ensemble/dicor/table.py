@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lora_ensemble.dicor.choose.settings import Strategy
+from lora_ensemble.dicor.compare import Judgement
 from lora_ensemble.dicor.estimate.honest import Estimate, Estimates
 from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
 from lora_ensemble.tasks import SCORES, Kind
 
-IN_SAMPLE = "In-sample: the score on the very dev set that was chosen on, which flatters what was chosen."
+IN_SAMPLE = "In-sample: the score on the very {} set that was chosen on, which flatters what was chosen."
+_OUT_OF_FOLD = (
+    "oof: the training examples, each predicted by a model that was trained without its fold. On other text a member "
+    "is the mean of its models, or one of all examples, and mostly a little better."
+)
 
 
 def number(value: float | None, *, sign: bool = False) -> str:
@@ -24,18 +29,19 @@ def about(estimates: Estimates) -> str:
     """What the columns mean, in sentences."""
     score = SCORES[estimates.candidates.scored_by]
     lower = f"{score.words}: the lower the better; differences and the optimism are what is gained.\n"
-    first = IN_SAMPLE if score.sign > 0 else lower + IN_SAMPLE
+    first = ("" if score.sign > 0 else lower) + IN_SAMPLE.format(estimates.split)
+    first += "" if estimates.split == "dev" else f"\n{_OUT_OF_FOLD}"
     if not estimates.repeats:
-        return f"{first}\nThere are too few dev examples, or groups of them, for an honest estimate."
+        return f"{first}\nThere are too few examples, or groups of them, for an honest estimate."
     folds, methods = estimates.folds, len(estimates.of)
     part = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 10: "tenth"}.get(folds, f"1/{folds}")
     times = "once" if estimates.repeats == 1 else f"{estimates.repeats} times"
     over = "examples" if estimates.groups is None else f"the {estimates.groups} groups, which no split tears apart"
     lines = [
         first,
-        f"Honest: chosen, epochs included, without a {part} of dev and scored on it, until every example was held out "
-        f"{times}, with its {LEVEL:.0%} interval.",
-        f"Chosen on all of dev, an ensemble has seen more: 1/{4 * (folds - 1)} of the optimism is added.",
+        f"Honest: chosen, epochs included, without a {part} of {estimates.split} and scored on it, until every example "
+        f"was held out {times}, with its {LEVEL:.0%} interval.",
+        f"Chosen on all of {estimates.split}, an ensemble has seen more: 1/{4 * (folds - 1)} of the optimism is added.",
         f"Within noise: the {LEVEL:.0%} interval of the difference (paired bootstrap over {over}) holds 0.",
     ]
     if methods > 3:  # best and omni are there to compare with
@@ -46,16 +52,17 @@ def about(estimates: Estimates) -> str:
     return "\n".join(lines)
 
 
-def table(estimates: Estimates, test: Mapping[str, float] | None = None) -> str:
-    """A row for each method; ``test``: each one's score on the test split."""
-    columns = [f"{SCORES[estimates.candidates.scored_by].words} on dev", "members", "in-sample", "honest"]
-    columns += [f"{LEVEL:.0%} interval", "optimism", "to single best", "to Omni", "test" if test else ""]
+def table(estimates: Estimates, judgement: Judgement | None = None) -> str:
+    """A row for each method; ``judgement``: their scores on another split."""
+    columns = [f"{SCORES[estimates.candidates.scored_by].words} on {estimates.split}", "members", "in-sample", "honest"]
+    columns += [f"{LEVEL:.0%} interval", "optimism", "to single best", "to Omni", judgement.split if judgement else ""]
     rows = [columns]
     for name, about in estimates.of.items():
         value = number(about.honest.value if about.honest else None)
         span, optimism = ends(about.honest) if about.honest else "-", number(about.optimism, sign=True)
         row = [name, str(len(about.names)), number(about.in_sample), value, span, optimism]
-        rows.append([*row, gain(about.against_best), gain(about.against_omni), number(test[name]) if test else ""])
+        last = number(judgement.scores[name]) if judgement else ""
+        rows.append([*row, gain(about.against_best), gain(about.against_omni), last])
     form = f"{{:<{max(17, len(columns[0]))}}} " + "{:>7} {:>9} {:>9} {:>17} {:>9}  {:<20}  {:<20}  {}"
     return "\n".join(form.format(*row).rstrip() for row in rows)
 

@@ -109,10 +109,11 @@ def write_ensemble(target: Path, source: Source, *, with_base: bool, with_exampl
             f"--without-base: the base model {local[0]} is a local folder, which nobody else has; leave it out"
         )
     for r in source.members:
-        _write_member(target / MEMBERS, source.pool, r, bases[str(r.base_model)])
+        _write_member(target / MEMBERS, source.pool, r, bases[str(r.base_model)], ensemble.chosen_on)
     if with_examples:
-        examples = pool.read_examples(source.pool, ensemble.task, "dev", ensemble.examples)
-        pool.write_examples(target / MEMBERS, ensemble.task, "dev", examples.ids, examples.labels, examples.groups)
+        split = ensemble.chosen_on
+        examples = pool.read_examples(source.pool, ensemble.task, split, ensemble.examples)
+        pool.write_examples(target / MEMBERS, ensemble.task, split, examples.ids, examples.labels, examples.groups)
     entries: dict[str, dict[str, Any]] = {}
     for called, base in bases.items():
         inside = None
@@ -163,13 +164,14 @@ def _write_base(target: Path, base: Base, members: list[MemberRecord], folder: P
     tokenizer.save_pretrained(target)
 
 
-def _write_member(target: Path, source: Path, r: MemberRecord, base: Base) -> None:
+def _write_member(target: Path, source: Path, r: MemberRecord, base: Base, split: str) -> None:
     """A member in the pool at ``target``: its weights, the logits it was chosen by, and a record that lists no more."""
     home = pool.member_folder(target, r.task, r.name)
     home.mkdir(parents=True)
-    names = (pool.ADAPTER_CONFIG, pool.ADAPTER, pool.FULL_CONFIG, pool.FULL, pool.logits_file("dev"))
+    weights = (pool.ADAPTER_CONFIG, pool.ADAPTER, pool.FULL_CONFIG, pool.FULL)
+    names = [*(model + name for model in r.models for name in weights), pool.logits_file(split)]
     files = copy_files(source, r, [name for name in names if name in r.files], home, base)
-    kept = replace(r, files=files, base_model=base.name, examples={"dev": r.examples["dev"]})
+    kept = replace(r, files=files, base_model=base.name, examples={split: r.examples[split]})
     (home / pool.RECORD).write_text(kept.to_json(), encoding="utf-8")
 
 
@@ -177,6 +179,7 @@ def copy_files(source: Path, r: MemberRecord, names: list[str], target: Path, ba
     """Copy a member's files from a pool, its base model named as the export does; returns checksums in ``target``."""
     folder, checksums = pool.member_folder(source, r.task, r.name), {}
     for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
         try:
             shutil.copyfile(folder / name, target / name)
         except FileNotFoundError as e:
@@ -185,7 +188,7 @@ def copy_files(source: Path, r: MemberRecord, names: list[str], target: Path, ba
             raise UserError(
                 f"{folder / name}: not what {pool.RECORD} says: damaged, or replaced while it was read; run it again"
             )
-        if name in (pool.ADAPTER_CONFIG, pool.FULL_CONFIG):
+        if Path(name).name in (pool.ADAPTER_CONFIG, pool.FULL_CONFIG):
             _name_base(target / name, base, r.revision)
         checksums[name] = pool.checksum(target / name)
     return checksums
@@ -261,7 +264,7 @@ def _results(contents: Contents) -> list[Any] | None:
             task_type="text-classification",
             dataset_type=task.name,
             dataset_name=task.name,
-            dataset_split="dev",
+            dataset_split=contents.ensemble.chosen_on if contents.ensemble else "dev",
             metric_type={"pearson": "pearsonr"}.get(task.scored_by, task.scored_by),  # as the hub's metrics are called
             metric_name=f"{task.score_name}, honest estimate ({interval})",
             metric_value=round(honest["value"], 4),

@@ -47,7 +47,8 @@ class _Part:
     tokenizer: Any
     max_length: int
     truncation: Truncation
-    places: list[int]  # where the bank's members stand in the ensemble
+    places: list[int]  # where its members stand in the ensemble
+    models: list[int]  # of each member, how many of the bank's models it is the mean of
 
 
 class Ensemble:
@@ -132,18 +133,18 @@ class Ensemble:
             for number, part in enumerate(self._parts):
                 budget = TOKENS.get(part.bank.weights.device.type, TOKENS["cpu"])
                 tokens = Tokens(columns, part.tokenizer, max_length=part.max_length, truncation=part.truncation)
-                for some in _passes(tokens.lengths, budget // len(part.places)):
-                    out[np.ix_(np.array(part.places), some)] = self._pass(part.bank, tokens.row(some))
+                for some in _passes(tokens.lengths, budget // sum(part.models)):
+                    out[np.ix_(np.array(part.places), some)] = self._pass(part, tokens.row(some))
                     if progress is not None and number == len(self._parts) - 1:
                         progress(int(times[some].sum()))
         return out[:, place]
 
-    def _pass(self, bank: Bank, row: dict[str, Any]) -> np.ndarray:
-        device = bank.weights.device
+    def _pass(self, part: _Part, row: dict[str, Any]) -> np.ndarray:
+        bank, device = part.bank, part.bank.weights.device
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16"):
             (logits,) = bank({self.record.task: batch}).values()
-        return logits.float().cpu().numpy()
+        return np.stack([models.mean(0).cpu().numpy() for models in logits.float().split(part.models)])
 
     def decision(self, texts: Sequence[Text]) -> np.ndarray:
         """What the ensemble decides, by the strategy of its record: (N,) class numbers, or values of a regression."""
@@ -215,9 +216,10 @@ def _part(source: Source, places: list[int], device: torch.device, any_base: boo
     classifier, fresh, tokenizer = load_base(
         records, source.pool, where, revision, outputs=task.num_outputs, any_base=any_base
     )
-    members = [Member.of_record(r) for r in records]
+    models = [len(r.models) for r in records]
+    members = [Member.of_record(r) for r, count in zip(records, models, strict=True) for _ in range(count)]
     bank = Bank(classifier, members=members, tasks=[task], fresh=fresh, train_encoder=full)
     restore_members(bank, source.pool, base_model=base_model)
     bank.eval().requires_grad_(False).to(device)
     longest, kept = text_limit(records[0], where, revision)
-    return _Part(bank=bank, tokenizer=tokenizer, max_length=longest, truncation=kept, places=places)
+    return _Part(bank=bank, tokenizer=tokenizer, max_length=longest, truncation=kept, places=places, models=models)

@@ -29,6 +29,11 @@ def write_member(target: Path, folder: Path, member: MemberRecord, *, merged: bo
     cannot be had, unless ``any_base`` for another one than in training, and for PEFT of a fully fine-tuned member.
     """
     check_readers([member], folder)
+    if len(member.models) > 1:
+        raise UserError(
+            f"member {member.name}: the mean of {len(member.models)} models; export an ensemble of it (--ensemble), or "
+            "train with --data.refit true, which makes one model of it"
+        )
     (base,) = find_bases([member], {}, any_base=any_base).values()
     columns = known_columns(member.task, member.kind, member.text)
     task = Task(

@@ -57,7 +57,7 @@ def read_source(path: Path, pool: Path | None) -> Source:
 def check_readers(members: Sequence[MemberRecord], folder: Path) -> None:
     """``UserError`` where members of the pool at ``folder`` can read no text, for want of weights or a base model."""
     where = folder / members[0].task
-    without = [r.name for r in members if not {pool.ADAPTER, pool.FULL} & set(r.files)]
+    without = [r.name for r in members if not r.models]
     if without:
         raise UserError(
             f"{where}: {len(without)} of {len(members)} members have no weights, only predictions "

@@ -12,7 +12,6 @@ from lora_ensemble.pool.contract import (
     ADAPTER,
     ADAPTER_CONFIG,
     DISTILLED,
-    EPOCHS,
     EXAMPLES,
     FULL,
     FULL_CONFIG,
@@ -21,7 +20,9 @@ from lora_ensemble.pool.contract import (
     MemberRecord,
     check_name,
     checksum,
+    epochs_file,
     examples_fingerprint,
+    in_fold,
     logits_file,
     member_folder,
     read_examples,
@@ -39,8 +40,8 @@ from lora_ensemble.pool.reading import (
 from lora_ensemble.pool.swap import NewMember, can_lock, sole_sweep, write_member, write_members
 
 # Names of files; records and examples; writing; reading.
-__all__ = ["ADAPTER", "ADAPTER_CONFIG", "DISTILLED", "EPOCHS", "EXAMPLES", "FULL", "FULL_CONFIG", "RECORD"]
-__all__ += ["check_name", "checksum", "logits_file", "member_folder"]
+__all__ = ["ADAPTER", "ADAPTER_CONFIG", "DISTILLED", "EXAMPLES", "FULL", "FULL_CONFIG", "RECORD"]
+__all__ += ["check_name", "checksum", "epochs_file", "in_fold", "logits_file", "member_folder"]
 __all__ += ["Examples", "MemberRecord", "examples_fingerprint", "read_examples", "write_examples"]
 __all__ += ["NewMember", "can_lock", "sole_sweep", "write_member", "write_members"]
 __all__ += ["TaskPool", "map_array", "read_array", "read_record", "read_records", "read_tensors", "task_names"]

@@ -27,7 +27,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 FULL_CONFIG = "config.json"
 FULL = "model.safetensors"
-EPOCHS = "dev.epochs.npy"
 EXAMPLES = "examples"
 DISTILLED = "distilled"  # the key of a record's settings that says which ensemble a member was taught by
 NEW, OLD, LOCK = ".new.", ".old.", ".lock"
@@ -36,6 +35,16 @@ NEW, OLD, LOCK = ".new.", ".old.", ".lock"
 def logits_file(split: str) -> str:
     """File name of a split's logits (N, C) float32 inside a member's folder."""
     return f"{split}.logits.npy"
+
+
+def epochs_file(split: str) -> str:
+    """That of its logits at every epoch, (E, N, C) float16, where the split decided about epochs."""
+    return f"{split}.epochs.npy"
+
+
+def in_fold(fold: int, name: str) -> str:
+    """The name, in its member's folder, of a file of the model that was trained without a fold."""
+    return f"fold-{fold}/{name}"
 
 
 def member_folder(pool: Path, task: str, name: str) -> Path:
@@ -63,10 +72,10 @@ class MemberRecord:
     labels: list[str] = field(default_factory=list)  # in the order of the outputs; empty for regression
     finished: bool = False  # a member is written whole at every improvement, and selected only once finished
     diverged: bool = False  # training gave NaN or infinity; then it is never finished
-    score: float | None = None  # the task's score on dev at the best epoch
+    score: float | None = None  # the task's score on dev, or out of fold, at the best epoch
     best_epoch: int | None = None  # counted from 1
     epochs_done: int | None = None
-    epoch_scores: list[float | None] = field(default_factory=list)  # on dev; None where undefined
+    epoch_scores: list[float | None] = field(default_factory=list)  # on the same; None where undefined
     examples: dict[str, str] = field(default_factory=dict)  # split to fingerprint of what its logits belong to
     text: list[str] = field(default_factory=list)  # columns that it reads, two for a pair; empty: unknown
     train_fingerprint: str | None = None  # fingerprint of the training examples (ids, texts and labels)
@@ -81,6 +90,8 @@ class MemberRecord:
     layers: str | list[int] | None = None  # None: all
     bag: bool | None = None
     patience: int | None = None
+    folds: int | None = None  # parts of the training set, without each of which a model was trained; None: none
+    refit: bool | None = None  # whether it answers by a model of all examples; else by the mean of those models
     lr: float | None = None
     seed: int | None = None
     lr_b: float | None = None  # None: lr
@@ -92,6 +103,16 @@ class MemberRecord:
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     """File name to "sha256:<hex>" of every other file in the folder; a file not listed does not count."""
+
+    @property
+    def models(self) -> list[str]:
+        """What the names of the weight files begin with, of each of the models that it is the mean of; none: of none.
+
+        Empty for the one model that most members are.
+        """
+        if {ADAPTER, FULL} & self.files.keys():
+            return [""]
+        return [start for k in range(self.folds or 0) if (start := in_fold(k, "")) + ADAPTER in self.files]
 
     @property
     def scored_by(self) -> ScoreName:
@@ -131,7 +152,7 @@ class MemberRecord:
         except UserError as e:
             raise UserError(f"{path}: settings: {e}") from e
         for key, names in (("files", record.files), ("examples", record.examples.values())):
-            if any("/" in name or "\\" in name for name in names):
+            if any("/" in name or "\\" in name for name in (re.sub(r"^fold-\d+/", "", n) for n in names)):
                 raise UserError(f"{path}: {key} holds a path; expected names of files in the same folder")
         task, folder = path.parts[-3:-1]
         for key, name in (("name", folder.removeprefix(NEW).removeprefix(OLD)), ("task", task)):

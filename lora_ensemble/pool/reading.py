@@ -13,19 +13,19 @@ import numpy as np
 
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool.contract import (
-    EPOCHS,
     EXAMPLES,
     RECORD,
     Examples,
     MemberRecord,
     check_name,
     checksum,
+    epochs_file,
     logits_file,
     member_folder,
     read_examples,
 )
 from lora_ensemble.pool.swap import no_swap
-from lora_ensemble.tasks import Kind, ScoreName, check_task_name
+from lora_ensemble.tasks import OOF, Kind, ScoreName, check_task_name
 
 
 def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
@@ -49,9 +49,9 @@ def read_records(pool: Path, task: str, names: Sequence[str] | None = None) -> l
         return [MemberRecord.read(Path(home, name, RECORD)) for name in names]
 
 
-def _check(path: Path, record: MemberRecord, found: str | None) -> None:
+def _check(folder: Path, record: MemberRecord, name: str, found: str | None) -> None:
     """``UserError`` unless ``found``, the checksum of a member's file, None where it is missing, is the record's."""
-    folder, name, recorded = path.parent, path.name, record.files.get(path.name)
+    recorded = record.files.get(name)
     if recorded is None:
         raise UserError(f"{folder}: this member has no {name}")
     if found == recorded:
@@ -61,21 +61,22 @@ def _check(path: Path, record: MemberRecord, found: str | None) -> None:
     if found is None:
         raise UserError(f"{folder}: half-written member: {name} is missing; delete the folder, or copy it again whole")
     raise UserError(
-        f"{path}: tampered with, or damaged: found {found[:19]}..., {RECORD} says {recorded[:19]}...; copy the member "
-        "again, or train it again"
+        f"{folder / name}: tampered with, or damaged: found {found[:19]}..., {RECORD} says {recorded[:19]}...; copy "
+        "the member again, or train it again"
     )
 
 
 def read_array(pool: Path, record: MemberRecord, name: str) -> np.ndarray:
     """One of a member's .npy files, memory-mapped, checksum compared, finite (``UserError`` otherwise)."""
-    path = Path(pool, record.task, record.name, name)
-    with no_swap(path.parent.parent):
+    folder = Path(pool, record.task, record.name)
+    path = folder / name
+    with no_swap(folder.parent):
         try:
             content = _mapped(path)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             content = None
         # Of the mapping itself, so that the file is opened and read once.
-        _check(path, record, None if content is None else checksum(content))
+        _check(folder, record, name, None if content is None else checksum(content))
         assert content is not None
         try:
             array = _array(content)
@@ -129,21 +130,23 @@ def read_tensors(pool: Path, record: MemberRecord, name: str) -> dict[str, np.nd
     """One of a member's .safetensors files, checksum compared."""
     from safetensors.numpy import load_file
 
-    path = Path(pool, record.task, record.name, name)
-    with no_swap(path.parent.parent):
-        _check(path, record, checksum(path) if path.is_file() else None)
+    folder = Path(pool, record.task, record.name)
+    path = folder / name
+    with no_swap(folder.parent):
+        _check(folder, record, name, checksum(path) if path.is_file() else None)
         return load_file(path)
 
 
 class TaskPool:
     """The members of one task that can be selected, and what was left out.
 
-    ``UserError``, naming both folders and the first difference, where members have other examples or labels.
+    ``split``: whose logits are read; None: dev, or ``oof`` where no member has predicted dev. ``UserError``, naming
+    both folders and the first difference, where members have other examples or labels.
     """
 
-    def __init__(self, pool: str | Path, task: str, *, split: str = "dev") -> None:
+    def __init__(self, pool: str | Path, task: str, *, split: str | None = None) -> None:
         check_task_name(task)
-        self.pool, self.name, self.split = Path(pool), task, split
+        self.pool, self.name = Path(pool), task
         home = self.pool / task
         if not home.is_dir():
             tasks = ", ".join(task_names(self.pool)) or "none"
@@ -151,13 +154,22 @@ class TaskPool:
         records = read_records(self.pool, task)
         self.members = [r for r in records if r.finished]  # finished members, by name
         self.left_out = {r.name: "diverged" if r.diverged else "not finished" for r in records if not r.finished}
-        """Name to reason of members that were not finished."""
+        """Name to reason of members that were not finished, or that were trained without folds where these count."""
         if not self.members:
             more = f" ({len(self.left_out)} not finished)" if self.left_out else ""
             raise UserError(f"{home}: no finished member{more}; train some with lora-ensemble fit --pool.dir {pool}")
+        without_dev = not any("dev" in r.examples for r in self.members) and any(
+            OOF in r.examples for r in self.members
+        )
+        self.split = split or (OOF if without_dev else "dev")
+        if self.split == OOF:
+            self.left_out |= {r.name: "without folds" for r in self.members if OOF not in r.examples}
+            self.members = [r for r in self.members if OOF in r.examples]
+            if not self.members:
+                raise UserError(f"{home}: no member has out-of-fold predictions; train some with --data.folds 5")
         self._by_name = {record.name: record for record in self.members}
         # The split is compared with the first that has it.
-        first = next((r for r in self.members if split in r.examples), self.members[0])
+        first = next((r for r in self.members if self.split in r.examples), self.members[0])
         for other in self.members:
             if difference := self._difference(first, other):
                 both = f"{self._folder(first)} and {self._folder(other)}"
@@ -211,11 +223,12 @@ class TaskPool:
         return self._array(name, logits_file(self.split))
 
     def epochs(self, name: str) -> np.ndarray | None:
-        """(E, N, C) logits of every epoch of a member on dev, memory-mapped, checked; None where they were not kept."""
-        return self._array(name, EPOCHS) if EPOCHS in self.record(name).files else None
+        """(E, N, C) logits of every epoch of a member, memory-mapped, checked; None where they were not kept."""
+        file = epochs_file(self.split)
+        return self._array(name, file) if file in self.record(name).files else None
 
     def _array(self, name: str, file: str) -> np.ndarray:
-        record, epochs = self.record(name), file == EPOCHS
+        record, epochs = self.record(name), file == epochs_file(self.split)
         array = read_array(self.pool, record, file)
         n, c = len(self._examples.ids), len(self.labels) if self.kind == "multiclass" else 1
         if array.ndim != 2 + epochs or array.shape[-2:] != (n, c):

@@ -94,7 +94,10 @@ def _write_files(home: Path, member: NewMember) -> MemberRecord:
     beside = home / (NEW + record.name)
     beside.mkdir()
     checksums = {}
-    for name in sorted(kept.keys() - member.files.keys()):
+    kept_too = sorted(kept.keys() - member.files.keys())
+    for folder in {(beside / name).parent for name in [*kept_too, *member.files]} - {beside}:
+        folder.mkdir()
+    for name in kept_too:
         _link(home / record.name / name, beside / name)
         checksums[name] = kept[name]
     for name, content in member.files.items():

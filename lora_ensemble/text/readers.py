@@ -113,7 +113,8 @@ def split_file(task: Task, split: str, root: Path | None) -> Path:
     name = task.train if isinstance(task.dev, float) and split == "dev" else getattr(task, split)
     if name is None:
         offer = " to one, or to a share of the training file, as in dev: 0.2," if split == "dev" else ""
-        raise UserError(f"task {task.name!r}: it names no {split} file; set {split}:{offer} in the task")
+        others = "; or train with --data.folds 5, without one" if split == "dev" else ""
+        raise UserError(f"task {task.name!r}: it names no {split} file; set {split}:{offer} in the task{others}")
     if root is None and not Path(name).is_absolute():
         raise UserError(f"task {task.name!r}: --data.root is not set; it is the folder that holds {name}")
     path = Path(root or "", name).expanduser()

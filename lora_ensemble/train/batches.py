@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from lora_ensemble.bank.lora import Member, derived_seed, single
-from lora_ensemble.tasks import Task
+from lora_ensemble.errors import UserError
+from lora_ensemble.tasks import OOF, Task
 from lora_ensemble.text.packing import KEPT, Tokens, Truncation
 from lora_ensemble.text.readers import Split, fingerprint
 
@@ -51,16 +52,67 @@ class TokenisedSplit:
         return batch
 
 
-class ExampleWeights:
-    """How much each of N training examples counts in the loss of each of M members.
+@dataclass(frozen=True)
+class Folds:
+    """The models that a member is: one, or as many as there are folds, each trained without one of them.
 
-    Its own weight, times its class's, times how often a member's bag holds it: a bootstrap of the N examples that is
-    drawn from the member's seed. ``anything``: whether any of it is asked for; otherwise all count alike.
+    ``refit``: one model more, on all examples. A bank has a row for each model, a member's side by side. ``UserError``
+    for a single fold, or a refit without any.
     """
 
-    def __init__(self, task: Task, split: Split, members: Sequence[Member]) -> None:
+    count: int = 0
+    refit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or self.count == 1:
+            raise UserError(f"data.folds: {self.count}; expected at least 2, or 0 for none")
+        if self.refit and not self.count:
+            raise UserError("data.refit: there are no folds after which to train once more; set data.folds, e.g. 5")
+
+    @property
+    def models(self) -> int:
+        """How many a member is."""
+        return self.count + self.refit if self.count else 1
+
+    @property
+    def decides(self) -> str:
+        """The split by which epochs are chosen."""
+        return OOF if self.count else "dev"
+
+    @property
+    def ending(self) -> str:
+        """Of the names of members that are trained so."""
+        return (f"-f{self.count}" if self.count else "") + ("-refit" if self.refit else "")
+
+    def rows(self, members: int, fold: int | None) -> list[int]:
+        """The rows, the same number for each of M members, whose mean is what they say of an example of this fold.
+
+        None: of any other text.
+        """
+        models = range(self.models)
+        answering = models[self.count :] or models if fold is None else [fold]
+        return [member * self.models + model for member in range(members) for model in answering]
+
+
+class ExampleWeights:
+    """How much each of N training examples counts in the loss of each model of M members.
+
+    Its own weight, times its class's, times how often a member's bag holds it: a bootstrap of the N examples that is
+    drawn from the member's seed; and nothing for a model that is trained without its ``fold`` (N,). ``anything``:
+    whether any of it is asked for; otherwise all count alike.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        split: Split,
+        members: Sequence[Member],
+        folds: Folds | None = None,
+        fold: np.ndarray | None = None,
+    ) -> None:
         n = len(split)
-        self.members, self._own = len(members), split.weights
+        self.members, self._own, self._fold = len(members), split.weights, fold
+        self._models = np.arange((folds or Folds()).models)[:, None]
         if task.class_weights is not None and split.labels is not None:
             of_class = np.asarray(task.class_weights, np.float64) if isinstance(task.class_weights, list) else None
             if of_class is None:  # n / (K n_c), as scikit-learn has it
@@ -77,12 +129,15 @@ class ExampleWeights:
 
     @property
     def anything(self) -> bool:
-        return self._own is not None or self._bags is not None
+        return self._own is not None or self._bags is not None or self._fold is not None
 
     def of(self, rows: np.ndarray) -> np.ndarray:
-        """The weights of examples ``rows`` (B,), (M, B)."""
+        """The weights of examples ``rows`` (B,), (M, B), a row for each model."""
         own = np.ones(len(rows)) if self._own is None else self._own[rows]
-        return np.broadcast_to(own, (self.members, len(rows))) * (1 if self._bags is None else self._bags[:, rows])
+        weights = np.broadcast_to(own, (self.members, len(rows))) * (1 if self._bags is None else self._bags[:, rows])
+        if self._fold is None:
+            return weights
+        return (weights[:, None] * (self._models != self._fold[rows])).reshape(-1, len(rows))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -168,18 +223,37 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """A split of each task, every example once: this process gets every ``world``-th, sorted by length."""
+    """Splits of each task, every example once: this process gets every ``world``-th, sorted by length.
 
-    def __init__(self, splits: dict[str, TokenisedSplit], *, batch_size: int, rank: int, world: int) -> None:
+    ``fold``: of the split ``oof``, task to the fold (N,) of each example; a batch is of one. Batches say of which
+    ``split`` and ``fold`` they are, the latter None where there is none.
+    """
+
+    def __init__(
+        self,
+        splits: Mapping[str, Mapping[str, TokenisedSplit]],
+        *,
+        batch_size: int,
+        rank: int,
+        world: int,
+        fold: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         self.splits, self.batch_size = splits, batch_size
-        # Sorted: what still has to be padded is little; the logits are put back by index.
-        self._rows = {name: np.argsort(split.lengths, kind="stable")[rank::world] for name, split in splits.items()}
+        self._parts: list[tuple[str, str, int | None, np.ndarray]] = []  # split, task, fold, rows
+        for split, tasks in splits.items():
+            for task, examples in tasks.items():
+                # Sorted: what still has to be padded is little; the logits are put back by index.
+                rows = np.argsort(examples.lengths, kind="stable")
+                of = fold[task][rows] if split == OOF and fold else None
+                parts = [(None, rows)] if of is None else [(k, rows[of == k]) for k in range(of.max() + 1)]
+                self._parts += [(split, task, k, some[rank::world]) for k, some in parts]
 
     def __len__(self) -> int:
-        return sum(max(1, math.ceil(len(rows) / self.batch_size)) for rows in self._rows.values())
+        return sum(max(1, math.ceil(len(rows) / self.batch_size)) for *_, rows in self._parts)
 
     def __iter__(self) -> Iterator[dict[str, dict[str, Any]]]:
-        for name, rows in self._rows.items():
+        for split, task, fold, rows in self._parts:
             # At least one, even if empty: a process without a batch would leave the others waiting.
             for start in range(0, max(1, len(rows)), self.batch_size):
-                yield {name: self.splits[name].batch(rows[start : start + self.batch_size])}
+                batch = self.splits[split][task].batch(rows[start : start + self.batch_size])
+                yield {task: {**batch, "split": split, "fold": fold}}

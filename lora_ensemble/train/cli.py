@@ -100,7 +100,8 @@ class CLI(LightningCLI):
         )
         parser.link_arguments("model.base_model", "data.base_model")
         parser.link_arguments("model.revision", "data.revision")
-        parser.link_arguments("data.seed", "model.seed")
+        for key in ("seed", "folds", "refit"):
+            parser.link_arguments(f"data.{key}", f"model.{key}")
         parser.link_arguments("data.tasks", "model.tasks", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -18,10 +18,11 @@ import numpy as np
 from lora_ensemble.bank.base_model import load_tokenizer, longest_input, tokenizer_fingerprint
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import one_label
-from lora_ensemble.tasks import DEFAULT_SCORE, PRESETS, Task
+from lora_ensemble.tasks import DEFAULT_SCORE, OOF, PRESETS, Task
 from lora_ensemble.text.packing import Truncation
 from lora_ensemble.text.readers import Split, read_split, shared_texts, split_file
-from lora_ensemble.train.batches import EvalBatches, ExampleWeights, TokenisedSplit, TrainBatches
+from lora_ensemble.text.splits import Deal
+from lora_ensemble.train.batches import EvalBatches, ExampleWeights, Folds, TokenisedSplit, TrainBatches
 from lora_ensemble.train.notices import say
 
 
@@ -43,6 +44,8 @@ class BankData(pl.LightningDataModule):
         predict_split: Literal["train", "dev", "test"] = "test",
         revision: str | None = None,
         overall: dict[str, float] | Literal["mean"] | None = None,
+        folds: int = 0,
+        refit: bool = False,
     ) -> None:
         """
         Args:
@@ -50,18 +53,21 @@ class BankData(pl.LightningDataModule):
             root: Folder that the tasks' file names are relative to.
             tasks: Presets (sst, quora, sts) by name, or tasks of your own; several are trained together.
             batch_size: Examples per step, task and member, over all devices together.
-            eval_batch_size: Examples at a time in evaluation; it changes speed and memory, not results.
+            eval_batch_size: Examples at a time in evaluation; of no influence on results.
             max_length: Longest example in tokens; longer ones are cut. Null: what the encoder can take.
             truncation: What is kept of those: head, tail, or head-tail (half of each). Of a pair the longer text is cut
                 first, each in that way.
             steps_per_epoch: longest: until the longest task is through (shorter ones start again); shortest: until
                 the shortest is; or a number of steps, each epoch going on where the last one stopped.
-            seed: Orders the batches; all members share the order.
-            predict_split: Which split ``predict`` adds to the pool.
+            seed: Orders the batches, for all members.
+            predict_split: What ``predict`` adds to the pool.
             revision: Of the base model (taken from ``model.revision``).
-            overall: What the best epochs of several tasks are chosen by: a weight for each task's score, or mean, where
-                all weigh the same; a score of which lower is better counts negative. Null: the mean of accuracies and
-                of (r + 1) / 2, which only tasks of these scores have.
+            overall: What the best epochs of several tasks are chosen by: a weight for each task's score, negative
+                where lower is better, or mean. Null: the mean of accuracies and (r + 1) / 2, of tasks that have these.
+            folds: Each member is so many models, each trained without one of so many parts of the training set. What
+                they say of the part that they have not seen decides about epochs in place of dev, which need not be
+                there. Of other texts a member says their mean. 0: one model.
+            refit: With folds: one model more, on all examples, for as many epochs as the folds say; it alone answers.
         """
         super().__init__()
         self.base_model, self.revision, self.root = base_model, revision, None if root is None else Path(root)
@@ -76,9 +82,10 @@ class BankData(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.steps_per_epoch, self.seed, self.predict_split = steps_per_epoch, seed, predict_split
         self.truncation: Truncation = truncation
+        self.folds = Folds(folds, refit)
+        self.fold: dict[str, np.ndarray] = {}  # task to the fold (N,) of each training example
         self.splits: dict[str, dict[str, TokenisedSplit]] = {}  # split name to task name to examples
-        self.taught: dict[str, Any] = {}
-        """What :meth:`teach` was given, in words: it goes into the settings of the members that are trained here."""
+        self.taught: dict[str, Any] = {}  # what ``teach`` was given, in words, for the settings of who is trained here
         self._tokenizer: Any = None
         self.tokenised: dict[tuple[Any, ...], TokenisedSplit] = {}
         """Splits that were read and tokenised, by what decides them: for data modules of one program to share."""
@@ -88,12 +95,38 @@ class BankData(pl.LightningDataModule):
         wanted = {"fit": "train dev", "validate": "dev", "test": "test", "predict": self.predict_split}[stage]
         for split in wanted.split():
             if split not in self.splits:
-                self.splits[split] = {t.name: self._read(t, split, need_labels=stage != "predict") for t in self.tasks}
+                tasks = self._with_dev if (stage, split) == ("fit", "dev") else self.tasks
+                self.splits[split] = {t.name: self._read(t, split, need_labels=stage != "predict") for t in tasks}
+        if stage == "fit" and self.folds.count:
+            self.splits[OOF] = self.splits["train"]
+            self.fold = {name: self._dealt(name, split.source) for name, split in self.splits[OOF].items()}
+
+    @property
+    def _with_dev(self) -> list[Task]:
+        """The tasks whose dev examples training reads: with folds, those that name some."""
+        return [t for t in self.tasks if t.dev is not None or not self.folds.count]
+
+    @property
+    def evaluated(self) -> list[str]:
+        """The splits that are evaluated now, or will be in training; the one that decides first."""
+        stage = self.trainer.state.fn if self.trainer else None
+        if stage is None or stage == "fit":
+            return [split for split in (OOF, "dev") if self.splits.get(split)]
+        return [{"test": "test", "predict": self.predict_split}.get(stage.value, "dev")]
+
+    def _dealt(self, task: str, examples: Split) -> np.ndarray:
+        """The fold (N,) of each training example: stratified, groups kept together, by ids alone, in every run."""
+        (kind,) = (t.kind for t in self.tasks if t.name == task)
+        parts = len(examples) if examples.groups is None else len(np.unique(examples.groups))
+        if parts < self.folds.count or examples.labels is None:
+            what = "examples" if examples.groups is None else "groups"
+            raise UserError(f"data.folds: {self.folds.count}; task {task!r} has {parts} training {what}")
+        return Deal(examples.ids, examples.labels, kind, [1 / self.folds.count] * self.folds.count, examples.groups)(0)
 
     def check_files(self) -> None:
         """``UserError`` where a file that training reads is missing."""
         for task in self.tasks:
-            for split in ("train", "dev") if task.dataset is None else ():
+            for split in ("train", "dev" if task in self._with_dev else "train") if task.dataset is None else ():
                 split_file(task, split, self.root)
 
     def _read(self, task: Task, split: str, *, need_labels: bool) -> TokenisedSplit:
@@ -132,6 +165,8 @@ class BankData(pl.LightningDataModule):
         """
         first = self.splits["train"][task]
         own = first.source
+        if self.folds.count:
+            raise UserError("data.folds: a student learns from soft labels on all examples; leave data.folds out")
         if own.weights is not None or any(t.class_weights is not None for t in self.tasks if t.name == task):
             raise UserError(f"task {task!r}: a student learns from soft labels; leave out class_weights and weight")
         texts = [[*a, *b] for a, b in zip(own.texts, unlabelled.texts, strict=True)]
@@ -155,7 +190,8 @@ class BankData(pl.LightningDataModule):
         """Batches of all tasks."""
         trainer: Any = self.trainer
         members = getattr(getattr(trainer, "lightning_module", None), "members", ())
-        weights = {t.name: ExampleWeights(t, self.splits["train"][t.name].source, members) for t in self.tasks}
+        of = {name: (self.splits["train"][name].source, members, self.folds) for name in self.splits["train"]}
+        weights = {t.name: ExampleWeights(t, *of[t.name], self.fold.get(t.name)) for t in self.tasks}
         return TrainBatches(
             splits=self.splits["train"],
             batch_size=self.batch_size,
@@ -169,17 +205,12 @@ class BankData(pl.LightningDataModule):
             **self._place(),
         )
 
-    def val_dataloader(self, split: str = "dev") -> EvalBatches:
-        """The dev split, or another one."""
-        return EvalBatches(self.splits[split], batch_size=self.eval_batch_size, **self._place())
+    def val_dataloader(self) -> EvalBatches:
+        """The splits that are evaluated now."""
+        splits = {name: self.splits[name] for name in self.evaluated}
+        return EvalBatches(splits, batch_size=self.eval_batch_size, fold=self.fold, **self._place())
 
-    def test_dataloader(self) -> EvalBatches:
-        """The labelled test split."""
-        return self.val_dataloader("test")
-
-    def predict_dataloader(self) -> EvalBatches:
-        """The split to predict."""
-        return self.val_dataloader(self.predict_split)
+    test_dataloader = predict_dataloader = val_dataloader
 
 
 def weighed(tasks: list[Task], overall: Mapping[str, float] | Literal["mean"] | None) -> list[Task]:

@@ -1,4 +1,4 @@
-"""How good a bank's members are: losses, scores and further metrics, and the history of dev scores, which decides.
+"""How good a bank's members are: losses, scores and further metrics, and the history of scores, which decides.
 
 Axes: M members, B examples in a batch, N examples of a split, C outputs of a head, E evaluations (epochs, mostly).
 """
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric, classification, regression
 
+from lora_ensemble.bank.lora import Member
 from lora_ensemble.errors import UserError
 from lora_ensemble.scores import overall, score
 from lora_ensemble.tasks import Kind, Task
@@ -72,6 +73,18 @@ class Evaluation:
     metrics: dict[str, list[float]]  # the same by further metrics, by name; empty without labels
     complete: bool  # False when a limit on batches left rows out; their logits are NaN
 
+    def curves(self, split: str, task: Task, members: Sequence[Member]) -> dict[str, float]:
+        """A point of each member's curves, by name."""
+        return {
+            f"{split}_{curve}/{task.name}/{member.name}": value
+            for curve, values in (("score", self.scores or []), *self.metrics.items())
+            for member, value in zip(members, values, strict=False)
+        }
+
+    def best(self, task: Task) -> float:
+        """The best member's score; NaN where none has one."""
+        return task.sign * max((task.sign * s for s in self.scores or [] if not math.isnan(s)), default=math.nan)
+
 
 def evaluate(
     parts: Iterable[tuple[np.ndarray, Tensor]],
@@ -112,7 +125,7 @@ def evaluate(
 
 
 class History:
-    """The dev evaluations of a bank's M members so far."""
+    """The evaluations of a bank's M members so far, on the split that decides: dev, or out of fold."""
 
     def __init__(self, members: Sequence[str], tasks: Sequence[Task]) -> None:
         self.members, self.tasks = list(members), list(tasks)
@@ -142,7 +155,7 @@ class History:
         return len(self._scores[self.tasks[0].name])
 
     def add(self, evaluations: Mapping[str, Evaluation], alive: Sequence[bool]) -> tuple[list[int], list[int]]:
-        """Take what dev said of all tasks; returns the members that improved, and those that were seen to diverge.
+        """Take what all tasks' evaluations say; returns the members that improved, and those that were seen to diverge.
 
         ``alive``: of each member, whether its training has stayed finite.
         """
@@ -199,7 +212,7 @@ class History:
         }
 
     def summary(self) -> list[list[Any]]:
-        """A row per member, below ``summary_header``: name, best epoch, and dev score of each task at that epoch."""
+        """A row per member, below ``summary_header``: name, best epoch, and score of each task at that epoch."""
         rows = []
         for index, name in enumerate(self.members):
             best = self.best_epoch[index]
@@ -208,9 +221,9 @@ class History:
         return rows
 
 
-def summary_header(tasks: Sequence[Task]) -> list[str]:
-    """Of the table of a run's members."""
-    return ["member", "best epoch", *(f"{t.name} dev ({t.score_name})" for t in tasks)]
+def summary_header(tasks: Sequence[Task], split: str) -> list[str]:
+    """Of the table of a run's members; ``split``: the one that decided."""
+    return ["member", "best epoch", *(f"{t.name} {split} ({t.score_name})" for t in tasks)]
 
 
 # Further metrics: torchmetrics' classes by name

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from lora_ensemble.bank import optim
-from lora_ensemble.bank.base_model import commit_of, encoder_fingerprint, hub_id, load_classifier, on_hub
+from lora_ensemble.bank.base_model import commit_of, encoder_fingerprint, load_classifier, on_hub
 from lora_ensemble.bank.encode import States
 from lora_ensemble.bank.lora import Member, expand_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.errors import UserError
 from lora_ensemble.tasks import Task
+from lora_ensemble.train.batches import Folds
 from lora_ensemble.train.evaluation import Evaluation, check_metrics, evaluate, idle_members, step_losses
 from lora_ensemble.train.frozen import FrozenStates
 from lora_ensemble.train.notices import say
-from lora_ensemble.train.restart import check_checkpoint, planned_steps
+from lora_ensemble.train.restart import check_checkpoint, planned_steps, signature
 
 
 class BankModule(pl.LightningModule):
@@ -49,6 +50,8 @@ class BankModule(pl.LightningModule):
         revision: str | None = None,
         frozen_cache: float = 20.0,
         metrics: tuple[str, ...] = (),
+        folds: int = 0,
+        refit: bool = False,
     ) -> None:
         """
         Args:
@@ -57,36 +60,38 @@ class BankModule(pl.LightningModule):
             members: The bank. A setting that is a list is a grid over it. Null: one member with the defaults.
             finetune: lora, or full to train the whole encoder (one member only).
             init_std: Standard deviation of A at the start, where a member's is normal (B starts at zero).
-            head_dropout: Dropout before the head's last layer; null for the model's own.
-            encoder_dropout: Dropout inside the encoder; null for the model's own.
+            head_dropout: Before the head's last layer; null for the model's own.
+            encoder_dropout: Inside the encoder; null for the model's own.
             frozen_dropout: Whether it also acts in the layers below a member's lowest adapter. False: what they make of
                 an example is the same in every epoch, so it is computed once and kept.
             weight_decay: AdamW's decoupled weight decay.
             schedule: Learning rate over the run, after the warm-up: constant, or linear or cosine decay to zero.
             warmup: Linear warm-up from zero: a fraction of all steps if below 1, otherwise a number of steps.
-            seed: Seed of the dropout masks, but for LoRA's own (taken from ``data.seed``).
-            revision: Commit, branch or tag of a base model of the hub; null for the newest. Not part of a run's name,
-                so that a run can go on with it.
+            seed: Of the dropout masks, but for LoRA's own (taken from ``data.seed``).
+            revision: Commit, branch or tag of a base model of the hub; null for the newest. No part of a run's name.
             frozen_cache: GiB on the disk, at most, for what is so kept, in the folder "frozen" beside "runs". What has
                 no room, there or on a disk half full, is computed anew in each step. 0: all of it.
-            metrics: Further curves on dev, and columns of the last table: classes of torchmetrics by name (F1Score,
-                MatthewsCorrCoef, AUROC, SpearmanCorrCoef, ...), for all tasks. They decide nothing.
+            metrics: Further curves, and columns of the last table: classes of torchmetrics by name (F1Score, AUROC,
+                MatthewsCorrCoef, SpearmanCorrCoef, ...), for all tasks. They decide nothing.
+            folds: Taken from ``data.folds``.
+            refit: Taken from ``data.refit``.
         """
         super().__init__()
         self.tasks, self.base_model, self.finetune, self.seed = tasks, base_model, finetune, seed
         self._metrics_of_all = metrics
-        self.members = expand_members([Member()] if members is None else members, finetune=finetune)
+        self.folds = Folds(folds, refit)
+        entries = [Member()] if members is None else members
+        self.members = expand_members(entries, finetune=finetune, ending=self.folds.ending)
         self.training_settings: dict[str, Any] = {
             **{"init_std": init_std, "head_dropout": head_dropout, "encoder_dropout": encoder_dropout},
             **{"frozen_dropout": frozen_dropout, "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup},
         }
         self.any_base = False  # whether to go on from a checkpoint over another base model
-        self.frozen_cache = frozen_cache
+        self.frozen_cache, self._loss_steps, self._logged_step = frozen_cache, 0, 0
         self.frozen_dir: Path | None = None  # where what is frozen is kept; None: in a folder that goes with the module
-        self.evaluations: dict[str, Evaluation] = {}  # task name to what the last validation, test or prediction gave
-        self._collected: dict[str, list[tuple[np.ndarray, Tensor]]] = {}
+        self.evaluations: dict[str, dict[str, Evaluation]] = {}  # split to task to what the last evaluation gave
+        self._collected: dict[tuple[str, str], list[tuple[np.ndarray, Tensor]]] = {}
         self._loss_sum: Tensor | None = None
-        self._loss_steps = self._logged_step = 0
         self._load(revision)
 
     def _load(self, revision: str | None) -> None:
@@ -99,26 +104,30 @@ class BankModule(pl.LightningModule):
         for name in ("head_dropout", "encoder_dropout"):
             if given[name] is not None and not 0 <= given[name] < 1:
                 raise UserError(f"model.{name}: {given[name]}; expected a probability from 0 to below 1")
-        base = self.base_model
+        base, full = self.base_model, self.finetune == "full"
+        if full and self.folds.count:
+            raise UserError("data.folds: with finetune: full each model would need an encoder of its own; leave it out")
         if revision is not None and not on_hub(base):
             raise UserError(f"model.revision: {revision}; {base} is a folder here, which has none; leave it out")
         # Task name to names of further metrics on dev.
         self.metrics = {t.name: check_metrics([*t.metrics, *self._metrics_of_all], t) for t in self.tasks}
         self.revision = commit_of(base, revision)  # the hub's, where it has one: what all banks of the run get
-        full, dropout = self.finetune == "full", {key: given[key] for key in ("head_dropout", "encoder_dropout")}
+        dropout = {key: given[key] for key in ("head_dropout", "encoder_dropout")}
         classifier, fresh = load_classifier(
             base, num_labels=self.tasks[0].num_outputs, revision=self.revision, frozen=not full, **dropout
         )
         self._encoder_fingerprint = encoder_fingerprint(classifier, fresh)
         more = {key: given[key] for key in ("init_std", "frozen_dropout")}
-        self.bank = Bank(classifier, members=self.members, tasks=self.tasks, fresh=fresh, train_encoder=full, **more)
+        models = [m for m in self.members for _ in range(self.folds.models)]
+        self.bank = Bank(classifier, members=models, tasks=self.tasks, fresh=fresh, train_encoder=full, **more)
         self._frozen: FrozenStates | None = None
 
     def with_members(self, members: Sequence[Member]) -> BankModule:
         """A new module with the same settings for other members."""
         keys = ("tasks", "base_model", "finetune", "seed", "revision", "frozen_cache")
         same: dict[str, Any] = {key: getattr(self, key) for key in keys} | self.training_settings
-        made = BankModule(**same, members=tuple(members), metrics=self._metrics_of_all)
+        same |= {"folds": self.folds.count, "refit": self.folds.refit, "metrics": self._metrics_of_all}
+        made = BankModule(**same, members=tuple(members))
         made.any_base, made.frozen_dir = self.any_base, self.frozen_dir
         return made
 
@@ -142,7 +151,8 @@ class BankModule(pl.LightningModule):
         if not self.bank.packs:
             say(f"{self.bank.config.model_type}: its relative positions need padded batches; examples share no row")
         for layer in self.bank.frozen_layers:
-            starting = f"{self.bank.starts.count(layer)} of {len(self.members)} members leave the encoder as it is"
+            leaving = self.bank.starts.count(layer) // self.folds.models
+            starting = f"{leaving} of {len(self.members)} members leave the encoder as it is"
             below = f" below layer {layer}" if layer < self.bank.depth else ""
             say(f"{starting}{below}: without dropout, computed once (model.frozen_dropout)")
 
@@ -151,13 +161,14 @@ class BankModule(pl.LightningModule):
         self.bank.seed_dropout(self.seed, f"{self.current_epoch}/{batch_idx}/{self.global_rank}")
 
     def training_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> Tensor:
-        """The sum over members and tasks of each one's mean loss; the sum keeps every member's own gradient."""
+        """The sum over models and tasks of each one's mean loss; the sum keeps every model's own gradient."""
         logits = self.bank(batch, self._frozen_states(batch, "train"))
         # DDP divides the gradients by the number of devices, Lightning by that of the batches that make a step.
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        loss = torch.stack([step_losses(logits[t.name], batch[t.name], t, parts) for t in self.tasks])  # (tasks, M)
+        loss = torch.stack([step_losses(logits[t.name], batch[t.name], t, parts) for t in self.tasks])
         self._idle = idle_members(batch.values())  # nothing of this step counts to them
-        self._loss_sum = loss.detach() if self._loss_sum is None else self._loss_sum + loss.detach()
+        each = loss.detach().unflatten(1, (len(self.members), -1)).mean(2)  # (tasks, M)
+        self._loss_sum = each if self._loss_sum is None else self._loss_sum + each
         self._loss_steps += 1
         return loss.sum()
 
@@ -194,7 +205,8 @@ class BankModule(pl.LightningModule):
 
     def alive(self) -> list[bool]:
         """For each member, whether its training has stayed finite."""
-        return optim.finite_members(self.bank, self.optimizers())
+        finite = np.reshape(optim.finite_members(self.bank, self.optimizers()), (len(self.members), -1))
+        return [bool(models.all()) for models in finite]
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Members to whom nothing counts take no step."""
@@ -218,27 +230,25 @@ class BankModule(pl.LightningModule):
 
     # Evaluation
 
-    @property
-    def split(self) -> str:
-        """The split that is evaluated now."""
-        if self.trainer.predicting:
-            return self.trainer.datamodule.predict_split
-        return "test" if self.trainer.testing else "dev"
-
     def validation_step(self, batch: dict[str, dict[str, Any]], batch_idx: int) -> None:
         """Keep the logits on the device until the end."""
-        for name, logits in self.bank(batch, self._frozen_states(batch, self.split)).items():
-            self._collected.setdefault(name, []).append((batch[name]["rows"], logits.float()))
+        for name, part in batch.items():
+            states, m = self._frozen_states(batch, part["split"]), len(self.members)
+            logits = self.bank(batch, states, self.folds.rows(m, part["fold"]))[name].float()
+            collected = self._collected.setdefault((part["split"], name), [])
+            collected.append((part["rows"], logits.unflatten(0, (m, -1)).mean(1)))
 
     test_step = predict_step = validation_step
 
     def on_test_epoch_end(self) -> None:
         """Gather every row once, on all devices, and score it. A collective."""
-        examples = self.trainer.datamodule.splits[self.split]
-        for task in self.tasks:
-            parts, own = self._collected.pop(task.name, []), examples[task.name]
-            more: dict[str, Any] = {"metrics": self.metrics[task.name], "strategy": self.trainer.strategy}
-            self.evaluations[task.name] = evaluate(parts, own, task, members=len(self.members), **more)
+        data, self.evaluations = self.trainer.datamodule, {}
+        for split in data.evaluated:
+            self.evaluations[split] = {}
+            for task in (t for t in self.tasks if t.name in data.splits[split]):
+                parts, own = self._collected.pop((split, task.name), []), data.splits[split][task.name]
+                more: dict[str, Any] = {"metrics": self.metrics[task.name], "strategy": self.trainer.strategy}
+                self.evaluations[split][task.name] = evaluate(parts, own, task, members=len(self.members), **more)
 
     on_predict_epoch_end = on_test_epoch_end
 
@@ -248,14 +258,13 @@ class BankModule(pl.LightningModule):
         if self.trainer.sanity_checking:
             return
         curves: dict[str, float] = {}
-        for task in self.tasks:
-            scores = (e := self.evaluations[task.name]).scores or []
-            for curve, values in (("dev_score", scores), *((f"dev_{n}", v) for n, v in e.metrics.items())):
-                curves |= {f"{curve}/{task.name}/{m.name}": v for m, v in zip(self.members, values, strict=True)}
-            best = task.sign * max((task.sign * s for s in scores if not math.isnan(s)), default=math.nan)
-            if self.trainer.state.fn == "fit" and not self.trainer.barebones:
-                # For EarlyStopping and the like; the same on every device, so that the mean changes nothing.
-                self.log(f"dev_score/{task.name}", best, prog_bar=True, sync_dist=True, batch_size=1)
+        for split, evaluated in self.evaluations.items():
+            for task in (t for t in self.tasks if t.name in evaluated):
+                curves |= evaluated[task.name].curves(split, task, self.members)
+                if self.trainer.state.fn == "fit" and not self.trainer.barebones:
+                    # For EarlyStopping and the like; the same on every device, so that the mean changes nothing.
+                    best = evaluated[task.name].best(task)
+                    self.log(f"{split}_score/{task.name}", best, prog_bar=True, sync_dist=True, batch_size=1)
         self._log(curves)
 
     def _log(self, curves: dict[str, float]) -> None:
@@ -265,17 +274,6 @@ class BankModule(pl.LightningModule):
 
     # Checkpoints
 
-    def _signature(self) -> dict[str, Any]:
-        """What a checkpoint says of its bank, to be compared."""
-        return {
-            "base_model": hub_id(self.base_model),
-            "finetune": self.finetune,
-            "tasks": [t.name for t in self.tasks],
-            "members": [m.recorded() for m in self.members],
-            "revision": self.revision,
-            "base_fingerprint": self.base_fingerprint(self.trainer.datamodule),
-        }
-
     def _trained(self) -> set[str]:
         return {name for name, p in self.named_parameters() if p.requires_grad}
 
@@ -283,11 +281,11 @@ class BankModule(pl.LightningModule):
         """Keep only what is trained; the encoder is the base model's."""
         trained = self._trained()
         checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
-        checkpoint["bank"] = self._signature()
+        checkpoint["bank"] = signature(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """``UserError`` where the checkpoint is another bank's, or one over another base model."""
-        check_checkpoint(checkpoint.get("bank", {}), self._signature(), any_base=self.any_base)
+        check_checkpoint(checkpoint.get("bank", {}), signature(self), any_base=self.any_base)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what was trained; the frozen rest may be missing, nothing else may."""

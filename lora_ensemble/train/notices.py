@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lora_ensemble import pool
 from lora_ensemble.errors import one_line
 from lora_ensemble.online import START_WITHIN_S, project, reachable
+from lora_ensemble.train.evaluation import metric, summary_header
 
 
 @rank_zero_only
@@ -30,6 +32,31 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     text = [header] + [[f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     widths = [max(len(row[i]) for row in text) for i in range(len(header))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in text)
+
+
+def tell_members(rows: list[list[Any]], module: Any, folder: Path, loggers: Sequence[Logger], *, printed: bool) -> None:
+    """Log, and print, rows of :meth:`History.summary` with a column more for each metric of a ``BankModule``.
+
+    ``folder``: of the pool, of whose logits the metrics are.
+    """
+    split = module.folds.decides
+    header, rows = summary_header(module.tasks, split), [list(row) for row in rows]
+    for task in module.tasks:
+        names = module.metrics[task.name]
+        records = {r.name: r for r in pool.read_records(folder, task.name, [row[0] for row in rows])} if names else {}
+        header += [f"{task.name} {split} ({name})" for name in names]
+        for row in rows if names else []:
+            values = [math.nan] * len(names)
+            if record := records.get(row[0]):
+                logits = pool.read_array(folder, record, pool.logits_file(split))
+                labels = pool.read_examples(folder, task.name, split, record.examples[split]).labels
+                values = [metric(name, task, logits, labels) for name in names] if labels is not None else values
+            row += values
+    for logger in loggers:
+        if log_table := getattr(logger, "log_table", None):  # W&B's; it refuses a column of numbers and words
+            log_table(key="members", columns=header, data=[[r[0], str(r[1]), *r[2:]] for r in rows])
+    if printed:
+        print_summary(header, rows, folder=folder, signs={t.name: t.sign for t in module.tasks})
 
 
 def print_summary(header: list[str], rows: list[list[Any]], *, folder: Path, signs: Mapping[str, int]) -> None:

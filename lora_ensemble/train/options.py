@@ -119,6 +119,9 @@ def run_name(experiment: str, settings: dict[str, Any]) -> str:
         settings["data"].pop("overall", None)
     if settings["data"]["truncation"] == "head":
         del settings["data"]["truncation"]
+    for key in ("folds", "refit"):
+        if not settings["data"][key]:
+            del settings["data"][key]
     groups = {name: settings[name] for name in ("model", "data", "trainer")}
     what = {name: {k: v for k, v in group.items() if k not in NOT_THE_RUN} for name, group in groups.items()}
     return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"

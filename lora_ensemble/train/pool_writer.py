@@ -16,8 +16,8 @@ from lora_ensemble.bank.member_files import restore_members
 from lora_ensemble.errors import Interrupted
 from lora_ensemble.train import restart
 from lora_ensemble.train.evaluation import History
-from lora_ensemble.train.notices import say, table
-from lora_ensemble.train.records import PoolOptions, PoolRecords, add_logits, tell_members
+from lora_ensemble.train.notices import say, table, tell_members
+from lora_ensemble.train.records import PoolOptions, PoolRecords, add_logits
 
 _EACH_EPOCH = -1
 """Steps before the last evaluation, as a checkpoint of an earlier version has it: it was at the end of the epoch."""
@@ -85,11 +85,12 @@ class PoolWriter(pl.Callback):
         if trainer.sanity_checking or trainer.fast_dev_run:
             return
         self._tried = trainer.global_step
-        if not all(e.complete for e in pl_module.evaluations.values()):
+        evaluations = pl_module.evaluations
+        if not all(e.complete for of_split in evaluations.values() for e in of_split.values()):
             say(f"dev was evaluated in part only ({restart.limit_on_dev(trainer)}), so nothing goes into the pool")
             return
         self._evaluated = trainer.global_step
-        improved, diverged = self.history.add(pl_module.evaluations, pl_module.alive())
+        improved, diverged = self.history.add(evaluations[pl_module.folds.decides], pl_module.alive())
         for index in diverged:
             say(
                 f"{self.history.members[index]} has diverged (NaN or infinity) by epoch {len(self.history)}: frozen, "
@@ -161,10 +162,11 @@ class PoolUser(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Print the scores."""
         header, rows = ["member"], [list[Any]([m.name]) for m in pl_module.members]
+        ((split, evaluations),) = pl_module.evaluations.items()
         for task in pl_module.tasks:
-            e = pl_module.evaluations[task.name]
+            e = evaluations[task.name]
             for name, values in ((task.score_name, e.scores), *e.metrics.items()):
-                header.append(f"{task.name} {pl_module.split} ({name})")
+                header.append(f"{task.name} {split} ({name})")
                 for row, value in zip(rows, values or [math.nan] * len(rows), strict=True):
                     row.append(value)
         say(table(header, rows))
@@ -173,13 +175,13 @@ class PoolUser(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Add the split's logits to the pool, where they are the pool's own members'."""
-        split = trainer.datamodule.predict_split
+        ((split, evaluations),) = pl_module.evaluations.items()
         if self.from_checkpoint:
             say("predictions of --ckpt_path are not the pool's best weights, so they were not added to the pool")
-        elif not all(e.complete for e in pl_module.evaluations.values()):
+        elif not all(e.complete for e in evaluations.values()):
             say(f"{split} was predicted in part only (trainer.limit_predict_batches): nothing was added to the pool")
         elif trainer.is_global_zero:
             for task in pl_module.tasks:
-                examples, logits = trainer.datamodule.splits[split][task.name], pl_module.evaluations[task.name].logits
+                examples, logits = trainer.datamodule.splits[split][task.name], evaluations[task.name].logits
                 add_logits(self.dir, task.name, split, examples, [m.name for m in pl_module.members], logits)
                 say(f"{task.name}: {split} logits of {len(logits)} members added to {self.dir / task.name}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import Logger
 
 from lora_ensemble import __version__, pool
 from lora_ensemble.bank.base_model import base_difference, hub_id
-from lora_ensemble.bank.member_files import weight_files
+from lora_ensemble.bank.member_files import answering_files
 from lora_ensemble.errors import UserError
+from lora_ensemble.tasks import OOF
 from lora_ensemble.train.batches import TokenisedSplit
 from lora_ensemble.train.data import BankData
-from lora_ensemble.train.evaluation import History, metric, summary_header
+from lora_ensemble.train.evaluation import History
 from lora_ensemble.train.module import BankModule
-from lora_ensemble.train.notices import print_summary
 
 # None of these changes what a member is: a run may be resumed for longer.
 _MAY_DIFFER_ON_RESUME = ("max_epochs", "max_steps")
@@ -105,16 +103,19 @@ class PoolRecords:
 
         ``at_a_cut``: it is undone where the run goes on, so what they replace is kept.
         """
-        new, base_model = [], hub_id(module.base_model)
+        new, data, base, folds = [], module.trainer.datamodule, hub_id(module.base_model), module.folds
+        models = np.reshape(folds.rows(len(module.members), None), (len(module.members), -1)).tolist()
         for task in module.tasks if improved else ():
-            dev = module.trainer.datamodule.splits["dev"][task.name]
-            pool.write_examples(self.dir, task.name, "dev", dev.ids, dev.labels, dev.groups)
+            said = {split: of[task.name].logits for split, of in module.evaluations.items() if task.name in of}
+            for split in said:
+                own = data.splits[split][task.name]
+                pool.write_examples(self.dir, task.name, split, own.ids, own.labels, own.groups)
             for index in improved:
                 record = self._records[task.name][index]
                 files: dict[str, Any] = {
-                    pool.logits_file("dev"): module.evaluations[task.name].logits[index],
-                    pool.EPOCHS: history.logits_of(task.name, index),
-                    **weight_files(module.bank, index, task, base_model=base_model, revision=record.revision),
+                    **{pool.logits_file(split): logits[index] for split, logits in said.items()},
+                    pool.epochs_file(folds.decides): history.logits_of(task.name, index),
+                    **answering_files(module.bank, models[index], task, base_model=base, revision=record.revision),
                 }
                 record = dataclasses.replace(record, **history.results(task.name, index))
                 keep = self.replaced and pool.member_folder(self.replaced, task.name, record.name) if at_a_cut else None
@@ -150,7 +151,8 @@ class PoolRecords:
                 )
                 # One that improved in the last evaluation has them all.
                 has_all = best == record.epochs_done == before.epochs_done
-                files = {} if diverged or has_all else {pool.EPOCHS: history.logits_of(task, index)}
+                epochs = pool.epochs_file(OOF if record.folds else "dev")
+                files = {} if diverged or has_all else {epochs: history.logits_of(task, index)}
                 new.append(pool.NewMember(record=record, files=files, keep=before))
         pool.write_members(self.dir, new)
         return gone
@@ -213,7 +215,7 @@ def add_logits(
 def described(data: BankData, module: BankModule, *, run: str) -> dict[str, list[pool.MemberRecord]]:
     """Task to what member.json will say of each member of a bank, but for its results. ``run``: the run's name."""
     trainer: Any = data.trainer
-    train, dev = data.splits["train"], data.splits["dev"]
+    train, evaluated = data.splits["train"], {split: data.splits[split] for split in data.evaluated}
     clipping, overfit = trainer.gradient_clip_algorithm, trainer.overfit_batches
     settings = {
         **module.training_settings,
@@ -230,12 +232,13 @@ def described(data: BankData, module: BankModule, *, run: str) -> dict[str, list
     }
     records = {}
     for task in module.tasks:
-        of_dev = dev[task.name]
+        examples = {split: of[task.name] for split, of in evaluated.items() if task.name in of}
         common: dict[str, Any] = {
             **{"task": task.name, "kind": task.kind, "labels": task.labels, "text": task.text},
             **{"base_model": hub_id(module.base_model), "revision": module.revision, "finetune": module.finetune},
             "base_fingerprint": module.base_fingerprint(data),
-            "examples": {"dev": pool.examples_fingerprint(of_dev.ids, of_dev.labels, of_dev.groups)},
+            "examples": {s: pool.examples_fingerprint(e.ids, e.labels, e.groups) for s, e in examples.items()},
+            **{"folds": data.folds.count or None, "refit": data.folds.refit or None},
             "train_fingerprint": train[task.name].fingerprint,
             **{"settings": settings | task.recorded, "run": run, "versions": _versions()},
         }
@@ -256,41 +259,16 @@ def difference(there: pool.MemberRecord, wanted: pool.MemberRecord, *, resumed: 
     """
     for key in (
         *("base_model", "finetune", "rank", "scaling", "targets", "layers", "patience", "lr", "lr_b"),
-        *("weight_decay", "dropout", "init", "bag", "seed", "labels", "train_fingerprint"),
+        *("weight_decay", "dropout", "init", "bag", "folds", "refit", "seed", "labels", "train_fingerprint"),
     ):
         if (a := getattr(there, key)) != (b := getattr(wanted, key)):
             return f"{key} was {a!r}, is now {b!r}"
-    if there.examples.get("dev") != wanted.examples.get("dev"):
-        return "the dev examples were others"
+    for split in wanted.examples:
+        if there.examples.get(split) != wanted.examples[split]:
+            return f"the {split} examples were others"
     for key in {**there.settings, **wanted.settings}:
         a, b = there.settings.get(key), wanted.settings.get(key)
         if a != b and not (resumed and key in _MAY_DIFFER_ON_RESUME):
             return f"{key} was {a!r}, is now {b!r}"
     base = "" if any_base else base_difference(there.base_fingerprint, wanted.base_fingerprint, there.revision)
     return f"base_fingerprint: {base}" if base else ""
-
-
-def tell_members(
-    rows: list[list[Any]], module: BankModule, folder: Path, loggers: Sequence[Logger], *, printed: bool
-) -> None:
-    """Log, and print, rows of :meth:`History.summary` with a column more for each of the module's metrics.
-
-    ``folder``: of the pool, of whose dev logits the metrics are.
-    """
-    header, rows = summary_header(module.tasks), [list(row) for row in rows]
-    for task in module.tasks:
-        names = module.metrics[task.name]
-        records = {r.name: r for r in pool.read_records(folder, task.name, [row[0] for row in rows])} if names else {}
-        header += [f"{task.name} dev ({name})" for name in names]
-        for row in rows if names else []:
-            values = [math.nan] * len(names)
-            if record := records.get(row[0]):
-                logits = pool.read_array(folder, record, pool.logits_file("dev"))
-                labels = pool.read_examples(folder, task.name, "dev", record.examples["dev"]).labels
-                values = [metric(name, task, logits, labels) for name in names] if labels is not None else values
-            row += values
-    for logger in loggers:
-        if log_table := getattr(logger, "log_table", None):  # W&B's; it refuses a column of numbers and words
-            log_table(key="members", columns=header, data=[[r[0], str(r[1]), *r[2:]] for r in rows])
-    if printed:
-        print_summary(header, rows, folder=folder, signs={t.name: t.sign for t in module.tasks})

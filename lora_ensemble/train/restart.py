@@ -20,7 +20,7 @@ from lightning.pytorch.loops.utilities import _parse_loop_limits
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from lora_ensemble.bank.base_model import base_difference
+from lora_ensemble.bank.base_model import base_difference, hub_id
 from lora_ensemble.bank.lora import LATER
 from lora_ensemble.bank.member_files import say_unknown_base
 from lora_ensemble.errors import Interrupted, UserError
@@ -218,11 +218,24 @@ def limit_on_dev(trainer: pl.Trainer) -> str:
     return "trainer.overfit_batches" if trainer.overfit_batches else "trainer.limit_val_batches"
 
 
+def signature(module: Any) -> dict[str, Any]:
+    """What a checkpoint says of its bank, a ``BankModule``'s, to be compared."""
+    return {
+        "base_model": hub_id(module.base_model),
+        "finetune": module.finetune,
+        "tasks": [t.name for t in module.tasks],
+        "members": [m.recorded() for m in module.members],
+        **({"folds": [module.folds.count, module.folds.refit]} if module.folds.count else {}),
+        "revision": module.revision,
+        "base_fingerprint": module.base_fingerprint(module.trainer.datamodule),
+    }
+
+
 def check_checkpoint(saved: Mapping[str, Any], expected: Mapping[str, Any], *, any_base: bool) -> None:
     """``UserError`` where a checkpoint, by what it says of its bank, is another one's, or over another base model."""
     saved = {**saved, "members": [{**dict.fromkeys(LATER), **m} for m in saved.get("members", [])]}
-    for key in ("base_model", "finetune", "tasks", "members"):
-        if saved.get(key) != expected[key]:
+    for key in ("base_model", "finetune", "tasks", "members", "folds"):
+        if saved.get(key) != expected.get(key):
             raise UserError(
                 f"--ckpt_path: the checkpoint is another bank's ({key} differs); give the settings it was made with"
             )

@@ -320,6 +320,7 @@ def test_the_runs_name_is_what_it_was(trained: Trained) -> None:
     assert [{key: m.pop(key) for key in later} for m in raw["model"]["members"]] == [later] * 2
     assert raw["data"].pop("truncation") == "head"
     assert raw["data"].pop("overall") is None
+    assert (raw["data"].pop("folds"), raw["data"].pop("refit")) == (0, False)
     from lora_ensemble.train.options import NOT_THE_RUN
 
     what: dict[str, Any] = {

@@ -58,7 +58,7 @@ def test_select_writes_a_record_of_everything(pool, tmp_path, capsys):
     assert list(record) == [
         "schema", "version", "task", "kind", "labels", "method", "settings", "strategy", "size", "members", "estimate",
         "best", "omni", "folds", "repeats", "considered", "left_out", "notices", "examples", "pool", "scale", "offsets",
-        "score",
+        "score", "chosen_on",
     ]  # fmt: skip
     assert record["schema"] == 2
     assert record["version"] == lora_ensemble.__version__
@@ -414,8 +414,8 @@ def test_a_record_that_an_earlier_version_wrote_is_read_as_it_stands(name, decid
     assert run("apply", *args) == 0
     rows = (tmp_path / "p.csv").read_text().splitlines()[1:]
     assert rows == [f"{i} , {float(d)} " for i, d in zip(IDS, decided, strict=True)]
-    with_score = text.removesuffix("\n}\n") + ',\n "score": "accuracy"\n}\n'  # which it did not say
-    assert read(tmp_path / "dicor.json").to_json() == with_score
+    unsaid = ',\n "score": "accuracy",\n "chosen_on": "dev"\n}\n'
+    assert read(tmp_path / "dicor.json").to_json() == text.removesuffix("\n}\n") + unsaid
 
 
 def test_a_record_from_before_offsets_is_read(pool, tmp_path, capsys):

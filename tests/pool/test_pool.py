@@ -356,8 +356,9 @@ def test_the_member_on_the_page_is_read(tmp_path):
 
 def test_the_page_names_the_files_that_are_written():
     text = PAGE.read_text(encoding="utf-8")
-    constants = ("RECORD", "ADAPTER_CONFIG", "ADAPTER", "FULL_CONFIG", "FULL", "EPOCHS")
-    for name in [*(getattr(pool_module, c) for c in constants), "dev.logits.npy", "test.logits.npy", ".lock"]:
+    constants = ("RECORD", "ADAPTER_CONFIG", "ADAPTER", "FULL_CONFIG", "FULL")
+    of_splits = ("dev.logits.npy", "test.logits.npy", "dev.epochs.npy", "oof.logits.npy", "oof.epochs.npy")
+    for name in [*(getattr(pool_module, c) for c in constants), *of_splits, ".lock"]:
         assert f"{name}" in text
 
 

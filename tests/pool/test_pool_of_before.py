@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_ensemble.dicor.cli import main as dicor
-from lora_ensemble.pool import ADAPTER, EPOCHS, TaskPool, read_array, read_tensors, task_names
+from lora_ensemble.pool import ADAPTER, TaskPool, epochs_file, read_array, read_tensors, task_names
 
 HERE = Path(__file__).parent
 NUMBER = r"[+-]?\d+\.\d+"
@@ -35,7 +35,7 @@ def test_it_is_read(pool: Path) -> None:
         head, lora, _ = opened.members
         assert (head.rank, head.scaling, head.targets) == (None, None, None)
         assert (lora.rank, lora.scaling, lora.targets, lora.lr, lora.seed) == (2, 1.0, "qv", 1e-4, 1)
-        epochs = read_array(pool, lora, EPOCHS)
+        epochs = read_array(pool, lora, epochs_file("dev"))
         assert (epochs.shape, epochs.dtype) == ((2, 16, outputs), np.float16)
     weights = read_tensors(pool, lora, ADAPTER)
     assert weights["base_model.model.classifier.weight"].tolist() == [[0.0, 1.0]]

@@ -83,7 +83,9 @@ def assert_same_members(program: Program, whole: Program) -> None:
             assert (other.best_epoch, other.epochs_done, other.finished) == (record.best_epoch, 3, True)
             # The head alone gives nearly the same value to all (a deviation of 2e-4), which r makes large.
             assert other.epoch_scores == pytest.approx(record.epoch_scores, abs=1e-4)
-            epochs = [pool.read_array(p.pool, r, pool.EPOCHS) for p, r in ((program, other), (whole, record))]
+            epochs = [
+                pool.read_array(p.pool, r, pool.epochs_file("dev")) for p, r in ((program, other), (whole, record))
+            ]
             np.testing.assert_allclose(*epochs, atol=5e-4)  # half precision
             assert float(np.abs(epochs[0][1] - epochs[0][0]).max()) > 2e-3  # an epoch matters
 

@@ -103,7 +103,7 @@ def test_the_whole_path(program: Program, capsys: pytest.CaptureFixture[str]) ->
         logits = opened.logits(record.name)
         accuracy = float(np.mean(np.argmax(logits, 1) == truth.labels))
         assert record.score == pytest.approx(accuracy, abs=1e-12)
-        epochs = pool.read_array(program.pool, record, pool.EPOCHS)
+        epochs = pool.read_array(program.pool, record, pool.epochs_file("dev"))
         assert epochs.shape == (2, 30, 5)
         assert record.best_epoch is not None
         np.testing.assert_allclose(epochs[record.best_epoch - 1], logits, atol=2e-3)
@@ -608,7 +608,7 @@ def test_further_metrics_are_curves_and_columns(
     with open(next(program.run_dir().glob("csv/version_0/metrics.csv")), newline="") as f:
         curves = list(csv.DictReader(f))
     for record in opened.members:
-        every = pool.read_array(program.pool, record, pool.EPOCHS).argmax(2)
+        every = pool.read_array(program.pool, record, pool.epochs_file("dev")).argmax(2)
         expected = [f1_score(truth, each, average="macro", labels=range(5), zero_division=0) for each in every]
         values = [row[f"dev_F1Score/sst/{record.name}"] for row in curves]
         assert [float(v) for v in values if v] == pytest.approx(expected, abs=1e-6)

@@ -211,7 +211,7 @@ def test_evaluation_sees_every_row_once_over_all_devices(tokenizer: Any) -> None
     splits = {"a": split_of(11, tokenizer), "b": split_of(1, tokenizer)}
     seen: dict[str, list[int]] = {"a": [], "b": []}
     for rank in range(3):
-        loader = EvalBatches(splits, batch_size=2, rank=rank, world=3)
+        loader = EvalBatches({"dev": splits}, batch_size=2, rank=rank, world=3)
         given = list(loader)
         assert len(given) == len(loader) == math.ceil(4 / 2) + 1
         for batch in given:

@@ -121,7 +121,7 @@ def test_what_was_trained_is_evaluated_and_offered(
     for record in records(program):
         assert (record.finished, record.epochs_done) == (True, len(steps))
     # The head alone improves with each evaluation, or the last logits would show nothing.
-    logits = pool.read_array(program.pool, records(program)[0], pool.EPOCHS)
+    logits = pool.read_array(program.pool, records(program)[0], pool.epochs_file("dev"))
     assert len(logits) == len(steps)
     assert len(steps) == 1 or np.abs(logits[-1] - logits[-2]).max() > 1e-3
 
@@ -136,7 +136,7 @@ def test_the_end_of_the_steps_is_the_end_of_an_epoch_of_so_many(
     assert fit(program, f"--trainer.max_steps={steps}", "--data.steps_per_epoch=8", *still) == 0
     assert fit(other, "--trainer.max_epochs=1", f"--data.steps_per_epoch={steps}", *still) == 0
     for ours, expected in zip(records(program), records(other), strict=True):
-        a, b = (pool.read_array(p.pool, r, pool.EPOCHS) for p, r in ((program, ours), (other, expected)))
+        a, b = (pool.read_array(p.pool, r, pool.epochs_file("dev")) for p, r in ((program, ours), (other, expected)))
         assert np.array_equal(a[-1], b[-1])
 
 
@@ -193,8 +193,8 @@ def test_what_could_not_be_evaluated_is_said_and_can_be_made_up_for(
     assert len(records(program)) == 2
     for record in records(program):
         assert record.finished
-        ours = pool.read_array(program.pool, record, pool.EPOCHS)
-        theirs = pool.read_array(undisturbed(), whole.record(record.name), pool.EPOCHS)
+        ours = pool.read_array(program.pool, record, pool.epochs_file("dev"))
+        theirs = pool.read_array(undisturbed(), whole.record(record.name), pool.epochs_file("dev"))
         assert np.array_equal(ours[-1], theirs[-1])
 
 
@@ -311,7 +311,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, by_step: dict[int, float]) -> None:
 
     def replaced(self: BankModule) -> None:
         end(self)
-        for e in self.evaluations.values():
+        for e in self.evaluations["dev"].values():
             e.scores[:] = [by_step.get(self.global_step, 0.5)] * len(self.members)
 
     monkeypatch.setattr(BankModule, "on_validation_epoch_end", replaced)

@@ -60,7 +60,7 @@ def test_macro_f1_takes_another_epoch_than_accuracy() -> None:
         by = by or (lambda d: accuracy_score(labels, d))
         assert history.results("t", 0)["epoch_scores"] == pytest.approx([by(first), by(second)])
     assert history.summary() == [["one", 1, 0.8]]
-    assert summary_header([CLASSES]) == ["member", "best epoch", "t dev (macro F1)"]
+    assert summary_header([CLASSES], "dev") == ["member", "best epoch", "t dev (macro F1)"]
 
 
 def test_the_lower_rmse_is_better_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_the_curve_of_the_best_is_that_of_the_lowest() -> None:
         trainer=SimpleNamespace(sanity_checking=False, barebones=False, state=SimpleNamespace(fn="fit")),
         tasks=[VALUES],
         members=[SimpleNamespace(name=name) for name in "abc"],
-        evaluations={"v": said},
+        evaluations={"dev": {"v": said}},
         log=lambda name, value, **_: logged.update({name: value}),
         _log=logged.update,
     )

@@ -157,7 +157,7 @@ def test_two_devices_train_the_same_members_as_one(two_programs: tuple[Program, 
                 other = b.record(record.name)
                 assert (other.best_epoch, other.finished) == (record.best_epoch, True)
                 assert other.epoch_scores == pytest.approx(record.epoch_scores, abs=1e-6)
-    moved = pool.read_array(one.pool, pool.TaskPool(one.pool, "sst").members[0], pool.EPOCHS)
+    moved = pool.read_array(one.pool, pool.TaskPool(one.pool, "sst").members[0], pool.epochs_file("dev"))
     assert float(np.abs(moved[1] - moved[0]).max()) > 1e-2
 
 

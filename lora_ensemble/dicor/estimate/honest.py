@@ -70,6 +70,7 @@ class Estimates:
     folds: int
     repeats: int  # 0 where there are too few examples, or groups of them, for an estimate
     groups: int | None = None  # how many the examples are of, none of which a split tears apart; None: each is alone
+    split: str = "dev"  # what the examples are
 
 
 def estimate(
@@ -130,7 +131,7 @@ def estimate(
     scores = dict(zip(dev.names, (sign * seen.scores[-1]).tolist(), strict=True))
     scores.update(zip(candidates.names, (sign * candidates.scores).tolist(), strict=True))
     groups, notices = None if dev.groups is None else dev.evidence, dev.notices
-    return Estimates(of, candidates, scores, notices, folds=folds, repeats=repeats, groups=groups)
+    return Estimates(of, candidates, scores, notices, folds, repeats, groups, dev.split)
 
 
 def _held_out(

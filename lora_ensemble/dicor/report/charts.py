@@ -101,7 +101,7 @@ def methods(facts: Facts) -> Plot:
         if e.honest:
             values.append(told | {"series": f"honest{who}", "x": e.honest.value, "a": e.honest.low, "b": e.honest.high})
     points, lines, _ = channels(looks, WIDE)
-    x = axes(f"{facts.score_name} on dev", span(_scores(of.values())), "", [0, 1])["x"]
+    x = axes(f"{facts.score_name} on {facts.split}", span(_scores(of.values())), "", [0, 1])["x"]
     names = alt.Axis(
         title=None, grid=False, domain=False, labelFontSize=13, labelColor=INK,
         labelFontWeight={"condition": {"test": f"datum.value == '{own}'", "value": "bold"}, "value": "normal"},
@@ -147,7 +147,7 @@ def by_size(facts: Facts) -> Plot:
     points, lines, areas = channels(looks, WIDE)
     most = max(c.sizes[-1] for c in facts.curves)
     scores = span(_scores(e for c in facts.curves for e in c.estimates))
-    at = axes("n", [0, most * 1.03], f"{facts.score_name} on dev", scores, whole=True)
+    at = axes("n", [0, most * 1.03], f"{facts.score_name} on {facts.split}", scores, whole=True)
     layers = [
         chart(bands).mark_area(fillOpacity=0.16).encode(*areas, **at, y2="y2:Q"),
         chart(values).mark_line().encode(*lines, **at),
@@ -175,15 +175,15 @@ def diversity(facts: Facts) -> Plot:
     ]
     values.sort(key=lambda row: row["series"] == inside)  # the ensemble on top
     x = f"mean {facts.similarity} similarity to the others (to the left: more diverse)"
-    at = axes(x, span(facts.mean_similarity), f"{facts.score_name} on dev", span(facts.scores))
+    at = axes(x, span(facts.mean_similarity), f"{facts.score_name} on {facts.split}", span(facts.scores))
     points, _, _ = channels(looks, WIDTH)
     told = tooltip(members_table(facts)[0])
     layers = [chart(values).mark_point(size=60).encode(*points, **at, tooltip=told), rings(values, **at)]
     return Plot(
         name="diversity",
         title="Score and diversity of members",
-        description=f"A mark for each of {len(facts.shown)} members: its {facts.score_name} on dev, upwards, and its "
-        f"mean {facts.similarity} similarity to the others, to the right. Members of the ensemble are round.",
+        description=f"A mark for each of {len(facts.shown)} members: its {facts.score_name} on {facts.split}, upwards, "
+        f"and its mean {facts.similarity} similarity to the others, to the right. Members of the ensemble are round.",
         chart=alt.layer(*layers, width=WIDTH, height=HEIGHT),
     )
 
@@ -211,7 +211,7 @@ def score_by_rank(facts: Facts) -> Plot:
     means = [{"x": k[1], "y": float(np.mean(v)), "series": _series(*k)} for k, v in groups.items() if k[1]]
     y_range = span([*scores.values(), *levels.values()])
     x_range = span([rank for _, rank in groups], least=2)
-    at = axes("rank r", x_range, f"{facts.score_name} on dev, in-sample", y_range, whole=True)
+    at = axes("rank r", x_range, f"{facts.score_name} on {facts.split}, in-sample", y_range, whole=True)
     inside = chart(values).transform_filter(f"datum['in {facts.method}'] == 'yes'")
     told = tooltip(members_table(facts)[0])
     layers = [
@@ -226,8 +226,8 @@ def score_by_rank(facts: Facts) -> Plot:
     return Plot(
         name="score-by-rank",
         title="Score by rank",
-        description=f"{facts.score_name} on dev of members against their rank r, a line for each scaling c through the "
-        "means; levels of the single best, of Omni and of the ensemble, whose members are ringed.",
+        description=f"{facts.score_name} on {facts.split} of members against their rank r, a line for each scaling c "
+        "through the means; levels of the single best, of Omni and of the ensemble, whose members are ringed.",
         chart=alt.layer(*layers, width=WIDTH, height=HEIGHT),
         header=["scaling c", "rank r", "members", f"mean {facts.score_name}", "best"],
         rows=[

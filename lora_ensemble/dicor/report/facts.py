@@ -19,7 +19,7 @@ from lora_ensemble.dicor.choose.settings import (
     Similarity,
 )
 from lora_ensemble.dicor.choose.similarity import features, pairwise
-from lora_ensemble.dicor.compare import Comparison
+from lora_ensemble.dicor.compare import Comparison, Judgement
 from lora_ensemble.dicor.estimate.honest import Estimate, estimate
 from lora_ensemble.dicor.members import Dev, ranked
 from lora_ensemble.dicor.report.theory import Calibration, Theory, calibration, theory
@@ -61,7 +61,7 @@ class Facts:
     curves: list[Curve]
     calibrations: dict[str, Calibration]  # by method; empty for a regression
     theories: dict[str, Theory]  # by method
-    test: dict[str, float] | None  # by method: the score on the labelled test split, if it was asked for
+    judgement: Judgement | None  # of each method, on another split
 
     @property
     def task(self) -> str:
@@ -70,6 +70,11 @@ class Facts:
     @property
     def score_name(self) -> str:
         return self.comparison.score.words
+
+    @property
+    def split(self) -> str:
+        """What was chosen on."""
+        return self.comparison.task_pool.split
 
     @property
     def regression(self) -> bool:
@@ -94,7 +99,7 @@ def method_shown(comparison: Comparison, named: Sequence[MethodName] | None) -> 
     return named[0] if named else DEFAULT_METHOD[comparison.kind]
 
 
-def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None = None) -> Facts:
+def gather(comparison: Comparison, method: str, *, judgement: Judgement | None = None) -> Facts:
     """The facts of a comparison that kept its probabilities. Raises ``UserError`` as ``features`` does."""
     task_pool, estimates, dev = comparison.task_pool, comparison.estimates, comparison.dev
     names, scores = list(estimates.scores), np.array(list(estimates.scores.values()))
@@ -122,7 +127,7 @@ def gather(comparison: Comparison, method: str, *, test: dict[str, float] | None
             for m in dict.fromkeys(("omni", "dicor", method))
             if m in estimates.of and m != "best"
         },
-        test=test,
+        judgement=judgement,
     )
 
 

@@ -83,7 +83,7 @@ def heat_map(facts: Facts) -> Plot:
     whole = s <= MOST_IN_TABLE
     return Plot(
         name="similarity",
-        title=f"Similarity of {s} members on dev ({facts.similarity})",
+        title=f"Similarity of {s} members on {facts.split} ({facts.similarity})",
         description=f"A square for each pair of {s} members, the darker (in a dark dress the lighter) the more alike, "
         f"from {number(low)} to {number(high)}. Members are ordered by clustering; bars beside them show rank, scaling "
         f"and who is in {facts.method}.",

@@ -97,11 +97,12 @@ def _methods(facts: Facts) -> tuple[list[str], Rows, str]:
             (number(e.honest.value), ends(e.honest)) if e.honest else "-",
             number(e.optimism, sign=True),
             *("-" if d is None else (gain(d), ends(d, sign=True)) for d in (e.against_best, e.against_omni)),
-            *([number(facts.test[name])] if facts.test else []),
+            *([number(j.scores[name])] if (j := facts.judgement) else []),
         ]
         for name, e in facts.comparison.estimates.of.items()
     ]
-    return [*header, "to Omni", *(["test"] if facts.test else [])], rows, f"{facts.score_name} on dev"
+    last = [facts.judgement.split] if facts.judgement else []
+    return [*header, "to Omni", *last], rows, f"{facts.score_name} on {facts.split}"
 
 
 def _ensemble(facts: Facts) -> tuple[list[str], Rows, str]:
@@ -127,7 +128,7 @@ def _calibration(facts: Facts) -> tuple[list[str], Rows, str]:
         [display_name(m), f"{c.ece:.4f}", f"{c.brier:.4f}", f"{c.log_loss:.4f}"] for m, c in facts.calibrations.items()
     ]
     held = "held out" if facts.comparison.estimates.repeats else "in-sample"
-    return ["method", "ECE", "Brier score", "log-loss"], rows, f"Calibration on dev, {held}"
+    return ["method", "ECE", "Brier score", "log-loss"], rows, f"Calibration on {facts.split}, {held}"
 
 
 def _theory(facts: Facts) -> tuple[list[str], Rows, str]:
@@ -138,7 +139,7 @@ def _theory(facts: Facts) -> tuple[list[str], Rows, str]:
         [display_name(m), str(t.size), *map(number, (t.level, t.rho, t.expected, t.independent, t.observed))]
         for m, t in facts.theories.items()
     ]
-    return header, rows, "Measured on all of dev, in-sample"
+    return header, rows, f"Measured on all of {facts.split}, in-sample"
 
 
 def _answer(facts: Facts) -> str:
@@ -165,7 +166,9 @@ def _figures(facts: Facts) -> list[tuple[str, str, str]]:
     e, figures = facts.estimate, list[tuple[str, str, str]]()
     if e.honest:
         figures.append((f"honest {facts.score_name}", number(e.honest.value), f"{LEVEL:.0%}: {ends(e.honest)}"))
-    figures.append((f"in-sample {facts.score_name}", number(e.in_sample), "on the dev set chosen on, which flatters"))
+    figures.append(
+        (f"in-sample {facts.score_name}", number(e.in_sample), f"on the {facts.split} set chosen on, which flatters")
+    )
     for other, d in (("the single best", e.against_best), ("Omni", e.against_omni)):
         if d is not None:
             note = f"{LEVEL:.0%}: {ends(d, sign=True)}, {noise(d)}"
@@ -187,8 +190,8 @@ def _setting(facts: Facts) -> list[tuple[str, str]]:
         ("Task", f"{facts.task}: {task_pool.kind}, {kinds[task_pool.kind]}{labels}"),
         ("Pool", str(task_pool.pool)),
         ("Members", f"{len(estimates.of['omni'].names)}; not finished: {reasons or 'none'}"),
-        ("Examples", f"{len(facts.comparison.dev.labels)} of dev"),
-        ("Estimate", how if estimates.repeats else "none: there are too few dev examples"),
+        ("Examples", f"{len(facts.comparison.dev.labels)} of {facts.split}"),
+        ("Estimate", how if estimates.repeats else "none: there are too few examples"),
         ("Method", f"{facts.method}{said}; decides by {decides(facts.estimate.choice.strategy, task_pool.kind)}"),
     ]
 
@@ -200,6 +203,7 @@ def _commands(facts: Facts, options: Options) -> str:
     listens = next((names for method, names in LISTENS.items() if method == facts.method), ())
     by = facts.comparison.dev.scored_by
     score = [] if by == facts.comparison.task_pool.scored_by else ["--score", by]
-    said = " ".join(["--method", facts.method, *score, *words(options, listens)])
+    on = [] if facts.split == "dev" else ["--on", facts.split]
+    said = " ".join(["--method", facts.method, *on, *score, *words(options, listens)])
     select = f"dicor select --pool {pool} --task {task} {said} --output {record}"
     return f"{select}\ndicor apply --ensemble {record} --split test --output predictions.csv"

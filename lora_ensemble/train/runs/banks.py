@@ -20,9 +20,8 @@ from lora_ensemble.scores import overall
 from lora_ensemble.train.data import BankData
 from lora_ensemble.train.evaluation import summary_header
 from lora_ensemble.train.module import BankModule
-from lora_ensemble.train.notices import say
+from lora_ensemble.train.notices import say, tell_members
 from lora_ensemble.train.pool_writer import PoolWriter
-from lora_ensemble.train.records import tell_members
 from lora_ensemble.train.restart import RunCheckpoint, write_checkpoint
 from lora_ensemble.train.runs.halving import EarlyExit, Gate
 from lora_ensemble.train.runs.memory import is_out_of_memory
@@ -222,7 +221,7 @@ class BankRun:
         """A bank of these members of the writer's, trained to their end."""
         rows = [[None if cell != cell else cell for cell in row] for row in writer.history.summary()]
         rows = [row for row in rows if row[0] in members]
-        header = summary_header(self.module.tasks)
+        header = summary_header(self.module.tasks, self.module.folds.decides)
         end = Finished(header=header, rows=rows, early=bool(writer.ended), **self._limits)
         return PlannedBank(members=list(members), finished=end)
 

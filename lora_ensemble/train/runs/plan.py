@@ -94,13 +94,13 @@ def arrange(orders: Sequence[Sequence[int]], size: int, *, width: Callable[[Sequ
 
 def banks_of(module: BankModule, names: Sequence[str], size: int) -> list[PlannedBank]:
     """Some of the module's members in banks of at most ``size``, put together so that little is padded."""
-    bank, members = module.bank, module.members
-    rows = [i for i, m in enumerate(members) if m.name in names]
+    bank, members, models = module.bank, module.members, module.folds.models
+    rows = [i * models for i, m in enumerate(members) if m.name in names]
     by_targets = sorted(rows, key=lambda i: (len(bank.paths[i]), bank.paths[i], bank.ranks[i]))
     by_rank = sorted(rows, key=lambda i: (bank.ranks[i], len(bank.paths[i]), bank.paths[i]))
     orders = [rows, by_targets, by_rank, by_targets[::-1], by_rank[::-1]]
     cut = arrange(orders, size, width=lambda some: row_width(bank.row_shapes(some)))
-    return [PlannedBank(members=[members[i].name for i in some]) for some in cut]
+    return [PlannedBank(members=[members[i // models].name for i in some]) for some in cut]
 
 
 def evaluation_banks(module: BankModule, size: BankSize, run_dir: Path) -> list[list[str]]:

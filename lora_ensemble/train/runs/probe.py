@@ -71,6 +71,7 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     ``module`` has at least two; ``data`` is set up for fit and knows the trainer. No random state or result is changed.
     """
     device, m, bank = trainer.strategy.root_device, len(module.members), module.bank
+    models, split = module.folds.models, module.folds.decides
     free, batches = memory.usable_memory(device), data.train_dataloader()
     lengths = [int(split.lengths.max()) for split in batches.splits.values()]
     share = -(-data.batch_size // batches.world)
@@ -87,10 +88,10 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
     # On a device of its own the encoder comes on top, once as it is and once for autocast's copies.
     encoder = 2 * sum(p.nbytes for p in bank.encoder.parameters()) if device.type != "cpu" else 0
     usable = f"{gib(free)} usable on {device.type}"
-    if encoder + estimate.of(m) <= _CLEARLY * free:
-        return m, f"{usable}; a member takes less than {gib(estimate.each)}"
+    if encoder + estimate.of(m * models) <= _CLEARLY * free:
+        return m, f"{usable}; a member takes less than {gib(estimate.each * models)}"
     # Of a single member the largest moment may be another one than of more: the line goes through the last two.
-    widest = sorted(range(m), key=lambda i: -row_width(bank.row_shapes([i])))[:3]
+    widest = sorted(range(m), key=lambda i: -row_width(bank.row_shapes([i * models])))[:3]
     trial = Trial(module, data, trainer)
     peaks = []
     for count in range(1, len(widest) + 1):
@@ -101,9 +102,9 @@ def members_that_fit(module: BankModule, data: BankData, trainer: pl.Trainer) ->
                 raise
             return count - 1, f"{usable}; a probe of {count} did not fit"
     # The probe's rows are padded to its own largest ranks, the bank's to those of all.
-    padding = 8 * number * (row - row_width(bank.row_shapes(widest)))
-    # A member's dev logits: collected and in order, and every epoch's in half precision.
-    logits = sum(len(data.splits["dev"][t.name]) * t.num_outputs for t in module.tasks)
+    padding = 8 * number * models * (row - row_width(bank.row_shapes([i * models for i in widest])))
+    # A member's logits: collected and in order, and every epoch's in half precision.
+    logits = sum(len(data.splits[split][t.name]) * t.num_outputs for t in module.tasks)
     extra = padding + logits * (3 * 4 + 2 * max(trainer.max_epochs or 1, 1))
     last = len(widest)
     needs = [memory.Need.through([(last - 1, peaks[-2][p]), (last, peaks[-1][p])]) for p in peaks[0]]
@@ -151,7 +152,7 @@ class Trial:
         steps = largest_steps(batches, max(self.trainer.max_epochs or 1, 1))
         longest = {
             name: split.batch(np.argsort(split.lengths, kind="stable")[-self.data.eval_batch_size :])
-            for name, split in self.data.splits["dev"].items()
+            for name, split in self.data.splits[self.module.folds.decides].items()
         }
         self._batches: dict[str, list[dict[str, Any]]] = {
             "train": [{n: batches.splits[n].batch(rows) for n, rows in step.items()} for step in steps],

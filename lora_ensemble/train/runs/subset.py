@@ -42,15 +42,17 @@ def subset_of_checkpoint(checkpoint: Mapping[str, Any], bank: Bank, names: Seque
     ``bank``: holds the checkpoint's members, and may hold more. The order is the checkpoint's.
     """
     described = checkpoint["bank"]["members"]
-    rows = [i for i, member in enumerate(described) if member["name"] in names]
+    models = len(checkpoint["state_dict"][WEIGHTS]) // len(described)  # of a member: rows, side by side
+    members = [i for i, member in enumerate(described) if member["name"] in names]
+    rows = [i * models + model for i in members for model in range(models)]
     place = {member.name: i for i, member in enumerate(bank.members)}
     places = [place[member["name"]] for member in described]
-    source, target = bank.row_shapes(places), bank.row_shapes([places[i] for i in rows])
+    source, target = bank.row_shapes(places), bank.row_shapes([places[i] for i in members])
 
     def subset(value: Any) -> Any:
-        if isinstance(value, list) and len(value) == len(places):
+        if isinstance(value, list) and len(value) == len(places) * models:
             return [value[i] for i in rows]
-        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(places):
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(places) * models:
             return value
         value = value[rows]
         return convert_rows(value, source, target) if value.ndim == 2 and value.shape[1] == row_width(source) else value
@@ -61,15 +63,15 @@ def subset_of_checkpoint(checkpoint: Mapping[str, Any], bank: Bank, names: Seque
         {**o, "state": {k: {n: subset(v) for n, v in s.items()} for k, s in o["state"].items()}}
         for o in checkpoint["optimizer_states"]
     ]
-    new["bank"] = {**checkpoint["bank"], "members": [described[i] for i in rows]}
+    new["bank"] = {**checkpoint["bank"], "members": [described[i] for i in members]}
     # A checkpoint callback's files are of the whole bank.
     new["callbacks"] = {k: s for k, s in checkpoint["callbacks"].items() if "Checkpoint" not in k}
     if state := new["callbacks"].get("PoolWriter"):  # M bests; per task a list over epochs of (M, N, C), of M scores
         new["callbacks"]["PoolWriter"] = {
             **state,
-            "best": [state["best"][i] for i in rows],
-            "best_epoch": [state["best_epoch"][i] for i in rows],
-            "epochs": {task: [logits[rows] for logits in epochs] for task, epochs in state["epochs"].items()},
-            "scores": {task: [[s[i] for i in rows] for s in scores] for task, scores in state["scores"].items()},
+            "best": [state["best"][i] for i in members],
+            "best_epoch": [state["best_epoch"][i] for i in members],
+            "epochs": {task: [logits[members] for logits in epochs] for task, epochs in state["epochs"].items()},
+            "scores": {task: [[s[i] for i in members] for s in scores] for task, scores in state["scores"].items()},
         }
     return new
