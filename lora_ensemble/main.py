@@ -21,8 +21,10 @@ OWN = {
     "export": "lora_ensemble.ensemble.export",
 }
 """Commands whose options need no torch: the module whose ``run`` takes the arguments and returns the exit code."""
-TRAINING = ("fit", "distill", "sweep", "validate", "test", "predict")
+TRAINING = ("fit", "distill", "boost", "sweep", "validate", "test", "predict")
 """Commands that have LightningCLI's options."""
+STUDIES = {"distill": "lora_ensemble.studies.distill_command", "boost": "lora_ensemble.studies.boost"}
+"""Those that are no part of ``train.cli``."""
 
 USAGE = """\
 usage: lora-ensemble COMMAND [options]
@@ -33,6 +35,7 @@ dicor then picks an accurate, diverse ensemble from the pool (see dicor --help).
 commands:
   fit        train a bank of members; a member that improved on dev goes into the pool
   distill    train one member on what a chosen ensemble says on average, and on the labels
+  boost      train members one after another, each on what those before it got wrong
   sweep      fit that goes on by itself: train what the pool has not finished yet
   validate   score the pool's members on dev
   test       score the pool's members on a labelled test split
@@ -73,8 +76,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if argv[0] not in TRAINING and not argv[0].startswith("-"):
             commands = ", ".join([*TRAINING, *OWN])
             raise UserError(f"{argv[0]}: no such command; expected one of {commands}; what selects is dicor (--help)")
-        distils = "distill" in argv[:1] or (argv[0].startswith("-") and "distill" in argv)
-        module = "lora_ensemble.studies.distill_command" if distils else "lora_ensemble.train.cli"
+        asked = [name for name in STUDIES if name in (argv if argv[0].startswith("-") else argv[:1])]
+        module = STUDIES[asked[0]] if asked else "lora_ensemble.train.cli"
         return int(importlib.import_module(module).run(argv))
     except (UserError, OSError) as e:
         if isinstance(e, OSError) and e.errno not in _NOT_OURS:

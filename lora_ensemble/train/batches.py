@@ -98,8 +98,8 @@ class ExampleWeights:
     """How much each of N training examples counts in the loss of each model of M members.
 
     Its own weight, times its class's, times how often a member's bag holds it: a bootstrap of the N examples that is
-    drawn from the member's seed; and nothing for a model that is trained without its ``fold`` (N,). ``anything``:
-    whether any of it is asked for; otherwise all count alike.
+    drawn from the member's seed; times what it is ``boosted`` by, member's name to (N,); and nothing for a model that
+    is trained without its ``fold`` (N,). ``anything``: whether any of it is asked for; otherwise all count alike.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class ExampleWeights:
         members: Sequence[Member],
         folds: Folds | None = None,
         fold: np.ndarray | None = None,
+        boosted: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         n = len(split)
         self.members, self._own, self._fold = len(members), split.weights, fold
@@ -120,12 +121,13 @@ class ExampleWeights:
                 of_class = n / (len(counts) * np.maximum(counts, 1))
             self._own = of_class[split.labels] * (1.0 if self._own is None else self._own)
         self._bags: np.ndarray | None = None  # (M, N)
-        if any(m.bag for m in members):
-            self._bags = np.ones((len(members), n), np.uint8)
+        if boosted or any(m.bag for m in members):
+            self._bags = np.ones((len(members), n))
             for bag, member in zip(self._bags, members, strict=True):
                 if member.bag:
                     generator = np.random.default_rng(derived_seed(single(member.seed), f"bag/{task.name}"))
                     bag[:] = np.bincount(generator.integers(n, size=n), minlength=n)
+                bag *= (boosted or {}).get(str(member.name), 1.0)
 
     @property
     def anything(self) -> bool:

@@ -39,6 +39,8 @@ from lora_ensemble.train.runs.ray_sweep import RayOptions
 from lora_ensemble.train.runs.sweep import Sweep
 
 Run = TypeVar("Run", bound=BankRun)
+GOES_ON = ("sweep", "boost")
+"""Commands that go on by themselves where they were stopped."""
 
 
 class CLI(LightningCLI):
@@ -107,11 +109,11 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and check what would fail only after the model was loaded."""
         super().parse_arguments(parser, args)
-        check_settings(self.config[self.config.subcommand], sweep=self.config.subcommand == "sweep")
+        check_settings(self.config[self.config.subcommand], sweep=self.config.subcommand in GOES_ON)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer for all members in one bank, with this run's folder, its checkpoint and its curves."""
-        config, sweep = self.config[self.subcommand], self.subcommand == "sweep"
+        config, sweep = self.config[self.subcommand], self.subcommand in GOES_ON
         self.datamodule.tokenised = self._tokenised
         self._trains = self.subcommand not in ("validate", "test", "predict")
         given = config.trainer

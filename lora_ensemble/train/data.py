@@ -85,7 +85,8 @@ class BankData(pl.LightningDataModule):
         self.folds = Folds(folds, refit)
         self.fold: dict[str, np.ndarray] = {}  # task to the fold (N,) of each training example
         self.splits: dict[str, dict[str, TokenisedSplit]] = {}  # split name to task name to examples
-        self.taught: dict[str, Any] = {}  # what ``teach`` was given, in words, for the settings of who is trained here
+        self.boosted: dict[str, dict[str, np.ndarray]] = {}  # task to member to what each example's weight is times
+        self.taught: dict[str, Any] = {}  # what of this is not in the files, for the settings of who is trained here
         self._tokenizer: Any = None
         self.tokenised: dict[tuple[Any, ...], TokenisedSplit] = {}
         """Splits that were read and tokenised, by what decides them: for data modules of one program to share."""
@@ -191,7 +192,8 @@ class BankData(pl.LightningDataModule):
         trainer: Any = self.trainer
         members = getattr(getattr(trainer, "lightning_module", None), "members", ())
         of = {name: (self.splits["train"][name].source, members, self.folds) for name in self.splits["train"]}
-        weights = {t.name: ExampleWeights(t, *of[t.name], self.fold.get(t.name)) for t in self.tasks}
+        each = {t.name: (self.fold.get(t.name), self.boosted.get(t.name)) for t in self.tasks}
+        weights = {t.name: ExampleWeights(t, *of[t.name], *each[t.name]) for t in self.tasks}
         return TrainBatches(
             splits=self.splits["train"],
             batch_size=self.batch_size,

@@ -6,6 +6,7 @@ Axes: M members, N examples of a split, C outputs of a head, E epochs.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import shutil
 from collections import Counter
@@ -243,6 +244,10 @@ def described(data: BankData, module: BankModule, *, run: str) -> dict[str, list
             **{"settings": settings | task.recorded, "run": run, "versions": _versions()},
         }
         records[task.name] = [pool.MemberRecord(**member.recorded(), **common) for member in module.members]
+        for record in records[task.name]:
+            if (weights := data.boosted.get(task.name, {}).get(record.name)) is not None:
+                digest = hashlib.sha256(weights.astype("<f8").tobytes()).hexdigest()[:16]
+                record.settings = {**record.settings, "boosted": digest}
     return records
 
 
