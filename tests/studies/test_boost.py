@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from test_cli import Program
 
 from lora_ensemble import pool
