@@ -125,7 +125,7 @@ def test_the_commands_run_in_the_readmes_order(home: Path, capsys: pytest.Captur
         if "NAME" in given:
             given[given.index("NAME")] = pool.TaskPool(Path("checkpoints/pool"), "tickets").members[0].name
             given = [f"{word}-{len(done)}" if word == "one" else word for word in given]
-        if words[1] in ("fit", "validate", "predict", "distill"):
+        if words[1] in ("fit", "validate", "predict", "distill", "boost"):
             given += ["--model.base_model=model", *TINY]
         assert PROGRAMS[words[0]](given) == 0, (words, capsys.readouterr().err)
         if "--probabilities" in words:  # the README's "or, from Python"

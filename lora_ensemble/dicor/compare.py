@@ -62,7 +62,8 @@ def dev_of(task_pool: TaskPool, score: str | None = None) -> Dev:
         score=score or task_pool.scored_by,
     )
     notices = [*dev.notices, *one_label(examples.labels, task_pool.labels, f"{task_pool.split} labels")]
-    if students := sum(DISTILLED in r.settings for r in records):
+    taught = [r.settings[DISTILLED] for r in records if DISTILLED in r.settings]
+    if students := sum("chosen_on" not in how for how in taught):
         who, whose = ("1 member was", "its") if students == 1 else (f"{students} members were", "their")
         what = "distilled from an ensemble that was chosen on dev"
         notices.append(f"{who} {what}: {whose} scores flatter a little, honest ones too")

@@ -40,6 +40,7 @@ from lora_ensemble.train.data import BankData
 from lora_ensemble.train.notices import say
 
 _BLOCK = 8192  # texts that the ensemble is asked about at once: what all its members say of them is kept in memory
+_SEEN = "\nnote: the ensemble was chosen on dev, so a student has seen something of dev: its dev score flatters"
 _SETTINGS = {
     "model": "init_std head_dropout encoder_dropout frozen_dropout weight_decay schedule warmup",
     "data": "batch_size max_length truncation steps_per_epoch",
@@ -70,6 +71,7 @@ class Distillation:
         except OSError as e:
             raise UserError(f"--unlabelled: {e.filename}: {e.strerror}; expected a file of texts") from e
         how = {"ensemble": _identity(self.record), "soft_weight": float(self.soft_weight), "unlabelled": texts}
+        how |= {} if self.record.chosen_on == "dev" else {"chosen_on": self.record.chosen_on}
         self.how: dict[str, Any] = {pool.DISTILLED: how}  # what a student's record says of it
 
     # Before anything is loaded: the settings of the run
@@ -120,7 +122,7 @@ class Distillation:
             f"{task.name}: students of {self.record.size} members ({self.path.name}) on {len(train)} labelled texts, "
             f"to whose labels the ensemble's predictions come with weight {self.soft_weight:g}"
             + (f", and on {len(unlabelled)} unlabelled ones" if self.unlabelled else "")
-            + "\nnote: the ensemble was chosen on dev, so a student has seen something of dev: its dev score flatters"
+            + (_SEEN if self.record.chosen_on == "dev" else "")
         )
 
     def task_of(self, data: BankData) -> Task:
@@ -218,7 +220,8 @@ def mixed(soft: np.ndarray, labels: np.ndarray | None, kind: Kind, weight: float
 
 def _identity(ensemble: record.Ensemble) -> str:
     """16 hex digits over what decides an ensemble's predictions; estimates and where its pool is do not."""
-    members = [[row[key] for key in ("name", "weight", "temperature", "dev_logits")] for row in ensemble.rows()]
+    keys = ("name", "weight", "temperature", f"{ensemble.chosen_on}_logits")
+    members = [[row[key] for key in keys] for row in ensemble.rows()]
     what = [ensemble.task, ensemble.kind, ensemble.labels, ensemble.strategy, ensemble.scale, ensemble.offsets, members]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 

@@ -72,13 +72,12 @@ class BankData(pl.LightningDataModule):
         super().__init__()
         self.base_model, self.revision, self.root = base_model, revision, None if root is None else Path(root)
         self.tasks = weighed(resolve_tasks(tasks), overall)
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise UserError(f"data.{name}: {value}; expected at least 1")
+        least = {"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "max_length": (max_length, 4)}
+        for name, (value, at_least) in least.items():
+            if value is not None and value < at_least:
+                raise UserError(f"data.{name}: {value}; expected at least {at_least}")
         if isinstance(steps_per_epoch, int) and steps_per_epoch < 1:
             raise UserError(f"data.steps_per_epoch: {steps_per_epoch}; expected at least 1, longest or shortest")
-        if max_length is not None and max_length < 4:
-            raise UserError(f"data.max_length: {max_length}; expected at least 4 tokens")
         self.batch_size, self.eval_batch_size, self.max_length = batch_size, eval_batch_size, max_length
         self.steps_per_epoch, self.seed, self.predict_split = steps_per_epoch, seed, predict_split
         self.truncation: Truncation = truncation
