@@ -159,7 +159,7 @@ def load_base(
 def restore_members(bank: Bank, folder: Path, *, base_model: str, fingerprint: Mapping[str, Any] | None = None) -> None:
     """Fill a bank with its members' best weights from the pool at ``folder``.
 
-    A member that is several models is there for each of them; where the pool has one for all of them, the last gets it.
+    A member that is several models is there for each of them; where the pool has one for all of them, each gets it.
     ``fingerprint``: the base model's, to be checked. ``UserError`` where a member is missing, has another base model or
     other settings, or comes from different runs or epochs in several tasks.
     """
@@ -176,8 +176,6 @@ def restore_members(bank: Bank, folder: Path, *, base_model: str, fingerprint: M
             raise UserError(
                 f"{folder}: {member.name!r} is {len(models)} models; give the data.folds it was trained with"
             )
-        if len(models) == 1 and place < rows - 1:
-            continue
         model, heads = models[place % len(models)], {}
         for record in records:
             adapter, heads[record.task], encoder = read_weights(folder, record, prefix=bank.prefix, model=model)
