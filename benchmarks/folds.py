@@ -36,7 +36,7 @@ from lora_ensemble.pool import TaskPool
 from lora_ensemble.scores import score
 from lora_ensemble.tasks import PRESETS
 
-SETTING = "lr: 1e-3, layers: top-2, patience: 3"
+SETTING = "lr: 1e-3, layers: top-2, patience: 2"
 FOLDS, SEEDS = 5, 4
 DRAWS = 40
 
@@ -154,36 +154,38 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="training rows (default: all)")
     parser.add_argument("--root", type=Path, required=True, help="folder of the course's data")
     parser.add_argument("--output", type=Path, required=True, help="folder of pools and runs")
-    parser.add_argument("--boosting", action="store_true")
+    parser.add_argument("--boosting", action="store_true", help="compare boosting, bags and seeds instead")
+    parser.add_argument("--precision", default="32-true", help="the Trainer's (default: 32-true)")
+    parser.add_argument("--train", nargs="+", help="only train these pools: folded, plain, bags, boosted")
     given = parser.parse_args()
     root = prepare(given.task, given.rows, given.root, given.output)
     common = [
         *(f"--data.root={root}", f"--data.tasks={json.dumps([given.task])}", "--data.batch_size=16"),
         *(f"--trainer.default_root_dir={given.output}", "--trainer.max_epochs=20", "--trainer.val_check_interval=0.5"),
-        *("--trainer.logger=false", "--trainer.enable_progress_bar=false"),
+        *("--trainer.logger=false", "--trainer.enable_progress_bar=false", f"--trainer.precision={given.precision}"),
     ]
-    folded, plain, folds = given.output / "folded", given.output / "plain", f"--data.folds={FOLDS}"
-    train("sweep", folded, common, folds, f"--model.members={members([4, 8, 16], SEEDS)}")
-    if given.boosting:
-        train("sweep", given.output / "bags", common, folds, f"--model.members={members([8], SEEDS, ', bag: true')}")
-        boost = given.output / "boosted"
-        train("boost", boost, common, folds, f"--model.members={members([8], 1)}", f"--rounds={SEEDS}")
-        table({
-            f"{SEEDS} seeds": Pool(folded, given.task, lambda name: name.startswith("r8-")),
-            f"{SEEDS} bags": Pool(given.output / "bags", given.task),
-            f"{SEEDS} rounds of boosting": Pool(boost, given.task),
-        })  # fmt: skip
-        return
-    train("sweep", plain, common, f"--model.members={members([4, 8, 16], FOLDS * SEEDS)}")
-    few = [f"-s{seed}-" for seed in range(1, SEEDS + 1)]
-    pools = {
-        f"{3 * SEEDS} of {FOLDS} folds": Pool(folded, given.task),
-        f"{3 * SEEDS * FOLDS} plain": Pool(plain, given.task),
-        f"{3 * SEEDS} plain": Pool(plain, given.task, lambda name: any(seed in f"{name}-" for seed in few)),
+    folds = f"--data.folds={FOLDS}"
+    trained = {
+        "folded": ("sweep", folds, f"--model.members={members([4, 8, 16], SEEDS)}"),
+        "plain": ("sweep", f"--model.members={members([4, 8, 16], FOLDS * SEEDS)}"),
+        "bags": ("sweep", folds, f"--model.members={members([8], SEEDS, ', bag: true')}"),
+        "boosted": ("boost", folds, f"--model.members={members([8], 1)}", f"--rounds={SEEDS}"),
     }
-    table(pools)
-    print()
-    calibration(next(iter(pools.values())))
+    wanted = ["folded", *(["bags", "boosted"] if given.boosting else ["plain"])]
+    for name in given.train or wanted:
+        verb, *more = trained[name]
+        train(verb, given.output / name, common, *more)
+    pools = {name: Pool(given.output / name, given.task) for name in ([] if given.train else wanted)}
+    if given.boosting and pools:
+        folded = Pool(given.output / "folded", given.task, lambda name: name.startswith("r8-"))
+        table({f"{SEEDS} seeds": folded, f"{SEEDS} bags": pools["bags"], f"{SEEDS} rounds": pools["boosted"]})
+    elif pools:
+        first = [f"-s{seed}-" for seed in range(1, SEEDS + 1)]
+        few = Pool(given.output / "plain", given.task, lambda name: any(seed in f"{name}-" for seed in first))
+        m = len(few.names)
+        table({f"{m} of {FOLDS} folds": pools["folded"], f"{m * FOLDS} plain": pools["plain"], f"{m} plain": few})
+        print()
+        calibration(pools["folded"])
 
 
 if __name__ == "__main__":
