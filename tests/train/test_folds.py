@@ -17,6 +17,7 @@ from test_cli import Program
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_ensemble import Ensemble, pool
+from lora_ensemble.bank import optim
 from lora_ensemble.bank.lora import Member, derived_seed
 from lora_ensemble.bank.member_files import weight_files
 from lora_ensemble.bank.model import Bank
@@ -421,3 +422,13 @@ def test_other_folds_are_another_member(program: Program, capsys: pytest.Capture
     score = pool.TaskPool(program.pool, "sst").logits("a").argmax(1)
     labels = read_split(PRESETS["sst"], "dev", program.root, need_labels=True).labels
     assert f"{(score == labels).mean():.4f}" in capsys.readouterr().out
+
+
+def test_one_model_that_diverged_is_enough(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fifth of nine models: of the second member."""
+    monkeypatch.setattr(optim, "finite_members", lambda bank, optimizer: [row != 4 for row in range(9)])
+    assert program("fit", *FOLDS, members=ALL) == 0
+    assert f"{NAMES[1]} has diverged" in capsys.readouterr().out
+    assert sorted(r.name for r in pool.TaskPool(program.pool, "sst", split="oof").members) == sorted(NAMES[::2])
