@@ -136,20 +136,22 @@ assert torch.distributed.is_available() and not torch.distributed.is_initialized
     subprocess.run([*program, "--trainer.devices=1"], env=environment(), check=True)
 
 
-def test_two_devices_train_the_same_members_as_one(two_programs: tuple[Program, Program]) -> None:
+@pytest.mark.parametrize("folds", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_two_devices_train_the_same_members_as_one(two_programs: tuple[Program, Program], folds: int) -> None:
     """Dropout off: the same dev scores, and the same logits row for row (float64, kept as float32: to 1e-6)."""
     one, two = two_programs
     # A bag: a weighted mean, whose weights the devices share unequally.
     which = {"tasks": "[sst, sts]", "members": MEMBERS[:-1] + ", {rank: 2, lr: 3e-3, bag: true}]"}
     # 7 does not divide by 2, nor 60 by 7: uneven shares, and a last batch of 4.
     common = (*STILL, "--trainer.precision=64-true", "--data.batch_size=7", "--trainer.gradient_clip_val=0.5")
+    common += (f"--data.folds={folds}",)
     assert one("fit", *common, **which) == 0
     assert one("predict", *common, **which) == 0
     ddp = ("--trainer.devices=2", "--trainer.strategy=ddp")
     for verb in ("fit", "predict"):
         subprocess.run(command(two.arguments(verb, *common, *ddp, **which)), env=environment(), check=True)
     for task in ("sst", "sts"):
-        for split in ("dev", "test"):
+        for split in ("dev", "test", "oof") if folds else ("dev", "test"):
             a, b = (pool.TaskPool(p.pool, task, split=split) for p in (one, two))
             assert a.examples().ids.tolist() == b.examples().ids.tolist()
             for record in a.members:
@@ -157,7 +159,8 @@ def test_two_devices_train_the_same_members_as_one(two_programs: tuple[Program, 
                 other = b.record(record.name)
                 assert (other.best_epoch, other.finished) == (record.best_epoch, True)
                 assert other.epoch_scores == pytest.approx(record.epoch_scores, abs=1e-6)
-    moved = pool.read_array(one.pool, pool.TaskPool(one.pool, "sst").members[0], pool.epochs_file("dev"))
+    decided_by = pool.epochs_file("oof" if folds else "dev")
+    moved = pool.read_array(one.pool, pool.TaskPool(one.pool, "sst").members[0], decided_by)
     assert float(np.abs(moved[1] - moved[0]).max()) > 1e-2
 
 
