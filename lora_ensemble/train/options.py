@@ -111,6 +111,8 @@ def run_name(experiment: str, settings: dict[str, Any]) -> str:
             for key in ("columns", "group", "weight", "class_weights", "label_smoothing", "score", "overall"):
                 if not task.get(key):
                     task.pop(key, None)
+            if task.get("label_separator") == ",":
+                del task["label_separator"]
     for member in settings["model"]["members"] or []:
         for key, default in {**LATER, "peft": None}.items():
             if member[key] == default:
