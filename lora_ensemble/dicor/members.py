@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from lora_ensemble.dicor.choose.probabilities import losses, soft_votes, true_probabilities
 from lora_ensemble.errors import UserError
-from lora_ensemble.scores import as_binary, decisions, said_of, scored
+from lora_ensemble.scores import as_binary, by_example, decisions, said_of, scored
 from lora_ensemble.tasks import SCORES, Kind, ScoreName, check_score
 from lora_ensemble.text.splits import canonical
 
@@ -180,6 +180,11 @@ class Dev:
     def evidence(self) -> int:
         """How many independent pieces of evidence there are: groups, or examples."""
         return len(self.ids) if self.groups is None else len(np.unique(self.groups))
+
+    @property
+    def truth(self) -> np.ndarray:
+        """(examples,) the labels, or (examples, L), of each example."""
+        return by_example(self.labels, self.width)
 
     @property
     def together(self) -> np.ndarray | None:

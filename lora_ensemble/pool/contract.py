@@ -232,7 +232,7 @@ def _check_examples(ids: np.ndarray, labels: np.ndarray | None, where: str) -> N
             raise UserError(f"{where}: id {example!r} is there twice, in rows {first} and {row}")
     if labels is None:
         return
-    if labels.shape[:1] != ids.shape or labels.ndim > 2:
+    if labels.shape[:1] != ids.shape or labels.ndim > 2 or labels.shape[1:] == (1,):
         raise UserError(f"{where}: {len(ids)} ids, but labels of shape {labels.shape}; expected one for each")
     if labels.dtype.kind not in "biuf":
         raise UserError(f"{where}: labels are {labels.dtype}; expected numbers (classes count from 0)")

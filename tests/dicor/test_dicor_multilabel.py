@@ -22,8 +22,10 @@ from lora_ensemble.dicor.choose.similarity import features, pairwise
 from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.dicor.compare import compare
 from lora_ensemble.dicor.compare import test_scores as scores_on_test
+from lora_ensemble.dicor.estimate.fold_scores import fold_scores
 from lora_ensemble.dicor.estimate.honest import estimate
 from lora_ensemble.dicor.estimate.interval import of_differences
+from lora_ensemble.dicor.estimate.splits import stratified_folds
 from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.dicor.options import Options
 from lora_ensemble.pool import TaskPool, write_examples
@@ -122,6 +124,25 @@ def test_a_majority_is_of_each_label_and_ties_go_to_the_highest_rank() -> None:
     assert (yes == 2).sum() > 5
     assert (ours.predict(logits) == np.where(yes == 2, votes[1], yes > 2)).all()
     np.testing.assert_allclose(ours.predict_proba(logits), yes / 4)
+
+
+@pytest.mark.parametrize("score", ["f1_micro", "f1_macro", "f1_weighted", "auroc", "accuracy", "log_loss"])
+def test_every_part_of_dev_has_its_best_epoch_and_score(score: Any) -> None:
+    """Epochs (E, N, L) as they lie in the pool; what is left out of a part is whole examples."""
+    labels = random_labels("multilabel", 90, seed=4)
+    alone = [random_logits("multilabel", labels, 1, seed=seed, noise=4.0)[0] for seed in range(12)]
+    each = [np.stack(alone[3 * m : 3 * m + 3]) for m in range(4)]
+    dev = Dev.of([e[0] for e in each], labels, kind="multilabel", epochs=each, score=score)
+    assert (dev.truth == labels).all()
+    fold = np.repeat(stratified_folds(dev.ids, labels, "multilabel", folds=3, repeats=2), 3, axis=1)
+    found, sign = fold_scores(dev, fold, 3, omni="mean"), -1 if score == "log_loss" else 1
+    for s, (r, k) in enumerate(np.ndindex(2, 3)):
+        part = fold[r, ::3] != k
+        for m in range(4):
+            of = [sign * sklearns(score, labels[part], one[part].astype(float)) for one in each[m]]
+            assert found.scores[s, m] == pytest.approx(max(of), abs=1e-7)
+            assert found.epochs[s, m] == int(np.argmax(of))
+    assert len(set(found.epochs.ravel())) > 1
 
 
 class Seen(Method):

@@ -27,7 +27,7 @@ from lora_ensemble.dicor.estimate.fold_scores import FoldScores, fold_scores, st
 from lora_ensemble.dicor.estimate.interval import CLOSED, Interval, of_differences, of_score
 from lora_ensemble.dicor.estimate.splits import FOLDS, REPEATS, held_out, stratified_folds
 from lora_ensemble.dicor.members import Dev, Members, top_members
-from lora_ensemble.scores import by_example, scored
+from lora_ensemble.scores import scored
 from lora_ensemble.tasks import SCORES
 
 Held = dict[str, np.ndarray]
@@ -93,8 +93,7 @@ def estimate(
     if repeats is None:
         repeats = int(np.clip(MOST_DECISIONS // n, 1, REPEATS))
     repeats = repeats if dev.evidence >= FEWEST else 0
-    labels = by_example(dev.labels, dev.width)
-    fold = stratified_folds(dev.ids, labels, dev.kind, folds=folds, repeats=repeats, groups=dev.groups)
+    fold = stratified_folds(dev.ids, dev.truth, dev.kind, folds=folds, repeats=repeats, groups=dev.groups)
     fold = np.repeat(fold, dev.width, axis=1)
     probabilities = probabilities and dev.kind != "regression"
     seen = fold_scores(dev, fold, folds, omni=omni.strategy, probabilities=probabilities)
