@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from conftest import REPOSITORY
 from pool_factory import refused
 
 from lora_ensemble.tasks import Task
@@ -80,6 +83,18 @@ def test_several_columns(name: str, words: tuple[Any, Any], tmp_path: Path) -> N
     assert task(label=NAMES, label_names=[]).labels == NAMES
     renamed = task(label=NAMES, label_names=["Regen", "Schnee", "Wind, stark"])  # no cell names them
     assert (renamed.labels, renamed.num_outputs) == (["Regen", "Schnee", "Wind, stark"], 3)
+
+
+def test_the_readmes_task() -> None:
+    blocks = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("\n\n")
+    (block,) = (textwrap.dedent(b) for b in blocks if "name: comments" in b)
+    given = yaml.safe_load(block)["data"]["tasks"][0]
+    assert Task(**given).labels == ["rude", "spam", "offtopic"]
+    assert Task(**{**given, "label": given.pop("label_names"), "label_names": []}).labels == [
+        "rude",
+        "spam",
+        "offtopic",
+    ]
 
 
 def test_numbers_are_names_too(tmp_path: Path) -> None:
