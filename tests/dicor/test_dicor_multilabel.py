@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from pool_factory import LABELS, add_member, make_pool, random_labels, random_logits, refused
 from scipy.special import expit, logit
+from scipy.stats import zscore
 from sklearn import metrics
 
 from lora_ensemble.dicor import record
@@ -22,7 +23,7 @@ from lora_ensemble.dicor.choose.similarity import features, pairwise
 from lora_ensemble.dicor.cli import main as dicor
 from lora_ensemble.dicor.compare import compare
 from lora_ensemble.dicor.compare import test_scores as scores_on_test
-from lora_ensemble.dicor.estimate.fold_scores import fold_scores
+from lora_ensemble.dicor.estimate.fold_scores import fold_scores, standardised
 from lora_ensemble.dicor.estimate.honest import estimate
 from lora_ensemble.dicor.estimate.interval import of_differences
 from lora_ensemble.dicor.estimate.splits import stratified_folds
@@ -359,3 +360,14 @@ def test_offsets_of_labels() -> None:
     choice = Choice(members=[0], strategy="weighted", offsets=of_labels(np.array([0.3, -1.1])))
     assert choice.moves == [0.3, -1.1]
     assert Choice(members=[0], strategy="weighted", offsets=np.array([-0.2, 0.2])).moves == [-0.2, 0.2]
+
+
+def test_what_is_held_out_is_standardised_by_label() -> None:
+    """Each label's log-odds by themselves: where one part's are moved, for one label, nothing else may change."""
+    p = expit(made(n=30, members=1)[0][0].astype(float))
+    rows = np.stack([1 - p.ravel(), p.ravel()], axis=-1)
+    found = standardised(rows, "auroc", 3)
+    assert found.shape == (90, 2)
+    np.testing.assert_allclose(found[:, 1].reshape(30, 3), zscore(logit(p), axis=0), atol=1e-9)
+    np.testing.assert_allclose(found[:, 0], -found[:, 1], atol=1e-9)
+    assert standardised(rows, "log_loss", 3) is rows
