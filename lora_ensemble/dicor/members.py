@@ -64,11 +64,11 @@ class Members:
         names: list[str],
         ranks: list[int | None],
         scores: np.ndarray,
-        score: ScoreName | None = None,
+        by: ScoreName,
     ) -> Members:
         """Who decides: of logits (k, N, C) of any kind."""
         logits, flat, width = as_binary(logits, kind)
-        return cls(logits, flat, names, ranks, scores, score=check_score(score, kind), width=width)
+        return cls(logits, flat, names, ranks, scores, score=by, width=width)
 
     @property
     def scored_by(self) -> ScoreName:
@@ -138,6 +138,7 @@ class Dev:
     ) -> Dev:
         """Check, sort by name, and collapse members whose logits are the same to the last bit (a notice says so).
 
+        ``labels``: (N,), or (N, L) of multilabel.
         ``fingerprints`` (M,): texts that are equal where the logits are, which are not looked at then. ``UserError``
         where lengths differ, an id or a name is there twice, a label is no class, a value is not finite, or the kind
         has no such score.

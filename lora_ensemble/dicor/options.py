@@ -77,7 +77,7 @@ class Options:
     """What is asked of the methods; None: nothing."""
 
     size: int | Literal["auto"] | None = option(
-        "members in the ensemble (dicor: multiclass 11, binary 4, regression 10; dicor-auto: auto), steps of a greedy "
+        "members in the ensemble (dicor: multiclass 11, regression 10, others 4; dicor-auto: auto), steps of a greedy "
         "search, or the most members that exhaustive tries",
         metavar="N|auto",
         type=_size,

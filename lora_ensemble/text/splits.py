@@ -54,7 +54,7 @@ class Deal:
         shares: Sequence[float],
         groups: np.ndarray | None = None,
     ) -> None:
-        labels = labels if labels.ndim == 1 else _sets(labels, round(1 / min(shares)))
+        labels = labels if labels.ndim == 1 or groups is not None else _sets(labels, round(1 / min(shares)))
         self._labels, self._kind, self._shares, n = labels, kind, np.asarray(shares), len(labels)
         self._group: np.ndarray | None
         names, self._group = (ids, None) if groups is None else np.unique(groups, return_inverse=True)
@@ -82,8 +82,9 @@ class Deal:
         labels = self._labels
         if self._kind == "regression":
             labels = np.searchsorted(np.quantile(labels, np.arange(1, together) / together), labels)
-        counts = np.zeros((len(drawn), int(labels.max(initial=0)) + 1))
-        np.add.at(counts, (group, labels.astype(np.int64)), 1)
+        several = labels.ndim > 1  # how often each label is there in a group, in place of classes
+        counts = np.zeros((len(drawn), labels.shape[1] if several else int(labels.max(initial=0)) + 1))
+        np.add.at(counts, group if several else (group, labels.astype(np.int64)), labels if several else 1)
         counts = np.column_stack([counts / np.maximum(counts.sum(0), 1), counts.sum(1) / len(labels)])
         part, filled = np.empty(len(drawn), np.int64), np.zeros((len(self._shares), counts.shape[1]))
         for g in np.lexsort((drawn, -counts[:, -1])):

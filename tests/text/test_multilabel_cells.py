@@ -248,6 +248,8 @@ def test_a_deal_is_of_ids_and_keeps_groups_whole() -> None:
     together = Deal(ids, labels, "multilabel", [0.8, 0.2], groups)(0)
     assert all(len(set(together[groups == g])) == 1 for g in set(groups))
     assert 30 <= (together == 1).sum() <= 50
+    shares = labels[together == 1].sum(axis=0) / labels.sum(axis=0)
+    assert (abs(shares[:3] - 0.2) < 0.06).all()
 
 
 def test_a_share_of_the_training_file_is_dev(tmp_path: Path) -> None:

@@ -128,11 +128,8 @@ def _label_cells(source: Source, columns: list[str], request: Request, kind: Kin
             raise UserError(f"{source.path}: no labels: no column {lacking[0]!r}; {source.shown}; name it with --label")
         return None
     cells = source.columns[columns[0]]
-    if kind != "multilabel":
-        source.refuse(
-            [isinstance(cell, list) for cell in cells],
-            lambda row: f"{source.cell(columns[0], cells[row])}; expected one label",
-        )
+    lists = [kind != "multilabel" and isinstance(cell, list) for cell in cells]
+    source.refuse(lists, lambda row: f"{source.cell(columns[0], cells[row])}; expected one label")
     rows = zip(*(source.columns[column] for column in columns), strict=True)
     empty = [any(cell is None or cell != cell or not str(cell).strip() for cell in row) for row in rows]
     if all(empty):
