@@ -238,9 +238,9 @@ def _labels(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray | None:
 
     Where cells name several labels, only the latter.
     """
-    columns = [table.columns[name] for name in task.label_columns]
-    empty = [row for row in rows if any(is_empty(cells[row]) or cells[row] == [] for cells in columns)]
-    if len(empty) == len(rows) or (empty and not _named(task)):
+    columns, named = [table.columns[name] for name in task.label_columns], _named(task)
+    empty = [row for row in rows if any(is_empty(c[row]) or (named and c[row] == []) for c in columns)]
+    if len(empty) == len(rows) or (empty and not named):
         if len(empty) < len(rows):
             table.notices.append(
                 f"{table.name}: {len(empty)} of {len(rows)} rows have no {' or '.join(task.label_columns)} "

@@ -164,6 +164,15 @@ def test_what_is_wrong_with_a_task(fields: dict[str, Any], says: str) -> None:
         task(**fields)
 
 
+def test_an_empty_list_is_a_set_of_labels_and_no_class(tmp_path: Path) -> None:
+    file = written(tmp_path, "a.jsonl", [{"text": "t", "y": "a"}, {"text": "u", "y": []}])
+    of_classes = Task(name="c", kind="multiclass", text=["text"], label="y", label_names=["a", "b"], train=file)
+    with refused("a.jsonl:2: label out of range: y is []; expected one of a, b"):
+        read_split(of_classes, "train", tmp_path, need_labels=True)
+    none = read(tmp_path, "b.jsonl", [{"text": "t", "sky": []}], split="test")
+    assert none.labels is None
+
+
 def test_what_is_for_several_labels_alone() -> None:
     with refused("task 'b': label names several columns, which is for multilabel"):
         Task(name="b", kind="binary", text=["x"], label=["a", "b"])
