@@ -7,6 +7,11 @@ decided for either does not in f1_macro. An F1 of nobody is 0, and so is mcc whe
 same (both as scikit-learn has it). NaN, undefined: auroc and average_precision where no class has examples beside
 others, kappa_quadratic where labels and decisions are all one class, r2 of constant labels, pearson and spearman of
 anything constant.
+
+Of **several labels** of a text, logits and labels are (N, L). They are taken for a binary task with a row for each
+example and label, (N L), example by example (``as_binary``, ``width`` L), which says what accuracy (the share of right
+decisions: 1 less the Hamming loss) and log_loss are. F1s are those of the labels' presence: f1_micro over all rows,
+f1_macro and f1_weighted over the labels, as auroc and average_precision are, a label for a class in what is said above.
 """
 
 from __future__ import annotations
@@ -20,14 +25,31 @@ from lora_ensemble.tasks import SCORES, Kind, ScoreName, Task, check_score
 LEAST_PROBABILITY = 1e-15  # before its logarithm is taken: one example cannot make a loss infinite
 
 
+def as_binary(logits: np.ndarray, kind: Kind) -> tuple[np.ndarray, Kind, int]:
+    """Logits (..., N, L) of several labels as those of a binary task, (..., N L, 1), its kind, and the width L.
+
+    Those of another kind as they are, with width 1.
+    """
+    if kind != "multilabel":
+        return logits, kind, 1
+    return logits.reshape(*logits.shape[:-2], -1, 1), "binary", logits.shape[-1]
+
+
+def by_example(said: np.ndarray, width: int) -> np.ndarray:
+    """What was said of the rows that ``as_binary`` made, (..., N L), by example: (..., N, L); for width 1 as it is."""
+    return said if width == 1 else said.reshape(*said.shape[:-1], -1, width)
+
+
 def decisions(logits: np.ndarray, kind: Kind) -> np.ndarray:
     """What each row of logits decides.
 
     ``logits``: (..., N, C). Returns (..., N): int64 class numbers (multiclass: argmax, the lowest of equals;
-    binary: logit > 0) or float64 values (regression).
+    binary: logit > 0) or float64 values (regression). multilabel: (..., N, L), each as binary.
     """
     if kind == "multiclass":
         return np.argmax(logits, axis=-1)
+    if kind == "multilabel":
+        return (logits > 0).astype(np.int64)
     if kind == "binary":
         return (logits[..., 0] > 0).astype(np.int64)
     return logits[..., 0].astype(np.float64)
@@ -48,28 +70,40 @@ def said_of(logits: np.ndarray, kind: Kind, name: ScoreName | None = None) -> np
 
 
 def score(logits: np.ndarray, labels: np.ndarray, kind: Kind, name: ScoreName | None = None) -> float:
-    """The score of logits (N, C) against labels (N,); ``name`` None: the kind's default. NaN where undefined."""
-    return float(scored(said_of(logits, kind, name), labels, kind, name))
+    """The score of logits (N, C) against labels (N,), or (N, L); ``name`` None: the kind's default. NaN: undefined."""
+    name = check_score(name, kind)
+    logits, kind, width = as_binary(logits, kind)
+    return float(scored(said_of(logits, kind, name), labels.reshape(-1), kind, name, width=width))
 
 
 def scored(
-    said: np.ndarray, labels: np.ndarray, kind: Kind, name: ScoreName | None = None, weights: np.ndarray | None = None
+    said: np.ndarray,
+    labels: np.ndarray,
+    kind: Kind,
+    name: ScoreName | None = None,
+    weights: np.ndarray | None = None,
+    *,
+    width: int = 1,
 ) -> np.ndarray:
     """The score ``name`` (None: the kind's default) of what was said, see ``said_of``, against labels (N,).
 
-    ``weights`` (W, N), none below 0: how often each example counts. Returns (...), or (..., W) with weights.
+    ``weights`` (W, N), none below 0: how often each example counts. ``width``: as ``as_binary`` has it. Returns (...),
+    or (..., W) with weights.
     """
     name = check_score(name, kind)
     if name == "pearson" and weights is None:
         flat = said.reshape(-1, said.shape[-1])
         return np.array([pearson(row, labels) for row in flat]).reshape(said.shape[:-1])
     w = np.ones((1, len(labels))) if weights is None else np.asarray(weights, np.float64)
-    if SCORES[name].offsets:
+    if SCORES[name].offsets and width > 1:
+        right, true, decided = (w[:, ::width] @ by_example(x, width) for x in (said * labels, labels, said))
+        found = _of_f1s(right, true, decided, name)
+    elif SCORES[name].offsets:
         found = _of_confusion(confusion(said, labels, w), name)
     elif SCORES[name].by_rank or name == "pearson":
         one = said.reshape(-1, *said.shape[said.ndim - 1 - (SCORES[name].of == "probabilities") :])
         truth = _midranks(labels, w) if name == "spearman" else labels
-        found = np.array([_of_order(row, truth, kind, name, w) for row in one])
+        found = np.array([_of_order(row, truth, kind, name, w, width) for row in one])
         found = found.reshape(*said.shape[: said.ndim - one.ndim + 1], len(w))
     else:
         found = _of_means(said, labels, name, w)
@@ -118,13 +152,20 @@ def _of_confusion(counts: np.ndarray, name: ScoreName) -> np.ndarray:
             spread = (n**2 - np.square(true).sum(axis=-1)) * (n**2 - np.square(decided).sum(axis=-1))
             r = (n * right.sum(axis=-1) - (true * decided).sum(axis=-1)) / np.sqrt(spread)
             return np.asarray(np.where(spread > 0, r, 0.0))
-        if name == "f1_micro":  # of one label for each example
-            return np.asarray(right.sum(axis=-1) / n)
-        f1 = np.where(true + decided > 0, 2 * right / (true + decided), 0.0)
         if name == "f1":
-            return np.asarray(f1[..., 1])
-        share = true if name == "f1_weighted" else true + decided > 0
-        return np.asarray((f1 * share).sum(axis=-1) / share.sum(axis=-1))
+            right, true, decided = right[..., 1:2], true[..., 1:2], decided[..., 1:2]
+    return _of_f1s(right, true, decided, name)
+
+
+def _of_f1s(right: np.ndarray, true: np.ndarray, decided: np.ndarray, name: ScoreName) -> np.ndarray:
+    """F1s (...) from how many of each class or label (..., K) are rightly decided, are true and are decided."""
+    if name == "f1_micro":
+        right, true, decided = (np.asarray(x.sum(axis=-1, keepdims=True)) for x in (right, true, decided))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f1 = np.where(true + decided > 0, 2 * right / (true + decided), 0.0)
+    share = true if name == "f1_weighted" else true + decided > 0
+    total = share.sum(axis=-1)
+    return np.asarray((f1 * share).sum(axis=-1) / np.where(total > 0, total, 1))
 
 
 # Functions of means over examples, and of their order
@@ -153,17 +194,20 @@ def _of_means(said: np.ndarray, labels: np.ndarray, name: ScoreName, weights: np
         return np.where(variance > 1e-12 * np.square(y).max(initial=0), 1 - squared / variance, np.nan)
 
 
-def _of_order(said: np.ndarray, labels: np.ndarray, kind: Kind, name: ScoreName, weights: np.ndarray) -> np.ndarray:
+def _of_order(
+    said: np.ndarray, labels: np.ndarray, kind: Kind, name: ScoreName, weights: np.ndarray, width: int
+) -> np.ndarray:
     """auroc, average_precision of probabilities (N, K), pearson, spearman of values (N,): (W,).
 
     ``labels`` (N,); of spearman their ranks (W, N). Of several classes each one is held against the rest, and the mean
-    over classes is taken ("macro").
+    over classes, or over several labels, is taken ("macro").
     """
     if kind == "regression":
         x = _midranks(said, weights) if name == "spearman" else np.broadcast_to(said, weights.shape)
         return _correlation(x, np.broadcast_to(labels, weights.shape), weights)
     classes = [1] if kind == "binary" else range(said.shape[1])
-    found = np.array([_of_curve(said[:, c], labels == c, name, weights) for c in classes])  # (K, W)
+    parts = [(slice(label, None, width), c) for label in range(width) for c in classes]
+    found = np.array([_of_curve(said[at, c], labels[at] == c, name, weights[:, at]) for at, c in parts])  # (K, W)
     there = np.isfinite(found)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(there, found, 0).sum(axis=0) / there.sum(axis=0))
@@ -209,8 +253,16 @@ def _correlation(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarra
 
 
 def one_label(labels: np.ndarray | None, names: Sequence[str], what: str = "labels") -> list[str]:
-    """A notice where all labels (N,) are the same, values or class numbers of ``names``; ``what``: their name in it."""
-    if labels is None or not len(labels) or (labels != labels[0]).any():
+    """A notice where all labels (N,) are the same, values or class numbers of ``names``; ``what``: their name in it.
+
+    Of several, (N, L), one that names those which no example has, or every one.
+    """
+    if labels is None or not len(labels):
+        return []
+    if labels.ndim > 1:
+        alike = [name for name, same in zip(names, (labels == labels[0]).all(axis=0), strict=True) if same]
+        return [f"of the {what} none or all of {len(labels)} examples have {', '.join(alike)}"] if alike else []
+    if (labels != labels[0]).any():
         return []
     label = f"{labels[0]:g}" if not names else names[int(labels[0])]
     return [f"all {len(labels)} {what} are the same ({label}), so a score on them says nothing of how good a member is"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from lora_ensemble.errors import UserError
 
-Kind = Literal["multiclass", "binary", "regression"]
+Kind = Literal["multiclass", "binary", "multilabel", "regression"]
 # fmt: off
 ScoreName = Literal[
     "accuracy", "balanced_accuracy", "f1", "f1_macro", "f1_micro", "f1_weighted", "mcc", "kappa_quadratic",
@@ -35,28 +35,35 @@ class Score:
     offsets: bool = False  # whether an ensemble has its classes' offsets chosen for it
 
 
+_ANY: tuple[Kind, ...] = ("multiclass", "binary", "multilabel")
 _VALUES: dict[str, Any] = {"of": "values", "kinds": ("regression",)}
 _LOSS: dict[str, Any] = {"most": math.inf, "sign": -1}
-_RANKED: dict[str, Any] = {"of": "probabilities", "by_rank": True}
+_RANKED: dict[str, Any] = {"of": "probabilities", "by_rank": True, "kinds": _ANY}
 SCORES: dict[ScoreName, Score] = {
-    "accuracy": Score(words="accuracy"),
+    "accuracy": Score(words="accuracy", kinds=_ANY),
     "balanced_accuracy": Score(words="balanced accuracy", offsets=True),
     "f1": Score(words="F1", kinds=("binary",), offsets=True),
-    "f1_macro": Score(words="macro F1", offsets=True),
-    "f1_micro": Score(words="micro F1", offsets=True),
-    "f1_weighted": Score(words="weighted F1", offsets=True),
+    "f1_macro": Score(words="macro F1", kinds=_ANY, offsets=True),
+    "f1_micro": Score(words="micro F1", kinds=_ANY, offsets=True),
+    "f1_weighted": Score(words="weighted F1", kinds=_ANY, offsets=True),
     "mcc": Score(words="MCC", least=-1.0, offsets=True),
     "kappa_quadratic": Score(words="quadratic kappa", least=-1.0, offsets=True),
     "auroc": Score(words="AUROC", **_RANKED),
     "average_precision": Score(words="average precision", **_RANKED),
-    "log_loss": Score(words="log-loss", of="probabilities", **_LOSS),
+    "log_loss": Score(words="log-loss", of="probabilities", kinds=_ANY, **_LOSS),
     "pearson": Score(words="Pearson r", least=-1.0, **_VALUES),
     "spearman": Score(words="Spearman's rho", least=-1.0, by_rank=True, **_VALUES),
     "mae": Score(words="MAE", **_VALUES, **_LOSS),
     "rmse": Score(words="RMSE", **_VALUES, **_LOSS),
     "r2": Score(words="R²", least=-math.inf, **_VALUES),
 }
-DEFAULT_SCORE: dict[Kind, ScoreName] = {"multiclass": "accuracy", "binary": "accuracy", "regression": "pearson"}
+# Most labels are absent from most texts, so accuracy rewards whoever says that none is there.
+DEFAULT_SCORE: dict[Kind, ScoreName] = {
+    "multiclass": "accuracy",
+    "binary": "accuracy",
+    "multilabel": "f1_micro",
+    "regression": "pearson",
+}
 
 
 def check_score(name: str | None, kind: Kind) -> ScoreName:
@@ -78,20 +85,25 @@ class Task:
     name: str
     """Name of the task; also the name of its folder in the pool."""
     kind: Kind
-    """multiclass (cross-entropy, accuracy, argmax), binary (BCE with logits, accuracy, logit > 0) or
-    regression (MSE, Pearson r, the value)."""
+    """multiclass (cross-entropy, accuracy, argmax), binary (BCE with logits, accuracy, logit > 0), multilabel (any of
+    several labels: the mean of their BCE, micro F1, each logit > 0) or regression (MSE, Pearson r, the value)."""
     score: str | None = None
     """What decides: best epochs, early exit, members and ensembles. accuracy, balanced_accuracy, f1 (binary), f1_macro,
-    f1_micro, f1_weighted, mcc, kappa_quadratic (labels in their order), auroc, average_precision or log_loss; for
-    regression pearson, spearman, mae, rmse or r2. None: accuracy, or pearson."""
+    f1_micro, f1_weighted, mcc, kappa_quadratic (labels in their order), auroc, average_precision or log_loss; of
+    multilabel accuracy (the share of right decisions about a label), the last three or an F1 (micro, macro, weighted);
+    for regression pearson, spearman, mae, rmse or r2. None: accuracy, f1_micro for multilabel, or pearson."""
     text: list[str] = field(default_factory=list)
     """One text column, or two that are cross-encoded as a pair."""
-    label: str = "label"
-    """The label column."""
+    label: str | list[str] = "label"
+    """The label column. Of multilabel one that names the labels of each text, joined by ``label_separator`` or as a
+    list, where an empty cell is a text without labels; or a list of columns, of 0 and 1 (or false and true)."""
+    label_separator: str = ","
+    """Multilabel: what stands between the names in a cell of one label column."""
     label_names: Sequence[str | bool | int | float] = field(default_factory=list)
     """The label values as they stand in the files, in the order of the outputs (not for regression).
-    Required for multiclass; binary defaults to 0 and 1. Numbers match whatever way they are written (1 is 1.0).
-    YAML reads yes, no, on and off as booleans, which are refused: write them in quotes."""
+    Required for multiclass and multilabel; binary defaults to 0 and 1, several columns to their names. Numbers match
+    whatever way they are written (1 is 1.0). YAML reads yes, no, on and off as booleans, which are refused: write them
+    in quotes."""
     label_range: list[float] = field(default_factory=list)
     """Regression only: lowest and highest label; a label outside is an error. Empty: any finite number."""
     id: str | None = None
@@ -117,9 +129,10 @@ class Task:
     """A column of the training file: how much each example counts in the loss, 0 or more."""
     class_weights: str | list[float] | None = None
     """How much examples of each class count in the loss: a number for each, in the order of the labels, or balanced:
-    so many for a rare class that all classes count alike. An example's weight is that of its class times its own."""
+    so many for a rare class that all classes count alike. An example's weight is that of its class times its own.
+    Multilabel: a number for each label, by which its loss counts where the label is there."""
     label_smoothing: float = 0.0
-    """For classifiers: this part of an example's label is spread evenly over all classes."""
+    """For classifiers: this part of an example's label (of each of several) is spread evenly over all classes."""
     metrics: list[str] = field(default_factory=list)
     """Further curves on dev: classes of torchmetrics by name, as ``model.metrics`` has them for all tasks."""
     leaderboard_column: str = "Prediction"
@@ -140,6 +153,9 @@ class Task:
         refuse(len(self.text) not in (1, 2), f"text names {len(self.text)} columns; expected one, or two for a pair")
         refuse(self.kind == "multiclass" and classes < 2, f"{names}; multiclass needs them all")
         refuse(self.kind == "binary" and classes not in (0, 2), f"{names}; binary needs two or none")
+        several = self.kind == "multilabel"
+        refuse(several and len(self.labels) < 2, f"{names}; multilabel needs them all, or label: a list of columns")
+        refuse(not several and isinstance(self.label, list), "label names several columns, which is for multilabel")
         refuse(regression and classes > 0, "label_names has no meaning for regression; use label_range")
         wrong_range = bounds > 0 and (not regression or bounds != 2)
         refuse(wrong_range, "label_range is [lowest, highest], for regression only")
@@ -148,15 +164,25 @@ class Task:
             yaml = f'which is what YAML makes of {word}; write "{word}" in quotes, or whatever stands in the data'
             refuse(isinstance(name, bool), f"label_names holds {name}, {yaml}")
         refuse(len(set(self.labels)) < len(self.labels), f"label_names holds a name twice: {self.labels}")
+        if isinstance(self.label, list):
+            fits = len(set(self.label)) == len(self.label) == len(self.labels)
+            refuse(not fits, f"label is {self.label}; expected a column for each of {self.labels}, none twice")
+        separator = self.label_separator
+        wrong = not separator if several else separator != ","
+        refuse(wrong, f"label_separator is {separator!r}; expected what stands between names, for multilabel only")
         weights, smoothing = self.class_weights, self.label_smoothing
         refuse(regression and weights is not None, "class_weights are for classes; give weight: a column")
         refuse(regression and smoothing != 0, "label_smoothing is for classes")
         refuse(not 0 <= smoothing < 1, f"label_smoothing is {smoothing}; expected a share from 0 to below 1")
+        refuse(
+            several and weights == "balanced", "class_weights is balanced; of multilabel give a number for each label"
+        )
         if weights not in (None, "balanced"):
             numbers = list(weights) if isinstance(weights, list) else []
             good = len(numbers) == len(self.labels) and max(numbers) > 0 and all(0 <= w < math.inf for w in numbers)
-            expected = f"expected balanced, or {len(self.labels)} numbers of at least 0: one for each label"
-            refuse(not good, f"class_weights is {weights!r}; {expected}")
+            expected = f"{len(self.labels)} numbers of at least 0: one for each label"
+            either = "" if several else "balanced, or "
+            refuse(not good, f"class_weights is {weights!r}; expected {either}{expected}")
         apart = isinstance(self.dev, float) and not 0 < self.dev < 1
         refuse(apart, f"dev is {self.dev}; expected a file, or a share between 0 and 1 of the training file")
         headless = bool(self.columns) and self.dataset is not None
@@ -171,12 +197,18 @@ class Task:
     @property
     def labels(self) -> list[str]:
         """Label values in the order of the outputs; empty for regression."""
-        return [str(name) for name in self.label_names] or (["0", "1"] if self.kind == "binary" else [])
+        unsaid = self.label_columns if isinstance(self.label, list) else ["0", "1"] if self.kind == "binary" else []
+        return [str(name) for name in self.label_names] or unsaid
+
+    @property
+    def label_columns(self) -> list[str]:
+        """The columns that hold the labels."""
+        return list(self.label) if isinstance(self.label, list) else [self.label]
 
     @property
     def num_outputs(self) -> int:
-        """C: one per class for multiclass, otherwise 1."""
-        return len(self.label_names) if self.kind == "multiclass" else 1
+        """C, see ``outputs_of``."""
+        return outputs_of(self.kind, self.labels)
 
     @property
     def scored_by(self) -> ScoreName:
@@ -200,6 +232,11 @@ class Task:
     def score_name(self) -> str:
         """The task's score in words."""
         return SCORES[self.scored_by].words
+
+
+def outputs_of(kind: Kind, labels: Sequence[str]) -> int:
+    """C: one per class for multiclass, one per label for multilabel, otherwise 1."""
+    return len(labels) if kind in ("multiclass", "multilabel") else 1
 
 
 def check_task_name(name: str) -> None:
@@ -250,30 +287,3 @@ PRESETS = {
     ),
 }
 """The three tasks of both reports."""
-
-
-def number(text: str) -> float:
-    """The number that a cell's text is; NaN where it is none."""
-    try:
-        return math.nan if "_" in text else float(text)  # Python alone reads 1_0 as 10
-    except ValueError:
-        return math.nan
-
-
-def class_reader(labels: Sequence[str], *, truth: bool) -> Callable[[Any], int | None]:
-    """A function from a cell to the number of its class, None where it is none of ``labels``.
-
-    Numbers match whatever way they are written (1 is 1.0). ``truth``: of two labels, "false" is 0 and "true" is 1 too.
-    """
-    names = {name: i for i, name in enumerate(labels)}
-    # NaN, which stands for "no number", is no key that could be found. Of "1" and "1.0", the first counts.
-    numbers = {number(name): i for i, name in reversed(list(enumerate(labels)))}
-    numbers = {value: i for value, i in numbers.items() if value == value}
-    words = {"false": 0, "true": 1} if truth else {}
-
-    def read(cell: Any) -> int | None:
-        text = str(cell).strip()
-        label = names.get(text, numbers.get(number(text)))
-        return words.get(text.lower()) if label is None else label
-
-    return read

@@ -19,13 +19,16 @@ from lora_ensemble.tasks import Kind
 LABELS: dict[Kind, list[str]] = {
     "multiclass": ["0", "1", "2", "3", "4"],
     "binary": ["0", "1"],
+    "multilabel": ["rain", "snow", "wind"],
     "regression": [],
 }
 
 
 def random_labels(kind: Kind, n: int, *, seed: int = 0) -> np.ndarray:
-    """(N,) labels of a kind."""
+    """(N,) labels of a kind; of several (N, L)."""
     rng = np.random.default_rng(seed)
+    if kind == "multilabel":
+        return (rng.random((n, 3)) < (0.2, 0.4, 0.6)).astype(np.int64)
     return rng.uniform(0, 5, n) if kind == "regression" else rng.integers(len(LABELS[kind]), size=n)
 
 
@@ -34,6 +37,8 @@ def random_logits(kind: Kind, labels: np.ndarray, members: int, *, seed: int = 0
     rng = np.random.default_rng(seed)
     if kind == "multiclass":
         known = np.eye(len(LABELS[kind]))[labels]
+    elif kind == "multilabel":
+        known = labels * 2.0 - 1
     else:
         known = (labels * 2.0 - 1 if kind == "binary" else labels)[:, None]
     growing = noise * np.linspace(0.5, 1.5, members)[:, None, None]

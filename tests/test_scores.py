@@ -20,7 +20,7 @@ from lora_ensemble.errors import UserError
 from lora_ensemble.scores import decisions, overall, said_of, score, scored
 from lora_ensemble.tasks import DEFAULT_SCORE, PRESETS, SCORES, Kind, ScoreName, Task
 
-EVERY = [(kind, name) for name, about in SCORES.items() for kind in about.kinds]
+EVERY = [(kind, name) for name, about in SCORES.items() for kind in about.kinds if kind != "multilabel"]
 CLASSES: dict[Kind, int] = {"multiclass": 4, "binary": 2, "regression": 0}
 
 

@@ -75,7 +75,7 @@ def test_the_presets() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "ranking"}, "kind is 'ranking'; expected one of multiclass, binary, regression"),
+        ({"kind": "ranking"}, "kind is 'ranking'; expected one of multiclass, binary, multilabel, regression"),
         ({"text": []}, "text names 0 columns"),
         ({"text": ["a", "b", "c"]}, "text names 3 columns"),
         ({"kind": "multiclass"}, "label_names has 0 entries"),

@@ -12,11 +12,11 @@ from lora_ensemble.dicor.located import chosen_records
 from lora_ensemble.dicor.record import Ensemble
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import Examples, logits_file, member_folder, read_array, read_examples
-from lora_ensemble.tasks import PRESETS
+from lora_ensemble.tasks import PRESETS, outputs_of
 
 
 def predict(ensemble: Ensemble, pool: Path, split: str) -> tuple[Examples, np.ndarray, float | None]:
-    """A split's examples, what the ensemble decides on them (N,), and the score; None where labels are unknown.
+    """A split's examples, what the ensemble decides on them, (N,) or (N, L), and the score; None: labels are unknown.
 
     Only its own members are looked at. ``UserError`` naming the member that is missing, that was trained again since
     the selection, that has no logits for the split, or whose logits were damaged or belong to other examples.
@@ -31,7 +31,7 @@ def predict(ensemble: Ensemble, pool: Path, split: str) -> tuple[Examples, np.nd
         )
     fingerprint = records[0].examples[split]
     examples = read_examples(pool, ensemble.task, split, fingerprint)
-    shape = (len(examples.ids), len(ensemble.labels) if ensemble.kind == "multiclass" else 1)
+    shape = (len(examples.ids), outputs_of(ensemble.kind, ensemble.labels))
     logits = []
     for folder, r in zip(folders, records, strict=True):
         if r.examples[split] != fingerprint:
@@ -50,8 +50,12 @@ def write_predictions(f: TextIO, ensemble: Ensemble, ids: np.ndarray, decided: n
     """Decisions (N,) on examples ``ids`` (N,): the course's leaderboard file for its tasks, plain CSV for others.
 
     The former to the letter, blanks at the line's end included, a binary decision as 1.0 or 0.0. The latter has the
-    task's labels. A regression's decision is its value.
+    task's labels. A regression's decision is its value. Of several labels, (N, L), each has a column.
     """
+    if ensemble.kind == "multilabel":
+        table = [[i, *row] for i, row in zip(ids.tolist(), decided.tolist(), strict=True)]
+        csv.writer(f, lineterminator="\n").writerows([["id", *ensemble.labels], *table])
+        return
     names = ensemble.labels or ["0", "1"]
     rows = zip(ids.tolist(), (v if ensemble.kind == "regression" else names[v] for v in decided.tolist()), strict=True)
     preset = PRESETS.get(ensemble.task)

@@ -159,7 +159,7 @@ def _select(given: argparse.Namespace) -> None:
         similarity = number(row["mean_similarity"])
         print(f"{row['name']:<{width}} {row['score']:>{len(score)}.4f} {row['weight']:>7.4f} {similarity:>32}")
     if ensemble.offsets is not None:
-        print(offsets(ensemble.scale, ensemble.offsets, ensemble.labels))
+        print(offsets(ensemble.scale, ensemble.offsets, ensemble.labels, ensemble.kind))
     print(f"\n{table(estimates, judgement)}\n\n{verdict(method, estimates.of[method])}\n{about(estimates)}")
     print(f"saved {given.output}")
 

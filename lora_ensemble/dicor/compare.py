@@ -82,7 +82,8 @@ class Comparison:
 
     @property
     def kind(self) -> Kind:
-        return self.task_pool.kind
+        """That of the rows of ``dev``: of several labels binary."""
+        return self.dev.kind
 
     @property
     def score(self) -> Score:
@@ -146,8 +147,9 @@ def judged(comparison: Comparison, *, test: bool) -> Judgement | None:
     for method, chosen_by in comparison.estimates.of.items():
         names, ranks = chosen_by.names, [pool.record(name).rank for name in chosen_by.names]
         on_dev = comparison.score.sign * np.array([comparison.estimates.scores[name] for name in names])
-        chosen = Members(np.stack([pool.logits(name) for name in names]), pool.kind, names, ranks, on_dev, score=by)
-        scores[method] = float(scored(said(chosen, chosen_by.choice), labels, pool.kind, by))
+        chosen = Members.of(np.stack([pool.logits(name) for name in names]), pool.kind, names, ranks, on_dev, by)
+        one = said(chosen, chosen_by.choice)
+        scores[method] = float(scored(one, labels.reshape(-1), chosen.kind, by, width=chosen.width))
     return Judgement(pool.split, scores)
 
 
@@ -156,7 +158,7 @@ def overall(comparisons: Mapping[str, Comparison]) -> dict[str, tuple[float, flo
 
     NaN where one is undefined; None where the three are not all there, by the scores that it is made of.
     """
-    there = {name: (c.kind, c.dev.scored_by) for name, c in comparisons.items()}
+    there = {name: (c.task_pool.kind, c.dev.scored_by) for name, c in comparisons.items()}
     if any(there.get(name) != (task.kind, task.scored_by) for name, task in PRESETS.items()):
         return None
     kinds = {name: task.kind for name, task in PRESETS.items()}

@@ -1,4 +1,9 @@
-"""Members and what they say of labelled examples: all on the dev set (``Dev``), or some in memory (``Members``)."""
+"""Members and what they say of labelled examples: all on the dev set (``Dev``), or some in memory (``Members``).
+
+Of several labels both are made of (N, L) and are of a binary task from there on, with a row for each example and label,
+example by example (``scores.as_binary``): every similarity, strategy, method and weight is that of the N L rows, and
+what is chosen is shared by the labels. ``width`` is L, else 1; N below counts rows. Examples are never torn apart.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from lora_ensemble.dicor.choose.probabilities import losses, soft_votes, true_probabilities
 from lora_ensemble.errors import UserError
-from lora_ensemble.scores import decisions, score
+from lora_ensemble.scores import as_binary, by_example, decisions, said_of, scored
 from lora_ensemble.tasks import SCORES, Kind, ScoreName, check_score
 from lora_ensemble.text.splits import canonical
 
@@ -49,6 +54,21 @@ class Members:
     scores: np.ndarray  # (k,) on the examples that are chosen by, times the score's sign: the higher the better
     labels: np.ndarray = field(default_factory=lambda: np.empty(0))  # (N,); empty where nothing is chosen
     score: ScoreName | None = None  # what is to be good; None: the default of the kind
+    width: int = 1  # rows of an example
+
+    @classmethod
+    def of(
+        cls,
+        logits: np.ndarray,
+        kind: Kind,
+        names: list[str],
+        ranks: list[int | None],
+        scores: np.ndarray,
+        by: ScoreName,
+    ) -> Members:
+        """Who decides: of logits (k, N, C) of any kind."""
+        logits, flat, width = as_binary(logits, kind)
+        return cls(logits, flat, names, ranks, scores, score=by, width=width)
 
     @property
     def scored_by(self) -> ScoreName:
@@ -66,7 +86,7 @@ class Members:
         if rows is not None:
             logits, labels = logits[:, rows], labels[rows]
         names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
-        return Members(logits, self.kind, names, ranks, self.scores[which], labels, self.score)
+        return Members(logits, self.kind, names, ranks, self.scores[which], labels, self.score, self.width)
 
     @cached_property
     def soft_votes(self) -> np.ndarray:
@@ -88,16 +108,18 @@ def numbered(m: int) -> list[str]:
 class Dev:
     """All members' logits on labelled examples; members by name, none twice."""
 
-    logits: Sequence[ArrayLike]  # M of (N, C), each an array, or opened whenever numpy asks for it
+    logits: Sequence[ArrayLike]  # M of (N, C), as they are kept: an array, or opened whenever numpy asks for it
     labels: np.ndarray  # (N,)
-    ids: np.ndarray  # (N,) unicode
+    ids: np.ndarray  # (examples,) unicode
     kind: Kind
     scored_by: ScoreName  # what is to be good
     names: list[str]
     ranks: list[int | None]
-    epochs: Sequence[np.ndarray | None]  # M of (E, N, C) logits of every epoch, or None where they were not kept
+    epochs: Sequence[np.ndarray | None]  # M of (E, N, C), as kept: logits of every epoch, or None where there are none
     notices: list[str] = field(default_factory=list)  # what was left out, or is to be known, in words
-    groups: np.ndarray | None = None  # (N,) unicode: examples of one group are no independent evidence; None: all are
+    groups: np.ndarray | None = None
+    """(examples,) unicode: those of one group are no independent evidence; None: all are."""
+    width: int = 1  # rows of an example
     split: str = "dev"  # what the examples are: dev, or oof
 
     @classmethod
@@ -117,6 +139,7 @@ class Dev:
     ) -> Dev:
         """Check, sort by name, and collapse members whose logits are the same to the last bit (a notice says so).
 
+        ``labels``: (N,), or (N, L) of multilabel.
         ``fingerprints`` (M,): texts that are equal where the logits are, which are not looked at then. ``UserError``
         where lengths differ, an id or a name is there twice, a label is no class, a value is not finite, or the kind
         has no such score.
@@ -147,8 +170,10 @@ class Dev:
             + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             for name, *others in copied
         ]
-        dev = cls([logits[i] for i in range(m)], labels, ids, kind, name, names, list(ranks), epochs, groups=groups)
-        return dev.only([places[0] for places in same.values()], notices)
+        kept, outputs = [logits[i] for i in range(m)], labels.shape[1] if kind == "multilabel" else 1
+        flat: Kind = "binary" if kind == "multilabel" else kind
+        of = kept, labels.reshape(-1), ids, flat, name, names, list(ranks), epochs
+        return cls(*of, groups=groups, width=outputs).only([places[0] for places in same.values()], notices)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -156,24 +181,45 @@ class Dev:
     @property
     def evidence(self) -> int:
         """How many independent pieces of evidence there are: groups, or examples."""
-        return len(self.labels) if self.groups is None else len(np.unique(self.groups))
+        return len(self.ids) if self.groups is None else len(np.unique(self.groups))
+
+    @property
+    def truth(self) -> np.ndarray:
+        """(examples,) the labels, or (examples, L), of each example."""
+        return by_example(self.labels, self.width)
+
+    @property
+    def together(self) -> np.ndarray | None:
+        """(N,) numbers from 0 of what the rows belong to, in ``order``: groups, or examples; None: each is its own."""
+        which = np.arange(len(self.ids))
+        if self.groups is None and self.width == 1:
+            return None
+        if self.groups is not None:
+            which = np.unique(self.groups[canonical(self.ids)], return_inverse=True)[1]
+        return np.repeat(which, self.width)
 
     def worth(self, m: int) -> float:
         """The m-th member's score on all examples, times the score's sign: the higher the better."""
-        return SCORES[self.scored_by].sign * score(self.logits_of(m), self.labels, self.kind, self.scored_by)
+        said = said_of(self.logits_of(m), self.kind, self.scored_by)
+        value = scored(said, self.labels, self.kind, self.scored_by, width=self.width)
+        return SCORES[self.scored_by].sign * float(value)
 
     @cached_property
     def order(self) -> np.ndarray:
-        """(N,): the order of examples in which everything that depends on one is done, see ``splits.canonical``."""
-        return canonical(self.ids)
+        """(N,): the order of rows in which everything that depends on one is done, see ``splits.canonical``."""
+        return (canonical(self.ids)[:, None] * self.width + np.arange(self.width)).ravel()
 
     def logits_of(self, m: int) -> np.ndarray:
         """(N, C) of the m-th."""
-        return np.asarray(self.logits[m])
+        return self._flat(np.asarray(self.logits[m]))
 
     def epochs_of(self, m: int) -> np.ndarray | None:
         """(E, N, C) of the m-th, or None."""
-        return self.epochs[m]
+        epochs = self.epochs[m]
+        return None if epochs is None else self._flat(epochs)
+
+    def _flat(self, logits: np.ndarray) -> np.ndarray:
+        return logits if self.width == 1 else as_binary(logits, "multilabel")[0]
 
     def only(self, which: Sequence[int], notices: Sequence[str]) -> Dev:
         """These members alone, in this order, with further notices."""
@@ -185,7 +231,7 @@ class Dev:
     def members(self, which: Sequence[int], logits: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> Members:
         """Some members in memory, on some examples: their logits (k, N', C), scores (k,) and labels (N',) there."""
         names, ranks = [self.names[m] for m in which], [self.ranks[m] for m in which]
-        return Members(logits, self.kind, names, ranks, scores, labels, self.scored_by)
+        return Members(logits, self.kind, names, ranks, scores, labels, self.scored_by, self.width)
 
     def scored(self, scores: np.ndarray) -> tuple[Dev, list[int]]:
         """The members whose score (M,) is defined (``UserError``: none), the others in a notice, and which they are."""
@@ -193,7 +239,8 @@ class Dev:
         if not undefined:
             return self, good
         words = SCORES[self.scored_by].words
-        if np.all(self.labels == self.labels[0]):
+        by_label = self.labels.reshape(-1, self.width)
+        if np.all(by_label == by_label[0]):
             raise UserError(
                 f"the {self.split} labels are all the same, so {words} is undefined; give examples that differ"
             )
@@ -222,9 +269,10 @@ class Dev:
 def _fingerprint(logits: ArrayLike, name: str, n: int, kind: Kind) -> str:
     """A text that is equal where logits are; ``UserError`` where they are not (N, C) or not finite."""
     logits = np.asarray(logits)
-    right = logits.ndim == 2 and len(logits) == n and (logits.shape[1] == 1) == (kind != "multiclass")
+    several = kind in ("multiclass", "multilabel")
+    right = logits.ndim == 2 and len(logits) == n and (logits.shape[1] == 1) == (not several)
     if not right or logits.shape[1] == 0:
-        wanted = "C of at least 2" if kind == "multiclass" else "C = 1"
+        wanted = "C of at least 2" if several else "C = 1"
         raise UserError(f"member {name}: logits of shape {logits.shape}; expected (N, C): {n} examples, {wanted}")
     if logits.dtype.kind not in "fiu" or not np.isfinite(logits).all():
         raise UserError(f"member {name}: logits are not all finite numbers; leave this member out")
@@ -234,6 +282,8 @@ def _fingerprint(logits: ArrayLike, name: str, n: int, kind: Kind) -> str:
 def _check_labels(labels: np.ndarray, kind: Kind, outputs: int) -> None:
     if labels.dtype.kind not in "biuf" or not np.isfinite(labels).all():
         raise UserError("labels are not all finite numbers")
-    classes = {"multiclass": outputs, "binary": 2, "regression": 0}[kind]
+    if labels.shape[1:] != ((outputs,) if kind == "multilabel" else ()):
+        raise UserError(f"labels of shape {labels.shape}; expected (N,), or (N, {outputs}) for multilabel")
+    classes = {"multiclass": outputs, "binary": 2, "multilabel": 2, "regression": 0}[kind]
     if classes and len(wrong := labels[~np.isin(labels, np.arange(classes))]):
         raise UserError(f"labels hold {wrong[0]}; expected classes 0 to {classes - 1}")

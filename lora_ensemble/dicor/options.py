@@ -77,7 +77,7 @@ class Options:
     """What is asked of the methods; None: nothing."""
 
     size: int | Literal["auto"] | None = option(
-        "members in the ensemble (dicor: multiclass 11, binary 4, regression 10; dicor-auto: auto), steps of a greedy "
+        "members in the ensemble (dicor: multiclass 11, regression 10, others 4; dicor-auto: auto), steps of a greedy "
         "search, or the most members that exhaustive tries",
         metavar="N|auto",
         type=_size,
@@ -107,8 +107,9 @@ def words(options: Options, names: Sequence[str] | None = None) -> list[str]:
 class Request:
     """Make members of predictions that any model made. A file is a table with a header (CSV, TSV, JSON lines, Parquet)
     or an array (.npy, .npz); its rows are matched with the examples by id. A table needs a column of ids (id) and one
-    column for each class, named after its label (p_0, p_1, ...), or one column: of the positive class, or of values. A
-    table with a column "model" and an .npz of several arrays are several members. Pickles are never loaded."""
+    column for each class, or label of several, named after it (p_0, p_1, ...), or one column: of the positive class, or
+    of values. A table with a column "model" and an .npz of several arrays are several members. Pickles are never
+    loaded."""
 
     files: Sequence[Path]
     pool: Path = option("the pool to add to; made where it is not there", required=True, type=Path, metavar="DIR")
@@ -130,17 +131,22 @@ class Request:
     member_columns: Sequence[str] = option("each is a member: a table in wide format", (), nargs="+", metavar="COLUMN")
     label_names: Sequence[str] = option("in the order of the outputs; positive last", (), nargs="+", metavar="LABEL")
     id: str | None = option("of the ids (default: id, ids, or a nameless first column)", metavar="COLUMN")
-    label: str | None = option(
-        "of the true labels in the labels file (default: label, or the preset's)", metavar="COLUMN"
+    label: Sequence[str] = option(
+        "of the true labels in the labels file (default: label, or the preset's); multilabel: one that names them, or "
+        "one of 0 and 1 for each",
+        (),
+        nargs="+",
+        metavar="COLUMN",
     )
+    label_separator: str = option("multilabel: between the names in one column (default: a comma)", ",", metavar="TEXT")
     model_column: str | None = option("of the models' names, in a table of several (default: model)", metavar="COLUMN")
     by_row: bool = option("tables without ids: their rows are in the order of the labels", False)
     overwrite: bool = option("replace other predictions that were imported under the same name", False)
 
     @property
-    def label_column(self) -> str:
+    def label_columns(self) -> list[str]:
         """Where the true labels are, in the labels file or beside the predictions."""
-        return self.label or (PRESETS[self.task].label if self.task in PRESETS else "label")
+        return list(self.label) or (PRESETS[self.task].label_columns if self.task in PRESETS else ["label"])
 
 
 def method_of(name: MethodName, kind: Kind, members: int, options: Options) -> tuple[Method, list[str]]:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from lora_ensemble import __version__
-from lora_ensemble.dicor.choose.combine import Choice, decide, said
+from lora_ensemble.dicor.choose.combine import Choice, decide, of_labels, probabilities, said
 from lora_ensemble.dicor.choose.settings import Strategy
 from lora_ensemble.dicor.compare import Comparison
 from lora_ensemble.dicor.estimate.honest import Estimate
@@ -20,7 +20,7 @@ from lora_ensemble.dicor.estimate.interval import LEVEL, Interval
 from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import MemberRecord, check_name, logits_file
-from lora_ensemble.scores import scored
+from lora_ensemble.scores import by_example, scored
 from lora_ensemble.tasks import OOF, SCORES, Kind, ScoreName, Task, check_score, check_task_name
 
 SCHEMA = 2
@@ -74,7 +74,7 @@ class Ensemble:
 
     @property
     def offsets(self) -> list[float] | None:
-        return None if self.choice.offsets is None else self.choice.offsets.tolist()
+        return self.choice.moves
 
     def rows(self) -> list[dict[str, Any]]:
         """What the file says of each member and of its part in the choice.
@@ -105,17 +105,26 @@ class Ensemble:
         return Task(**of_task, text=text or ["text"], label_names=self.labels)
 
     def decide(self, logits: np.ndarray) -> np.ndarray:
-        """What logits (M, N, C) of its members, in their order, decide together: (N,), as ``scores.decisions``."""
-        return decide(self._saying(logits), self.choice)
+        """What logits (M, N, C) of its members, in their order, decide together, as ``scores.decisions``."""
+        chosen = self._saying(logits)
+        return by_example(decide(chosen, self.choice), chosen.width)
+
+    def probabilities(self, logits: np.ndarray, choice: Choice | None = None) -> np.ndarray:
+        """Probabilities (N, classes) by logits (M, N, C), or of each label (N, L); ``choice``: to combine otherwise."""
+        chosen = self._saying(logits)
+        p = probabilities(chosen.logits, choice or self.choice, kind=chosen.kind)
+        return by_example(p[:, 1], chosen.width) if chosen.width > 1 else p
 
     def scored(self, logits: np.ndarray, labels: np.ndarray) -> float:
-        """The score, on labels (N,), of what logits (M, N, C) of its members say together; NaN where undefined."""
-        return float(scored(said(self._saying(logits), self.choice), labels, self.kind, self.score))
+        """The score, on labels as examples have them, of what logits (M, N, C) say together; NaN where undefined."""
+        chosen = self._saying(logits)
+        one = said(chosen, self.choice)
+        return float(scored(one, labels.reshape(-1), chosen.kind, self.score, width=chosen.width))
 
     def _saying(self, logits: np.ndarray) -> Members:
         names, ranks = [m.name for m in self.members], [m.rank for m in self.members]
         worth = SCORES[self.score].sign * np.array([m.score for m in self.members])
-        return Members(logits, self.kind, names, ranks, worth, score=self.score)
+        return Members.of(logits, self.kind, names, ranks, worth, self.score)
 
     def to_json(self) -> str:
         """JSON text."""
@@ -197,7 +206,8 @@ def read(path: Path) -> Ensemble:
 
 def _ensemble_of(raw: dict[str, Any]) -> Ensemble:
     """The ensemble of a file's content, which ``_check`` has seen."""
-    rows, strategy, offsets, split = raw.pop("members"), raw.pop("strategy"), raw.pop("offsets"), raw["chosen_on"]
+    rows, strategy, moves, split = raw.pop("members"), raw.pop("strategy"), raw.pop("offsets"), raw["chosen_on"]
+    offsets = None if moves is None else np.array(moves)
     weights, degrees, similarities, checksums, _ = (
         [row.pop(key) for row in rows]
         for key in ("weight", "temperature", "similarities", f"{split}_logits", "mean_similarity")
@@ -208,7 +218,7 @@ def _ensemble_of(raw: dict[str, Any]) -> Ensemble:
         weights=np.array(weights) if strategy == "weighted" else None,
         temperatures=np.array([degree or 1.0 for degree in degrees]) if any(degrees) else None,
         scale=raw.pop("scale"),
-        offsets=None if offsets is None else np.array(offsets),
+        offsets=of_labels(offsets) if offsets is not None and raw["kind"] == "multilabel" else offsets,
         similarities=similarities,
     )
     task = {"task": raw["task"], "kind": raw["kind"], "labels": raw["labels"], "examples": {split: raw["examples"]}}
@@ -234,7 +244,8 @@ def _check(raw: dict[str, Any]) -> None:
     for key in ("task", "pool", "examples"):
         expect(isinstance(raw[key], str), raw, key, "text")
     texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    expect(texts and (kind != "multiclass" or len(labels) > 1), raw, "labels", "texts; multiclass needs them all")
+    few = kind in ("multiclass", "multilabel") and len(labels) < 2
+    expect(texts and not few, raw, "labels", f"texts; {kind} needs them all")
     raw["score"] = check_score(raw["score"], kind)
     expect(_is_number(raw["scale"]), raw, "scale", "a number")
     if offsets is not None:

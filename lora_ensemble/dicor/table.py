@@ -102,8 +102,9 @@ def decides(strategy: Strategy, kind: Kind) -> str:
     return f"{'a weighted' if strategy == 'weighted' else 'the'} mean of its members' {of}"
 
 
-def offsets(scale: float, values: Sequence[float], labels: Sequence[str]) -> str:
+def offsets(scale: float, values: Sequence[float], labels: Sequence[str], kind: Kind) -> str:
     """Scale and offsets of an ensemble's mean, in words; ``labels`` are the classes' names, or none."""
+    what = "the log-odds are offset by label" if kind == "multilabel" else "offset by class"
     names = labels or [str(c) for c in range(len(values))]
     moved = ", ".join(f"{name} {value:+.3f}" for name, value in zip(names, values, strict=True))
-    return f"The logarithm of the mean's probabilities is multiplied by {scale:.3f}, then offset by class: {moved}."
+    return f"The logarithm of the mean's probabilities is multiplied by {scale:.3f}, then {what}: {moved}."

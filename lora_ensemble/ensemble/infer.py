@@ -31,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="lora-ensemble infer",
         description="Let a chosen ensemble decide about new text. Every row of the input comes back in its place, with "
-        "the decision added; of plain lines, the decision alone. A row that cannot be read keeps its place without "
+        "the decision added; of plain lines, the decision alone. Several labels are a list, in CSV and plain lines "
+        "joined by commas. A row that cannot be read keeps its place without "
         "one, and is reported with its line. Interrupted, the same command goes on, where input and output are files.",
     )
     add_options(p)
@@ -221,7 +222,10 @@ class _Infer:
         """A line for each row of the block, which was ``size`` bytes; the bar goes on with each pass."""
         texts = [row.texts for row in block if row.texts is not None]
         logits = self.ensemble.logits(texts, progress=lambda n: bar.update(size * n // len(texts)))
-        values = [[decided] for decided in self.ensemble.named(self.ensemble.record.decide(logits)).tolist()]
+        decided = self.ensemble.named(self.ensemble.record.decide(logits)).tolist()
+        if self.ensemble.record.kind == "multilabel" and self.rows.kind in ("csv", "text"):
+            decided = [",".join(names) for names in decided]
+        values = [[one] for one in decided]
         if len(self.added) > 1:
             for row, p in zip(values, self.ensemble.probabilities(logits).tolist(), strict=True):
                 row += [round(x, 6) for x in p]

@@ -29,9 +29,9 @@ from lora_ensemble.bank.lora import Member
 from lora_ensemble.bank.member_files import load_base, restore_members
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor import record
-from lora_ensemble.dicor.choose.combine import probabilities
 from lora_ensemble.ensemble.sources import Source, read_source, text_limit
 from lora_ensemble.errors import UserError
+from lora_ensemble.tasks import outputs_of
 from lora_ensemble.text.packing import Tokens, Truncation
 
 Precision = Literal["32", "bf16"]
@@ -121,7 +121,7 @@ class Ensemble:
         ``UserError`` for what is no text, or a text where pairs are read.
         """
         rows = list(zip(*self._columns(texts), strict=True))
-        c = len(self.labels) if self.record.kind == "multiclass" else 1
+        c = outputs_of(self.record.kind, self.labels)
         distinct = {row: i for i, row in enumerate(dict.fromkeys(rows))}
         out = np.empty((self.record.size, len(distinct), c), np.float32)
         if not rows:
@@ -147,24 +147,33 @@ class Ensemble:
         return np.stack([models.mean(0).cpu().numpy() for models in logits.float().split(part.models)])
 
     def decision(self, texts: Sequence[Text]) -> np.ndarray:
-        """What the ensemble decides, by the strategy of its record: (N,) class numbers, or values of a regression."""
+        """What the ensemble decides, by the strategy of its record: (N,) class numbers, or values of a regression.
+
+        Of several labels (N, L) of 0 and 1.
+        """
         return self.record.decide(self.logits(texts))
 
     def predict(self, texts: Sequence[Text]) -> np.ndarray:
-        """The same with the class numbers as labels: (N,) unicode, or float64 for a regression."""
+        """The same with the class numbers as labels: (N,) unicode, or float64 for a regression; of several lists."""
         return self.named(self.decision(texts))
 
     def named(self, decided: np.ndarray) -> np.ndarray:
         """Decisions (N,) as :meth:`predict` gives them."""
+        if self.record.kind == "multilabel":
+            rows = [[name for name, there in zip(self.labels, row, strict=True) if there] for row in decided]
+            return np.fromiter(rows, dtype=object, count=len(rows))
         return decided if self.record.kind == "regression" else np.array(self.labels)[decided]
 
     def predict_proba(self, texts: Sequence[Text]) -> np.ndarray:
-        """Probabilities (N, classes): of a majority, the shares of the votes. ``UserError`` for a regression."""
+        """Probabilities (N, classes), or of each label (N, L): of a majority, the shares of the votes.
+
+        ``UserError`` for a regression.
+        """
         return self.probabilities(self.logits(texts))
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """The same from :meth:`logits`."""
-        return probabilities(logits, self.record.choice, kind=self.record.kind)
+        return self.record.probabilities(logits)
 
     def _columns(self, texts: Sequence[Text]) -> list[list[str]]:
         """One list of N strings for each text column, stripped as the training texts were."""

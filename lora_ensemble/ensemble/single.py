@@ -101,7 +101,8 @@ def _with_labels(model: Any, task: Task) -> Any:
     model.config.label2id = {name: i for i, name in names.items()}
     model.num_labels = len(names)
     # What keeps the pipeline from squashing a value into a probability.
-    model.config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+    types = {"regression": "regression", "multilabel": "multi_label_classification"}  # of the latter it has sigmoids
+    model.config.problem_type = types.get(task.kind, "single_label_classification")
     return model
 
 

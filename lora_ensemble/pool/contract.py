@@ -192,6 +192,8 @@ def _test_of(hint: Any) -> Callable[[Any], bool]:
 class Examples:
     """The examples of a split: ids (N,) unicode, labels (N,) int64 or float64, or None where unknown.
 
+    Of several labels (N, L) int64, 1 for a label that is there and 0 for one that is not.
+
     ``groups`` (N,) unicode: which of them belong together; None where nobody said so.
     """
 
@@ -212,7 +214,7 @@ def examples_fingerprint(ids: np.ndarray, labels: np.ndarray | None, groups: np.
 
 
 def _label_type(labels: np.ndarray) -> str:
-    return "<f8" if np.issubdtype(labels.dtype, np.floating) else "<i8"
+    return "<f8" if np.issubdtype(labels.dtype, np.floating) and labels.ndim == 1 else "<i8"
 
 
 def examples_file(pool: Path, task: str, split: str, fingerprint: str) -> Path:
@@ -226,8 +228,8 @@ def write_examples(
 ) -> str:
     """Write a split's examples once; returns their fingerprint.
 
-    ``ids`` (N,), ``labels`` (N,) numbers (classes count from 0) or None, ``groups`` (N,) unicode or None. ``UserError``
-    where ids are not unique, a label is no finite number, or the lengths differ.
+    ``ids`` (N,), ``labels`` (N,) numbers (classes count from 0), (N, L) of 0 and 1 for several, or None, ``groups``
+    (N,) unicode or None. ``UserError`` where ids are not unique, a label is no finite number, or the lengths differ.
     """
     ids, labels = np.asarray(ids, dtype=np.str_), None if labels is None else np.asarray(labels)
     _check_examples(ids, labels, f"{task} {split} examples")
@@ -251,10 +253,13 @@ def _check_examples(ids: np.ndarray, labels: np.ndarray | None, where: str) -> N
             raise UserError(f"{where}: id {example!r} is there twice, in rows {first} and {row}")
     if labels is None:
         return
-    if labels.shape != ids.shape:
+    if labels.shape[:1] != ids.shape or labels.ndim > 2 or labels.shape[1:] == (1,):
         raise UserError(f"{where}: {len(ids)} ids, but labels of shape {labels.shape}; expected one for each")
     if labels.dtype.kind not in "biuf":
         raise UserError(f"{where}: labels are {labels.dtype}; expected numbers (classes count from 0)")
+    if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
+        row = int(np.argwhere(~np.isin(labels, (0, 1)))[0][0])
+        raise UserError(f"{where}: the labels are {labels[row].tolist()} in row {row}; expected 0 or 1 for each")
     if not np.isfinite(labels).all():
         row = int(np.flatnonzero(~np.isfinite(labels))[0])
         raise UserError(f"{where}: the label is {labels[row]} in row {row}; expected a finite number")

@@ -25,7 +25,7 @@ from lora_ensemble.pool.contract import (
     read_examples,
 )
 from lora_ensemble.pool.swap import no_swap
-from lora_ensemble.tasks import OOF, Kind, ScoreName, check_task_name
+from lora_ensemble.tasks import OOF, Kind, ScoreName, check_task_name, outputs_of
 
 
 def read_record(pool: Path, task: str, name: str) -> MemberRecord | None:
@@ -216,7 +216,12 @@ class TaskPool:
     @cached_property
     def _examples(self) -> Examples:
         fingerprint = next(r.examples[self.split] for r in self.members if self.split in r.examples)
-        return read_examples(self.pool, self.name, self.split, fingerprint)
+        examples = read_examples(self.pool, self.name, self.split, fingerprint)
+        expected = (len(self.labels),) if self.kind == "multilabel" else ()
+        if examples.labels is not None and examples.labels.shape[1:] != expected:
+            where, wanted = f"{self.pool / self.name}: {self.split} labels", "0 or 1 for each" if expected else "one"
+            raise UserError(f"{where} of shape {examples.labels.shape}; {self.kind} has {wanted}: write them again")
+        return examples
 
     def logits(self, name: str) -> np.ndarray:
         """(N, C) float32 logits of a member on the split, memory-mapped, checked."""
@@ -230,7 +235,7 @@ class TaskPool:
     def _array(self, name: str, file: str) -> np.ndarray:
         record, epochs = self.record(name), file == epochs_file(self.split)
         array = read_array(self.pool, record, file)
-        n, c = len(self._examples.ids), len(self.labels) if self.kind == "multiclass" else 1
+        n, c = len(self._examples.ids), outputs_of(self.kind, self.labels)
         if array.ndim != 2 + epochs or array.shape[-2:] != (n, c):
             raise UserError(
                 f"{self._folder(record) / file}: shape {array.shape}; expected ({'E, ' * epochs}{n}, {c}): "
@@ -249,7 +254,7 @@ def _first_difference(a: Examples, b: Examples, split: str) -> str:
         return f"one has labels for {split}, the other has none"
     if a.labels.dtype != b.labels.dtype:
         return f"{split} labels are {a.labels.dtype} in one and {b.labels.dtype} in the other"
-    row = np.flatnonzero(a.labels != b.labels)[0]
+    row = np.argwhere(a.labels != b.labels)[0][0]
     labels = f"{a.labels[row]} against {b.labels[row]}"
     return f"{split} labels differ, first in row {row} ({str(a.ids[row])!r}): {labels}"
 

@@ -61,7 +61,10 @@ class BoostCLI(cli.CLI):
         for wrong, why in (
             (not 2 <= rounds <= MOST, f"--rounds: {rounds}; expected 2 to {MOST}"),
             (len(datamodule.tasks) > 1, f"data.tasks: {len(datamodule.tasks)} tasks; boosting is about one"),
-            (task.kind == "regression", f"data.tasks: {task.name} is a regression; boosting is for classifiers"),
+            (
+                task.kind not in ("multiclass", "binary"),
+                f"data.tasks: {task.name} is {task.kind}; boosting is for classes",
+            ),
             (not datamodule.folds.count, "data.folds: 0; boosting looks at out-of-fold errors: set it, e.g. to 5"),
             (world > 1, f"trainer.devices: {world} processes; boosting is for one"),
         ):

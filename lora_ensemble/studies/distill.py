@@ -28,7 +28,6 @@ from lora_ensemble import pool
 from lora_ensemble.bank.base_model import on_hub
 from lora_ensemble.bank.lora import NO_TARGETS, Member, expand_members, member_name
 from lora_ensemble.dicor import record
-from lora_ensemble.dicor.choose.combine import probabilities
 from lora_ensemble.dicor.located import chosen_records, locate
 from lora_ensemble.ensemble.restored import Ensemble, Text
 from lora_ensemble.errors import UserError
@@ -197,15 +196,16 @@ class Distillation:
 def averaged(logits: np.ndarray, ensemble: record.Ensemble) -> np.ndarray:
     """The averaged prediction of an ensemble, from its members' logits (M, N, C); float32.
 
-    multiclass: probabilities (N, C); binary: those of class 1 (N,); by the ensemble's strategy, weights and offsets. Of
-    a majority, whose shares of votes are coarse, the mean of its members' probabilities. regression: its values (N,).
+    multiclass, multilabel: probabilities (N, C); binary: those of class 1 (N,); by the ensemble's strategy, weights and
+    offsets. Of a majority, whose shares of votes are coarse, the mean of its members' probabilities. regression: its
+    values (N,).
     """
     if ensemble.kind == "regression":
         return ensemble.decide(logits).astype(np.float32)
     choice = ensemble.choice
     if choice.strategy == "majority":
         choice = dataclasses.replace(choice, strategy="mean-probability")
-    soft = probabilities(logits, choice, kind=ensemble.kind)
+    soft = ensemble.probabilities(logits, choice)
     return (soft[:, 1] if ensemble.kind == "binary" else soft).astype(np.float32)
 
 

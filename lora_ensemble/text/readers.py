@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import SPLITS, Task, class_reader, number
+from lora_ensemble.tasks import SPLITS, Task
+from lora_ensemble.text.cells import class_reader, is_empty, number, sets_reader
 from lora_ensemble.text.splits import Deal
 from lora_ensemble.text.tables import Table, as_text, read_hub, read_table
 
@@ -28,7 +29,8 @@ class Split:
 
     ids: np.ndarray  # (N,) unicode, unique
     texts: list[list[str]]  # one list of N stripped strings per text column of the task
-    labels: np.ndarray | None  # (N,) int64 class numbers, or float64 values; None where unknown
+    labels: np.ndarray | None
+    """(N,) int64 class numbers, (N, L) int64 of 0 and 1 for several labels, or (N,) float64 values; None: unknown."""
     notices: list[str] = field(default_factory=list)  # a line for each kind of thing that was skipped or mended
     weights: np.ndarray | None = None  # (N,) float64, of training examples whose task names a column of them
     groups: np.ndarray | None = None  # (N,) unicode, of training and dev examples whose task names a column of them
@@ -59,10 +61,10 @@ def read_split(task: Task, split: str, root: Path | None, *, need_labels: bool) 
         task, weight=task.weight if split == "train" else None, group=task.group if split != "test" else None
     )
     more = [name for name in (task.id, task.weight, task.group) if name is not None]
-    wanted = list(dict.fromkeys([*task.text, task.label, *more]))
+    wanted = list(dict.fromkeys([*task.text, *task.label_columns, *more]))
     if task.dataset is not None:
         name = getattr(task, split) or HUB_SPLITS[split]
-        table = read_hub(task.dataset, task.dataset_config, name, wanted, task.label, task.labels)
+        table = read_hub(task.dataset, task.dataset_config, name, wanted, task.label_columns[0], task.labels)
     else:
         table = read_table(split_file(task, split, root), wanted, task.columns)
     return _examples(task, table, "examples", skip=need_labels, need_labels=need_labels)
@@ -131,7 +133,12 @@ def _examples(task: Task, table: Table, what: str, *, skip: bool, need_labels: b
     _check_columns(task, table, need_labels)
     texts = [[_string(table, row, name, cell) for row, cell in enumerate(table.columns[name])] for name in task.text]
     rows = _usable_rows(task, table, texts, what, skip)
-    labels = _labels(task, table, rows) if task.label in table.columns else None
+    lacking = [name for name in task.label_columns if name not in table.columns]
+    labels = None if lacking else _labels(task, table, rows)
+    if 0 < len(lacking) < len(task.label_columns):
+        table.notices.append(f"{table.name}: no column {lacking[0]!r}; the labels of this split are not used")
+    if labels is None and need_labels:
+        raise UserError(f"{table.where}: {task.label} is empty in all rows; expected names out of {task.labels}")
     kept, groups = [[column[row] for row in rows] for column in texts], None
     if task.group is not None:
         groups = np.array([_string(table, row, task.group, table.columns[task.group][row]) for row in rows])
@@ -156,19 +163,15 @@ def _check_columns(task: Task, table: Table, need_labels: bool) -> None:
     ]:
         if name is not None and name not in table.columns:
             raise UserError(f"{table.where}: no column {name!r}; columns found: {shown}; set {key}: {advice}")
-    if need_labels and task.label not in table.columns:
+    if need_labels and (lacking := [name for name in task.label_columns if name not in table.columns]):
         raise UserError(
-            f"{table.where}: no label column {task.label!r}; columns found: {shown}; "
+            f"{table.where}: no label column {lacking[0]!r}; columns found: {shown}; "
             "an unlabelled split is for `lora-ensemble predict`"
         )
 
 
-def _is_empty(cell: Any) -> bool:
-    return cell is None or (cell.strip() == "" if isinstance(cell, str) else cell != cell)  # NaN is not itself
-
-
 def _string(table: Table, row: int, column: str, cell: Any) -> str:
-    text = "" if _is_empty(cell) else as_text(cell)
+    text = "" if is_empty(cell) else as_text(cell)
     if text is None:
         raise UserError(f"{table.at(row)}: column {column!r} holds a {type(cell).__name__}; expected text")
     return text.strip()
@@ -177,15 +180,15 @@ def _string(table: Table, row: int, column: str, cell: Any) -> str:
 def _usable_rows(task: Task, table: Table, texts: list[list[str]], what: str, skip: bool) -> list[int]:
     """Numbers of the rows to keep; what is skipped, or kept though empty, goes to the notices."""
     needed = list(zip(task.text, texts, strict=True))
-    if skip and task.label in table.columns:
-        needed.append((task.label, table.columns[task.label]))
+    if skip and not _named(task):
+        needed += [(name, table.columns[name]) for name in task.label_columns if name in table.columns]
     rows: list[int] = []
     odd: dict[str, list[int]] = {}
     for row in range(len(texts[0])):
         why = table.broken.get(row)
         if why and not skip:
             raise UserError(f"{table.at(row)}: {why}; mend it: every row needs a prediction")
-        if not why and (empty := [name for name, column in needed if _is_empty(column[row])]):
+        if not why and (empty := [name for name, column in needed if is_empty(column[row])]):
             why = f"empty {' and '.join(empty)}"
         if why:
             odd.setdefault(why, []).append(row)
@@ -226,16 +229,34 @@ def check_ids(
             raise UserError(f"{at(i)}: id {name!r} is already at {at(first[name])}; {advice}")
 
 
+def _named(task: Task) -> bool:
+    """Whether a cell names any number of labels, so that an empty one says that there are none."""
+    return task.kind == "multilabel" and isinstance(task.label, str)
+
+
 def _labels(task: Task, table: Table, rows: Sequence[int]) -> np.ndarray | None:
-    """(N,) labels of the rows; None, with a notice, where some rows have none, and without one where all have none."""
-    cells = table.columns[task.label]
-    if empty := [row for row in rows if _is_empty(cells[row])]:
+    """(N,) labels of the rows, or (N, L); None, with a notice, where some rows have none; without, where all have none.
+
+    Where cells name several labels, only the latter.
+    """
+    columns, named = [table.columns[name] for name in task.label_columns], _named(task)
+    empty = [row for row in rows if any(is_empty(c[row]) or (named and c[row] == []) for c in columns)]
+    if len(empty) == len(rows) or (empty and not named):
         if len(empty) < len(rows):
             table.notices.append(
-                f"{table.name}: {len(empty)} of {len(rows)} rows have no {task.label} ({table.places(empty)}); "
+                f"{table.name}: {len(empty)} of {len(rows)} rows have no {' or '.join(task.label_columns)} "
+                f"({table.places(empty)}); "
                 "the labels of this split are not used"
             )
         return None
+    if task.kind == "multilabel":
+        read_row, found = sets_reader(task.labels, task.label_columns, task.label_separator), list[list[int]]()
+        for row in rows:
+            if isinstance(there := read_row([cells[row] for cells in columns]), str):
+                raise UserError(f"{table.at(row)}: label out of range: {there}")
+            found.append(there)
+        return np.array(found, np.int64)
+    (cells,) = columns
     if task.kind == "regression":
         low, high = task.label_range or (-math.inf, math.inf)
         values = np.array([math.nan if isinstance(cells[row], bool) else number(str(cells[row])) for row in rows])

@@ -30,10 +30,18 @@ def canonical(ids: Sequence[str] | np.ndarray) -> np.ndarray:
     return np.lexsort((np.asarray(ids, np.str_), hashes(ids)))
 
 
+def _sets(labels: np.ndarray, few: int) -> np.ndarray:
+    """A class (N,) for each set of labels (N, L); sets of fewer examples than ``few`` go by their rarest label."""
+    _, which, counts = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
+    rarest = np.where(labels > 0, labels.sum(axis=0), len(labels) + 1).argmin(axis=1)
+    return np.where(counts[which] < few, len(counts) + rarest, which)
+
+
 class Deal:
     """Deals examples to parts, ``shares`` of them to each, by ids, labels and groups alone.
 
-    Each class is dealt in these shares, too, to one example; of a regression, neighbouring labels are a class. Examples
+    Each class is dealt in these shares, too, to one example; of a regression, neighbouring labels are a class, of
+    several labels (N, L) each set of them, or, of rare sets, those that have their rarest label in common. Examples
     (N,) of one of ``groups`` go to one part; then the shares are met as well as the groups' sizes allow: the largest
     is dealt first, each to the part that lacks most of what it has (as scikit-learn's StratifiedGroupKFold does).
     """
@@ -46,6 +54,7 @@ class Deal:
         shares: Sequence[float],
         groups: np.ndarray | None = None,
     ) -> None:
+        labels = labels if labels.ndim == 1 or groups is not None else _sets(labels, round(1 / min(shares)))
         self._labels, self._kind, self._shares, n = labels, kind, np.asarray(shares), len(labels)
         self._group: np.ndarray | None
         names, self._group = (ids, None) if groups is None else np.unique(groups, return_inverse=True)
@@ -73,8 +82,9 @@ class Deal:
         labels = self._labels
         if self._kind == "regression":
             labels = np.searchsorted(np.quantile(labels, np.arange(1, together) / together), labels)
-        counts = np.zeros((len(drawn), int(labels.max(initial=0)) + 1))
-        np.add.at(counts, (group, labels.astype(np.int64)), 1)
+        several = labels.ndim > 1  # how often each label is there in a group, in place of classes
+        counts = np.zeros((len(drawn), labels.shape[1] if several else int(labels.max(initial=0)) + 1))
+        np.add.at(counts, group if several else (group, labels.astype(np.int64)), labels if several else 1)
         counts = np.column_stack([counts / np.maximum(counts.sum(0), 1), counts.sum(1) / len(labels)])
         part, filled = np.empty(len(drawn), np.int64), np.zeros((len(self._shares), counts.shape[1]))
         for g in np.lexsort((drawn, -counts[:, -1])):

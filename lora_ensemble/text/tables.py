@@ -175,8 +175,8 @@ def read_hub(
 ) -> Table:
     """The ``wanted`` columns of a split of a data set that ``datasets`` loads: from the hub, or from a local folder.
 
-    A ClassLabel in the column ``label`` becomes its name where the names are ``label_names``, else its number; -1, the
-    hub's "no label", becomes None. ``UserError`` where the data set or the split cannot be loaded.
+    A ClassLabel in the column ``label``, or a list of them, becomes its name where the names are ``label_names``, else
+    its number; -1, the hub's "no label", becomes None. ``UserError`` where the data set or the split cannot be loaded.
     """
     try:
         import datasets
@@ -194,8 +194,15 @@ def read_hub(
             f"data set {where}: cannot be loaded ({type(e).__name__}: {one_line(e)}); check the name, the "
             "configuration and the split, and whether the hub can be reached"
         ) from e
-    if label in columns and isinstance(data.features[label], datasets.ClassLabel):
-        names = data.features[label].names
-        by_name = set(label_names) == set(names)
-        columns[label] = [None if v is None or v < 0 else names[v] if by_name else str(v) for v in columns[label]]
+    feature = data.features.get(label)
+    one = getattr(feature, "feature", feature)  # what a list is of
+    if label in columns and isinstance(one, datasets.ClassLabel):
+        by_name = set(label_names) == set(one.names)
+
+        def named(v: Any) -> Any:
+            if isinstance(v, list):
+                return [named(each) for each in v]
+            return None if v is None or v < 0 else one.names[v] if by_name else str(v)
+
+        columns[label] = [named(v) for v in columns[label]]
     return Table(where, f"data set {where}", found, columns)

@@ -114,7 +114,7 @@ class ExampleWeights:
         n = len(split)
         self.members, self._own, self._fold = len(members), split.weights, fold
         self._models = np.arange((folds or Folds()).models)[:, None]
-        if task.class_weights is not None and split.labels is not None:
+        if task.class_weights is not None and split.labels is not None and task.kind != "multilabel":
             of_class = np.asarray(task.class_weights, np.float64) if isinstance(task.class_weights, list) else None
             if of_class is None:  # n / (K n_c), as scikit-learn has it
                 counts = np.bincount(split.labels, minlength=len(task.labels))

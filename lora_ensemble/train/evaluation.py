@@ -21,17 +21,20 @@ from torchmetrics import Metric, classification, regression
 
 from lora_ensemble.bank.lora import Member
 from lora_ensemble.errors import UserError
-from lora_ensemble.scores import overall, score
+from lora_ensemble.scores import as_binary, overall, score
 from lora_ensemble.tasks import Kind, Task
 from lora_ensemble.train.batches import TokenisedSplit
 
 
-def member_losses(logits: Tensor, labels: Tensor, kind: Kind, smoothing: float = 0.0) -> Tensor:
+def member_losses(
+    logits: Tensor, labels: Tensor, kind: Kind, smoothing: float = 0.0, positives: Sequence[float] | None = None
+) -> Tensor:
     """Loss of every member on every example: logits (M, B, C), labels (B,) or soft labels. Returns (M, B).
 
-    Cross-entropy, binary cross-entropy with logits, or squared error (both reports). Never below float32. Soft labels
-    are probabilities: of the classes (B, C) for multiclass, of class 1 (B,) for binary. ``smoothing``: the part of a
-    classifier's label that is spread evenly over all classes (Szegedy et al. 2016, section 7).
+    Cross-entropy, binary cross-entropy with logits (of several labels, (B, L), the mean), or squared error (both
+    reports). Never below float32. Soft labels are probabilities: of the classes (B, C) for multiclass, of class 1 (B,)
+    for binary. ``smoothing``: the part of a classifier's label that is spread evenly over all classes (Szegedy et al.
+    2016, section 7). ``positives``: of several labels, by what each one's loss counts where it is there.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if kind == "multiclass":
@@ -40,11 +43,12 @@ def member_losses(logits: Tensor, labels: Tensor, kind: Kind, smoothing: float =
         target = target.expand(m, *target.shape).flatten(0, 1)
         losses = F.cross_entropy(logits.reshape(m * b, c), target, reduction="none", label_smoothing=smoothing)
         return losses.view(m, b)
-    target = labels.to(logits.dtype).expand(logits.shape[:2])
-    if kind == "binary":
+    target = (labels if labels.dim() == 2 else labels[:, None]).to(logits.dtype).expand(logits.shape)
+    if kind != "regression":
         target = target * (1 - smoothing) + smoothing / 2 if smoothing else target
-        return F.binary_cross_entropy_with_logits(logits[..., 0], target, reduction="none")
-    return (logits[..., 0] - target).square()
+        weight = None if positives is None else target.new_tensor(positives)
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="none", pos_weight=weight).mean(-1)
+    return (logits - target).square().mean(-1)
 
 
 def step_losses(logits: Tensor, part: Mapping[str, Any], task: Task, parts: int) -> Tensor:
@@ -52,7 +56,9 @@ def step_losses(logits: Tensor, part: Mapping[str, Any], task: Task, parts: int)
 
     The mean is weighted where examples do not count alike. ``logits``: (M, B, C); ``part``: as ``TrainBatches`` has it.
     """
-    losses = member_losses(logits, part["labels"], task.kind, task.label_smoothing)
+    weights = task.class_weights if task.kind == "multilabel" else None  # others' weigh whole examples
+    positives = weights if isinstance(weights, list) else None
+    losses = member_losses(logits, part["labels"], task.kind, task.label_smoothing, positives)
     if "weights" not in part:
         return losses.sum(1) * (parts / part["size"])
     return (losses * part["weights"].to(losses)).sum(1) * (parts / part["size"].to(losses))
@@ -193,8 +199,9 @@ class History:
         return [overall([s[i] for s in at], self.tasks) for i in range(len(self.members))]
 
     def logits_at(self, evaluation: int) -> dict[str, np.ndarray]:
-        """Task to dev logits (M, N, C) float16 at an evaluation, counted from 1."""
-        return {name: arrays[evaluation - 1] for name, arrays in self._logits.items()}
+        """Task to dev logits (M, N, C) float16 at an evaluation, counted from 1; of several labels (M, N L, 1)."""
+        at = {name: arrays[evaluation - 1] for name, arrays in self._logits.items()}
+        return {t.name: as_binary(at[t.name], t.kind)[0] for t in self.tasks}  # labels are no classes to be centred
 
     def logits_of(self, task: str, index: int) -> np.ndarray:
         """One member's dev logits at every evaluation: (E, N, C) float16."""
@@ -230,12 +237,13 @@ def summary_header(tasks: Sequence[Task], split: str) -> list[str]:
 
 
 def metric(name: str, task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
-    """What the torchmetrics class ``name`` makes of logits (N, C) and labels (N,) of a task of its kind.
+    """What the torchmetrics class ``name`` makes of logits (N, C) and labels (N,), or (N, L), of a task of its kind.
 
     It is given probabilities, or a regression's values. Averages over classes are those of its multiclass form (macro).
     """
     z = torch.from_numpy(np.asarray(logits, np.float64))
-    said = z.softmax(1) if task.kind == "multiclass" else z[:, 0].sigmoid() if task.kind == "binary" else z[:, 0]
+    z = z if task.num_outputs > 1 else z[:, 0]
+    said = z.softmax(1) if task.kind == "multiclass" else z if task.kind == "regression" else z.sigmoid()
     return float(_computed(_metric_classes(task.kind)[name], said, torch.from_numpy(labels), task))
 
 
@@ -260,7 +268,8 @@ def _metric_classes(kind: Kind) -> dict[str, type[Metric]]:
 
 
 def _computed(metric_class: type[Metric], said: Tensor, truth: Tensor, task: Task) -> Tensor:
-    options: dict[str, Any] = {"num_classes": task.num_outputs} if task.kind == "multiclass" else {}
+    option = {"multiclass": "num_classes", "multilabel": "num_labels"}
+    options: dict[str, Any] = {option[task.kind]: task.num_outputs} if task.kind in option else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of buffers that are kept, and of classes that are missing
         # The value of these examples alone: every process has all of them, and nothing is to be summed up over them.
@@ -271,8 +280,10 @@ def _fits(metric_class: type[Metric], task: Task) -> bool:
     """Whether a metric needs no other options than ours and gives one number: tried on a few examples."""
     truth = torch.arange(6) % max(task.num_outputs, 2)
     said = torch.linspace(0.1, 0.9, 6)
-    if task.kind == "multiclass":
+    if task.num_outputs > 1:
         said = F.one_hot(truth.flip(0), task.num_outputs).double()
+    if task.kind == "multilabel":
+        truth = F.one_hot(truth, task.num_outputs)
     try:
         value = _computed(metric_class, said, truth if task.kind != "regression" else truth.float(), task)
     except Exception:  # whatever it lacks, torchmetrics says it in many ways

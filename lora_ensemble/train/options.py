@@ -66,7 +66,9 @@ class OneLineParser(LightningArgumentParser):
         text = " ".join(line.strip() for line in message.splitlines() if line.strip())
         # jsonargparse puts the command before the option: distill.ensemble.
         text = re.sub(r"^the following arguments are required: \w+\.(\S+)$", r"--\1 is required", text)
-        if "Expected a <class 'str'>. Got value" in text:  # which YAML made of a word without quotes
+        either = r"Does not validate against .*\[<class 'str'>, list\[str\]\].* Given value: "
+        text = re.sub(either, "Expected a <class 'str'>, or a list of them. Got value: ", text)
+        if re.search(r"Expected a <class 'str'>[^.]*\. Got value", text):  # which YAML made of a word without quotes
             text += '; write words like no, yes, on and off, and numbers, in quotes: "no"'
         if "Option 'shared' is not accepted" in text:
             text = "--ray.shared is gone: a cluster needs storage that all its nodes share; leave it out"
@@ -111,6 +113,8 @@ def run_name(experiment: str, settings: dict[str, Any]) -> str:
             for key in ("columns", "group", "weight", "class_weights", "label_smoothing", "score", "overall"):
                 if not task.get(key):
                     task.pop(key, None)
+            if task.get("label_separator") == ",":
+                del task["label_separator"]
     for member in settings["model"]["members"] or []:
         for key, default in {**LATER, "peft": None}.items():
             if member[key] == default:

@@ -803,7 +803,7 @@ def test_what_the_command_lacks_or_has_twice(
     fails("multiclass", path, "--label-names", "a", says=["--label-names a: expected two names or more, all different"])
     fails("binary", path, "--task", "../x", says=["task '../x': a task's name is a folder's name"])
     assert run("import", path, "--pool", home / "pool", "--task", "t", "--labels", home / "binary.csv") == 2
-    assert "pool/t: a new task; say --task-kind multiclass, binary or regression" in capsys.readouterr().err
+    assert "pool/t: a new task; say --task-kind multiclass, binary, multilabel or regression" in capsys.readouterr().err
     assert run("import", path, "--pool", home / "pool", "--task", "t", "--task-kind", "binary") == 2
     assert "no dev examples in this pool yet; give a file of their ids and labels with --labels" in (
         capsys.readouterr().err

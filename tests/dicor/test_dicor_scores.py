@@ -35,7 +35,7 @@ from lora_ensemble.pool import TaskPool
 from lora_ensemble.tasks import SCORES
 from lora_ensemble.text.splits import canonical
 
-EVERY = [(kind, name) for name, about in SCORES.items() for kind in about.kinds]
+EVERY = [(kind, name) for name, about in SCORES.items() for kind in about.kinds if kind != "multilabel"]
 
 
 def said_of(logits, kind, name):

@@ -260,8 +260,8 @@ def test_no_member_record(pool, content):
     [
         ("name", 3, "str"),
         ("task", None, "str"),
-        ("kind", "ordinal", "Literal['multiclass', 'binary', 'regression']"),
-        ("kind", ["binary"], "Literal['multiclass', 'binary', 'regression']"),
+        ("kind", "ordinal", "Literal['multiclass', 'binary', 'multilabel', 'regression']"),
+        ("kind", ["binary"], "Literal['multiclass', 'binary', 'multilabel', 'regression']"),
         ("labels", "01", "list[str]"),
         ("labels", None, "list[str]"),
         ("labels", [0, 1], "list[str]"),

@@ -108,7 +108,7 @@ def test_the_same_command_goes_on(program: Program, capsys: pytest.CaptureFixtur
         (["--rounds=1"], "[sst]", "--rounds: 1; expected 2 to 10"),
         (["--rounds=11"], "[sst]", "--rounds: 11; expected 2 to 10"),
         (["--data.folds=0"], "[sst]", "data.folds: 0; boosting looks at out-of-fold errors: set it, e.g. to 5"),
-        ([], "[sts]", "data.tasks: sts is a regression; boosting is for classifiers"),
+        ([], "[sts]", "data.tasks: sts is regression; boosting is for classes"),
         ([], "[sst, quora]", "data.tasks: 2 tasks; boosting is about one"),
     ],
 )

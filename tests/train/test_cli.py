@@ -333,6 +333,10 @@ def test_label_names_in_yaml_without_quotes(program: Program, names: str, labels
         ("label_names: [no, yes]", "{file}: task 'own': label_names holds False, which is what YAML makes of no;"),
         ("label_names: [1, 2, 3]", "{file}: task 'own': label_names has 3 entries; binary needs two or none"),
         ("label: yes", 'Got value: True; write words like no, yes, on and off, and numbers, in quotes: "no"'),
+        (
+            "label: [a, no]",
+            "label\": Expected a <class 'str'>, or a list of them. Got value: ['a', False]; write words",
+        ),
     ],
 )
 def test_what_yaml_makes_of_words(

@@ -15,6 +15,11 @@ from lora_ensemble.scores import LEAST_PROBABILITY, decisions
 from lora_ensemble.tasks import SCORES, Kind
 
 
+def of_labels(moves: np.ndarray) -> np.ndarray:
+    """Offsets (L, 2) by which each label's log-odds move by ``moves`` (L,)."""
+    return np.outer(moves, (-0.5, 0.5))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """Which members, and how they decide together."""
@@ -24,9 +29,17 @@ class Choice:
     weights: np.ndarray | None = None  # (k,) convex, in the order of ``members``, for ``weighted`` only
     temperatures: np.ndarray | None = None  # (k,) by which logits are divided before probabilities are taken
     scale: float = 1.0  # of the logarithm of the mean's probabilities, where there are ``offsets``
-    offsets: np.ndarray | None = None  # (classes,) of sum 0, added after that; see ``vector_scaled``
+    offsets: np.ndarray | None = None
+    """(classes,) of sum 0, added after that, or of each of several labels, (L, 2); see ``vector_scaled``."""
     similarities: list[list[float]] = field(default_factory=list)
     """For each chosen member its similarity to each one chosen before it, if the method looked at it."""
+
+    @property
+    def moves(self) -> list[float] | None:
+        """The offsets of the classes as they are told; of several labels, by how much each one's log-odds move."""
+        if self.offsets is None:
+            return None
+        return (self.offsets if self.offsets.ndim == 1 else self.offsets[:, 1] - self.offsets[:, 0]).tolist()
 
 
 def decide(chosen: Members, choice: Choice) -> np.ndarray:
@@ -103,8 +116,10 @@ def vector_scaled(votes: np.ndarray, kind: Kind, scale: float, offsets: np.ndarr
     """Logits (N, C), as a head's, of a mean of soft votes (N, C) whose probabilities p become softmax(a log p + b).
 
     ``scale`` a, ``offsets`` b (classes,). Vector scaling (Guo et al. 2017, section 4.2) with one scale for all classes.
+    Of several labels b is (L, 2), for the L rows of each example.
     """
-    z = scale * log_probabilities(votes, kind) + offsets
+    z = scale * log_probabilities(votes, kind)
+    z = z + np.resize(offsets, z.shape)  # again and again
     return z[:, 1:] - z[:, :1] if kind == "binary" else z
 
 

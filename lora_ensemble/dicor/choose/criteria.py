@@ -21,6 +21,7 @@ class Sums:
 
     def __init__(self, members: Members, criterion: Criterion | None = None) -> None:
         self.kind, self.labels, self.name = members.kind, members.labels, members.scored_by
+        self.width = members.width
         self.by_loss = (criterion or SMOOTH[members.kind]) == "loss" or self.name == "log_loss"
         self.proposes = not self.by_loss and SCORES[self.name].by_rank
         if members.kind != "regression":
@@ -42,7 +43,7 @@ class Sums:
         else:
             said = total / (1 if self.name == "pearson" else count)  # r of the sum is r of the mean, to the last bit
             said = said if self.kind == "regression" else decisions(total, self.kind)
-        value = SCORES[self.name].sign * scored(said, self.labels, self.kind, self.name)
+        value = SCORES[self.name].sign * scored(said, self.labels, self.kind, self.name, width=self.width)
         return _rounded(value) if self.kind == "regression" else np.nan_to_num(value, nan=-np.inf)
 
     def values(self, total: np.ndarray, count: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from lora_ensemble.dicor.choose.similarity import features, pick
 from lora_ensemble.dicor.choose.weights import fitted
 from lora_ensemble.dicor.members import Dev, Members, numbered
 from lora_ensemble.errors import UserError
+from lora_ensemble.scores import as_binary, by_example
 from lora_ensemble.tasks import SCORES, Kind
 
 MOST_SORTED = 25  # how many of the best a sorted start takes at most (Caruana et al.: 5 to 25)
@@ -66,11 +67,11 @@ class Method:
         ids: Sequence[str] | None = None,
         score: str | None = None,
     ) -> Self:
-        """Choose from dev logits (M, N, C) and labels (N,).
+        """Choose from dev logits (M, N, C) and labels (N,), or (N, L) for multilabel.
 
         ``names`` (M,), ``ranks`` (M,) and ``ids`` (N,) default to numbers, None and numbers. Sets ``members_``: indices
         into ``logits``, in the order of choice; ``names_``; ``scores_`` on these labels; ``weights_`` (k,) of sum 1;
-        ``choice_``; ``notices_``: what was left out. ``score``: its name; None: accuracy, or pearson. ``UserError``
+        ``choice_``; ``notices_``: what was left out. ``score``: its name; None: the kind's default. ``UserError``
         where shapes do not fit, a value is not finite, the kind has no such score, or no member has it.
         """
         names = numbered(len(logits)) if names is None else list(names)
@@ -87,18 +88,21 @@ class Method:
         return self
 
     def predict(self, logits: np.ndarray) -> np.ndarray:
-        """What the ensemble decides (N,), from logits (M, N, C) of all members in the order of ``fit``."""
-        return decide(self._said(logits), self.choice_)
+        """What the ensemble decides, (N,) or (N, L), from logits (M, N, C) of all members in the order of ``fit``."""
+        return by_example(decide(self._said(logits), self.choice_), self._chosen.width)
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
-        """Probabilities (N, classes), from logits (M, N, C); ``UserError`` for a regression."""
+        """Probabilities (N, classes), or (N, L), from logits (M, N, C); ``UserError`` for a regression."""
         said = self._said(logits)
-        return probabilities(said.logits, self.choice_, kind=said.kind)
+        p = probabilities(said.logits, self.choice_, kind=said.kind)
+        return by_example(p[:, 1], said.width) if said.width > 1 else p
 
     def _said(self, logits: np.ndarray) -> Members:
         if not hasattr(self, "choice_"):
             raise UserError(f"{type(self).__name__}: not fitted yet; call fit first")
-        return dataclasses.replace(self._chosen, logits=np.stack([np.asarray(logits[m]) for m in self.members_]))
+        chosen = np.stack([np.asarray(logits[m]) for m in self.members_])
+        flat = as_binary(chosen, "multilabel")[0] if self._chosen.width > 1 else chosen
+        return dataclasses.replace(self._chosen, logits=flat)
 
 
 @dataclass(kw_only=True)
@@ -196,14 +200,15 @@ class Greedy(Method):
     def _choose(self, members: Members) -> Choice:
         if self.steps < 1 or self.bags < 1 or not 0 < self.model_share <= 1 or not 0 < self.example_share <= 1:
             raise UserError("greedy: expected steps and bags of at least 1, and shares above 0 and up to 1")
-        k, n = len(members), len(members.labels)
+        k, n = len(members), len(members.labels) // members.width
         order, weights, rng = list[int](), np.zeros(k), np.random.default_rng(self.seed)
         for _ in range(self.bags):
             which, part = np.arange(k), members
             if self.bags > 1:
                 which = np.sort(rng.choice(k, max(1, round(self.model_share * k)), replace=False))
-                rows = np.sort(rng.choice(n, max(1, round(self.example_share * n)), replace=False))
-                part = members.take(which, None if len(rows) == n else rows)
+                some = np.sort(rng.choice(n, max(1, round(self.example_share * n)), replace=False))
+                rows = (some[:, None] * members.width + np.arange(members.width)).ravel()
+                part = members.take(which, None if len(some) == n else rows)
             bag = which[self._search(Sums(part, self.criterion))]
             weights += np.bincount(bag, minlength=k) / len(bag) / self.bags
             order += bag.tolist()

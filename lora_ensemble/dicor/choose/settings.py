@@ -23,6 +23,7 @@ MethodName = Literal[
 Criterion = Literal["score", "loss"]
 """What a search makes best: the task's score, or the softer log-loss (classifiers) or squared error (regression)."""
 
+# To a method several labels are a binary task; ``multilabel`` stands only where a task is asked for its kind.
 # Tolkunov's three tasks: SST (11 members), Quora (4) and STS (10). A user's own task has those of its kind.
 DEFAULT_SIZE: dict[Kind, int] = {"multiclass": 11, "binary": 4, "regression": 10}
 # His section 4.3; his section 5.3 contradicts it for STS.
@@ -41,6 +42,7 @@ SMOOTH: dict[Kind, Criterion] = {"multiclass": "loss", "binary": "loss", "regres
 DEFAULT_METHOD: dict[Kind, MethodName] = {
     "multiclass": "weighted-offset",
     "binary": "weighted-offset",
+    "multilabel": "weighted-offset",
     "regression": "weighted",
 }
 # `dicor-auto`: as much for the score as for being different.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_ensemble.dicor.choose.combine import Choice, log_probabilities
+from lora_ensemble.dicor.choose.combine import Choice, log_probabilities, of_labels
 from lora_ensemble.dicor.choose.probabilities import losses
 from lora_ensemble.dicor.members import Members
 from lora_ensemble.errors import UserError
@@ -44,6 +44,8 @@ def fitted(members: Members, choice: Choice, *, temperature: bool = False, offse
     if offset and chosen.kind != "regression":
         mean = np.tensordot(weights, chosen.soft_votes, axes=1)
         scale, offsets = scale_and_offsets(mean, chosen.labels, chosen.kind)
+        if chosen.width > 1:  # one for all labels
+            offsets = of_labels(np.full(chosen.width, offsets[1] - offsets[0]))
         choice = replace(choice, scale=scale, offsets=offsets)
     kept = np.flatnonzero(weights > 0)
     return replace(

@@ -68,7 +68,8 @@ def _scores(members: Sequence[np.ndarray] | np.ndarray, dev: Dev, inside: np.nda
     left, name = len(inside) - inside.sum(axis=0), dev.scored_by
     if name not in ("accuracy", "pearson"):  # these two are had from sums, much faster
         outside, sign = 1.0 - inside.T, SCORES[name].sign
-        each = [scored(said_of(x, dev.kind, name), dev.labels, dev.kind, name, outside) for x in members]
+        said = (said_of(x, dev.kind, name) for x in members)
+        each = [scored(one, dev.labels, dev.kind, name, outside, width=dev.width) for one in said]
         return np.stack(each) * sign
     if dev.kind != "regression" and len(inside) >= MANY:
         # Few folds of many examples: bytes are counted several times faster than numbers are multiplied.
@@ -150,7 +151,7 @@ class _Omni:
                 continue
             mean = sums[out] / max(len(members), 1)
             together = decisions(mean, kind)
-            decided[row, out] = standardised(together, name) if s < self.splits else together
+            decided[row, out] = standardised(together, name, self.dev.width) if s < self.splits else together
             if likely is not None:
                 mean = mean if self.strategy == "mean-probability" else soft_votes(mean, kind)
                 likely[row, out] = class_probabilities(mean, kind)
@@ -158,22 +159,23 @@ class _Omni:
             return decided, likely
         said = likely.copy()
         for _, row, out in parts:
-            said[row, out] = standardised(likely[row, out], name)
+            said[row, out] = standardised(likely[row, out], name, self.dev.width)
         return said, likely if probabilities else None
 
 
-def standardised(said: np.ndarray, name: ScoreName) -> np.ndarray:
+def standardised(said: np.ndarray, name: ScoreName, width: int = 1) -> np.ndarray:
     """What was said of one held-out part, (N,) or (N, classes), so that what other ensembles say of others compares.
 
-    For correlations and scores of ranks: values, or each class's log-odds, less their mean, over their standard
-    deviation. Other scores look at what was said as it is. Over parts that different ensembles decide, a difference of
-    their scales would count as an error; so it is about the mean of the parts' own scores. (With mean and deviation of
-    the choosing part, their error would count, too. Ranks in the part in place of log-odds make average precision of
-    few positives too low.)
+    For correlations and scores of ranks: values, or the log-odds of each class or label, less their mean, over their
+    standard deviation. Other scores look at what was said as it is. Over parts that different ensembles decide, a
+    difference of their scales would count as an error; so it is about the mean of the parts' own scores. (With mean and
+    deviation of the choosing part, their error would count, too. Ranks in the part in place of log-odds make average
+    precision of few positives too low.)
     """
     if not SCORES[name].by_rank and name != "pearson":
         return said
     if SCORES[name].of == "probabilities":
         said = np.log(np.maximum(said, LEAST_PROBABILITY)) - np.log(np.maximum(1 - said, LEAST_PROBABILITY))
-    spread = said.std(axis=0)
-    return (said - said.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    each = said if width == 1 else said.reshape(-1, width, *said.shape[1:])
+    spread = each.std(axis=0)
+    return ((each - each.mean(axis=0)) / np.where(spread > 0, spread, 1.0)).reshape(said.shape)

@@ -94,7 +94,8 @@ def estimate(
     if repeats is None:
         repeats = int(np.clip(MOST_DECISIONS // n, 1, REPEATS))
     repeats = repeats if dev.evidence >= FEWEST else 0
-    fold = stratified_folds(dev.ids, dev.labels, dev.kind, folds=folds, repeats=repeats, groups=dev.groups)
+    fold = stratified_folds(dev.ids, dev.truth, dev.kind, folds=folds, repeats=repeats, groups=dev.groups)
+    fold = np.repeat(fold, dev.width, axis=1)
     probabilities = probabilities and dev.kind != "regression"
     seen = fold_scores(dev, fold, folds, omni=omni.strategy, probabilities=probabilities)
     dev, good = dev.scored(seen.scores[-1])
@@ -121,7 +122,7 @@ def estimate(
         of[name] = Estimate(
             choice=choice,
             names=names,
-            in_sample=float(scored(together, candidates.labels, dev.kind, dev.scored_by)),
+            in_sample=float(scored(together, candidates.labels, dev.kind, dev.scored_by, width=dev.width)),
             held_out=held.get(name),
             probabilities=likely.get(name),
             sign=sign,
@@ -168,7 +169,7 @@ def _held_out(
         for name, method in methods.items():
             choice = method.choose(candidates)
             chosen = there.take(choice.members)
-            held[name][row, out] = standardised(said(chosen, choice), dev.scored_by)
+            held[name][row, out] = standardised(said(chosen, choice), dev.scored_by, dev.width)
             if likely:
                 chances[name][row, out] = probabilities_of(chosen.logits, choice, kind=dev.kind)
     return held, chances
@@ -176,13 +177,11 @@ def _held_out(
 
 def _with_intervals(of: dict[str, Estimate], labels: np.ndarray, dev: Dev, folds: int) -> dict[str, Estimate]:
     """The same with what is known from the held-out decisions; ``labels`` (N,) are in their order."""
-    kind, by, groups = dev.kind, dev.scored_by, None
-    if dev.groups is not None:
-        groups = np.unique(dev.groups[dev.order], return_inverse=True)[1]
+    kind, by, groups = dev.kind, dev.scored_by, dev.together
     held, about = {name: e.held_out for name, e in of.items() if e.held_out is not None}, SCORES[by]
     alone = [] if by in CLOSED and groups is None else [""]  # of the bootstrap, too, where there is no formula
     pairs = [(a, b) for a in of for b in ("best", "omni", *alone) if a != b]
-    differences = of_differences(held, pairs, labels, kind, by, groups)
+    differences = of_differences(held, pairs, labels, kind, by, groups, dev.width)
     # What choosing on a part costs is added back: see above.
     share, wide = 1 / (4 * max(folds - 1, 1)), max(about.most - about.least, 2.0)
     found = {n: differences[n, ""] if alone else of_score(one, labels, kind) for n, one in held.items()}

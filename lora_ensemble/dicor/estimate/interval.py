@@ -75,6 +75,7 @@ def of_differences(
     kind: Kind,
     name: ScoreName | None = None,
     groups: np.ndarray | None = None,
+    width: int = 1,
 ) -> dict[tuple[str, str], Interval | None]:
     """For each pair of names by how much the first's score is better than the second's, and its interval.
 
@@ -83,17 +84,17 @@ def of_differences(
 
     A paired bootstrap: each draw takes N examples with replacement, the same for all, and their decisions from one of
     the repeats, which share the draws. Where examples belong to ``groups`` (N,), numbers from 0, whole groups are drawn
-    (the cluster bootstrap, Davison and Hinkley 1997, section 3.8). None where it is undefined. The examples must come
-    in an order of ours.
+    (the cluster bootstrap, Davison and Hinkley 1997, section 3.8), as the ``width`` rows of an example are. None where
+    it is undefined. The examples must come in an order of ours.
     """
     intervals: dict[tuple[str, str], Interval | None] = {}
     name, names = check_score(name, kind), sorted(held)
     drawn_all = name != "accuracy" or groups is not None
     if drawn_all:
         sign, every = SCORES[name].sign, [held[n] for n in names]
-        r = {n: sign * float(np.mean(scored(held[n], labels, kind, name))) for n in names} | {"": 0.0}
+        r = {n: sign * float(np.mean(scored(held[n], labels, kind, name, width=width))) for n in names} | {"": 0.0}
         by_r = name == "pearson"
-        found = _drawn_r(every, labels, groups) if by_r else sign * _drawn(every, labels, kind, name, groups)
+        found = _drawn_r(every, labels, groups) if by_r else sign * _drawn(every, labels, kind, name, groups, width)
         drawn_r = dict(zip(names, found.T, strict=True)) | {"": np.zeros(len(found))}
     for a, b in pairs:
         if drawn_all:
@@ -137,7 +138,7 @@ def _times(rng: np.random.Generator, n: int, draws: int, groups: np.ndarray | No
 
 
 def _drawn(
-    held: Sequence[np.ndarray], labels: np.ndarray, kind: Kind, name: ScoreName, groups: np.ndarray | None
+    held: Sequence[np.ndarray], labels: np.ndarray, kind: Kind, name: ScoreName, groups: np.ndarray | None, width: int
 ) -> np.ndarray:
     """The score (B, methods) of what each method said, (R, N) or (R, N, classes), in each draw of examples."""
     rng, n, drawn, repeats = np.random.default_rng(0), len(labels), list[np.ndarray](), len(held[0])
@@ -153,7 +154,7 @@ def _drawn(
             times: Iterable[np.ndarray] = (rng.multinomial(n, counts / n, size=size) for size in sizes)
         else:
             times = _times(rng, n, draws, groups)
-        drawn += [np.stack([scored(one, truth, kind, name, t) for one in said], -1) for t in times]
+        drawn += [np.stack([scored(one, truth, kind, name, t, width=width) for one in said], -1) for t in times]
     return np.concatenate(drawn)
 
 

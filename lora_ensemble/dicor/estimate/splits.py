@@ -25,7 +25,10 @@ def stratified_folds(
     repeats: int = REPEATS,
     groups: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The fold (R, N), 0 to folds - 1, in which each example is held out in each repeat, see :class:`Deal`."""
+    """The fold (R, N), 0 to folds - 1, in which each example is held out in each repeat, see :class:`Deal`.
+
+    Of ``labels`` (N,), or of several, (N, L).
+    """
     deal = Deal(ids, labels, kind, [1 / folds] * folds, groups)
     return np.array([deal(r + 1) for r in range(repeats)], np.int64).reshape(repeats, len(labels))
 

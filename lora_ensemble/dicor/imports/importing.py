@@ -31,7 +31,7 @@ from lora_ensemble.pool import (
     write_examples,
     write_member,
 )
-from lora_ensemble.scores import one_label, score
+from lora_ensemble.scores import as_binary, one_label, score
 from lora_ensemble.tasks import SCORES
 
 IMPORTED = "imported"
@@ -176,7 +176,8 @@ def _doubts(member: Imported, truth: Truth, request: Request) -> list[str]:
     if kind == "regression":  # values on a line
         certain = len(labels) > 2
     else:  # one answer for each class
-        answers = np.unique(soft_votes(member.logits, kind).round(2), axis=0)
+        logits, flat, _ = as_binary(member.logits, kind)
+        answers = np.unique(soft_votes(logits, flat).round(2), axis=0)
         certain = len(answers) <= len(np.unique(labels)) < len(labels)
     about = SCORES[truth.task.scored_by]
     if abs(member.score - (about.most if about.sign > 0 else about.least)) > 1e-9 or not certain:

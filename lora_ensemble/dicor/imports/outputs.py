@@ -1,8 +1,8 @@
 """From a file's columns to the logits that the pool keeps: which columns, and logits, probabilities or decisions?
 
-A probability p becomes a logit whose softmax or sigmoid gives it back: log p for each of several classes, for one
-log(p / (1 - p)). Axes: N examples, C outputs of the task (one per class; 1 for binary and regression), K columns of a
-file.
+A probability p becomes a logit whose softmax or sigmoid gives it back: log p for each of several classes, for one, or
+for each of several labels, log(p / (1 - p)). Axes: N examples, C outputs of the task (one per class or label; 1 for
+binary and regression), K columns of a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 from lora_ensemble.dicor.imports.sources import Source
 from lora_ensemble.dicor.options import Form, Request
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import Task, class_reader, number
+from lora_ensemble.tasks import Task
+from lora_ensemble.text.cells import class_reader, number
 
 EPSILON = 1e-6
 """Probabilities are kept this far from 0 and 1: a forest's certain 0 is "none of my trees", not log 0, and files have
@@ -27,6 +28,14 @@ LARGEST = 1e38  # of a number: the difference of two fits 32 bits as well
 _PROBABILITY = re.compile(r"p(r|rob\w*)?([_\W\d]|$)")  # p, p1, p_1, pr.yes, prob, proba_1, probability
 _SLACK = 1e-6  # what rounding may add beyond 0 and 1
 _NAMES = ["p", "prob", "proba", "probs", "probability", "probabilities", "logit", "logits", "output", "pred"]
+_CERTAIN = (
+    "give probabilities or logits if you can: votes know no doubt, so averages of logits, log-loss and calibration "
+    "lose theirs; to take them as votes, say --from decisions"
+)
+_VOTES = (
+    "decisions are taken as one weak vote each (a logit of 1); a majority counts them fully, an average of logits or "
+    "probabilities hardly"
+)
 # What a lone column of outputs may be called, and what may stand before a label: p_0, prob.neg, logit 3, class_2.
 _LONE = {*_NAMES, "preds", "prediction", "predictions", "predicted", "outputs"}
 _PREFIXES = {*_NAMES, "", "pr", "prediction", "score", "scores", "class", "label"}
@@ -40,9 +49,9 @@ def to_logits(source: Source, task: Task, request: Request) -> tuple[np.ndarray,
     form = request.from_
     if task.kind == "regression" and form not in ("auto", "logits"):
         raise UserError(f"--from {form}: a regression has values; leave it out")
-    picked = _pick(source, task, request)
+    picked, each = _pick(source, task, request), task.kind == "multilabel"
     alone = len(picked) == 1 and not isinstance(source.columns[picked[0]][0], list)
-    if form == "decisions":
+    if form == "decisions" and not each:
         if not alone:
             raise UserError(f"{source.where}: --from decisions: several columns; expected one of class labels")
         return _decided(source, picked[0], task), form
@@ -50,13 +59,22 @@ def to_logits(source: Source, task: Task, request: Request) -> tuple[np.ndarray,
         _refuse_decisions(source, picked[0], task)
     values = np.concatenate([_read_numbers(source, name) for name in picked], axis=1)
     _check_width(source, values.shape[1], picked, task)
+    if each and form in ("auto", "decisions"):
+        sure = np.isin(values, (0, 1)).all(axis=1)
+        if form == "decisions":
+            source.refuse(~sure, lambda row: f"found {values[row].tolist()}; expected 0 or 1 for each label")
+            source.notices.append(f"{source.where}: {_VOTES}")
+            return np.asarray(2 * values - 1, np.float32), form
+        if sure.all():
+            raise UserError(f"{source.where}: it holds 0 and 1 only; {_CERTAIN}")
     if task.kind != "regression" and values.shape[1] > len(picked):  # columns without names
         order = f"its columns are taken in the order of the labels: {', '.join(task.labels)}"
         source.notices.append(f"{source.where}: {order}")
     if form == "auto":
-        form = "logits" if task.kind == "regression" else _guess(source, values, picked[0] if source.table else "")
+        called = picked[0] if source.table else ""
+        form = "logits" if task.kind == "regression" else _guess(source, values, called, each)
     if form == "probabilities":
-        values = _log_probabilities(source, values, picked)
+        values = _log_probabilities(source, values, picked, each)
     if task.kind == "binary" and values.shape[1] == 2:
         values = values[:, 1:] - values[:, :1]  # the sigmoid of this is the softmax of those
     return values.astype(np.float32), form
@@ -68,27 +86,24 @@ def _refuse_decisions(source: Source, name: str, task: Task) -> None:
     # A binary 0 or 1 may be a certain probability as well, which comes to the same; any other label may not.
     if all(read(cell) is not None for cell in source.columns[name]):
         what = f"column {name!r} holds" if source.table else "it holds"
-        raise UserError(
-            f"{source.where}: {what} class labels only; give probabilities or logits if you can: votes know no doubt, "
-            "so averages of logits, log-loss and calibration lose theirs; to take them as votes, say --from decisions"
-        )
+        raise UserError(f"{source.where}: {what} class labels only; {_CERTAIN}")
 
 
 def _decided(source: Source, name: str, task: Task) -> np.ndarray:
     """Logits that say a class and nothing of how sure: 1 for it and 0 for the others; binary: 1 or -1."""
     logits = np.eye(len(task.labels), dtype=np.float32)[read_classes(source, name, task)]
-    source.notices.append(
-        f"{source.where}: decisions are taken as one weak vote each (a logit of 1); a majority counts them fully, "
-        "an average of logits or probabilities hardly"
-    )
+    source.notices.append(f"{source.where}: {_VOTES}")
     return logits[:, 1:] - logits[:, :1] if task.kind == "binary" else logits
 
 
-def _guess(source: Source, values: np.ndarray, name: str) -> Form:
-    """Logits or probabilities, where it cannot be mistaken: by the values, and by what the columns are called."""
+def _guess(source: Source, values: np.ndarray, name: str, each: bool) -> Form:
+    """Logits or probabilities, where it cannot be mistaken: by the values, and by what the columns are called.
+
+    ``each``: the columns are of several labels, of which any may be true.
+    """
     ask, called = "say --from probabilities or --from logits", name.lower()
     probabilities, logits = bool(_PROBABILITY.match(called)), called.startswith("logit")
-    negative, several = (values < -_SLACK).any(axis=1), values.shape[1] > 1
+    negative, several = (values < -_SLACK).any(axis=1), values.shape[1] > 1 and not each
     if probabilities:
         source.refuse(negative, lambda _: f"column {name!r} is negative, which no probability is; {ask}")
     within = bool((values <= 1 + _SLACK).all())
@@ -112,8 +127,8 @@ def _wrong_sums(p: np.ndarray) -> np.ndarray:
     return np.abs(p.sum(axis=1) - 1) > min(0.005 * p.shape[1], 0.05) + _SLACK
 
 
-def _log_probabilities(source: Source, values: np.ndarray, picked: Sequence[str]) -> np.ndarray:
-    """(N, K) logits of probabilities (N, K): logarithms of several, for a column alone log(p / (1 - p))."""
+def _log_probabilities(source: Source, values: np.ndarray, picked: Sequence[str], each: bool) -> np.ndarray:
+    """(N, K) logits of probabilities (N, K): logarithms of several, for ``each`` or one alone log(p / (1 - p))."""
     outside = (values < -_SLACK) | (values > 1 + _SLACK)
 
     def wrong(row: int) -> str:
@@ -124,7 +139,7 @@ def _log_probabilities(source: Source, values: np.ndarray, picked: Sequence[str]
 
     source.refuse(outside.any(axis=1), wrong)
     p = np.clip(values, 0, 1)
-    alone = p.shape[1] == 1
+    alone = each or p.shape[1] == 1
     if not alone:
         sums = p.sum(axis=1, keepdims=True)
         source.refuse(
@@ -151,15 +166,16 @@ def _pick(source: Source, task: Task, request: Request) -> list[str]:
     source.require(asked)
     if asked or source.table is None:
         return asked or list(source.columns)
-    names = [name for name in source.columns if name != request.label_column]
-    decisions, labels = request.from_ == "decisions", ", ".join(task.labels)
+    truth = request.label_columns if task.kind != "multilabel" else []  # outputs may be called after labels, too
+    names = [name for name in source.columns if name not in truth]
+    decisions, labels = request.from_ == "decisions" and task.kind != "multilabel", ", ".join(task.labels)
     if task.kind != "regression" and not decisions and (named := _named_after_labels(source, names, task)):
         return named
     holds = _class_of(task) if decisions else _number
     likely = [n for n in names if n.lower() in _LONE] or [n for n in names if holds(_first(source, n)) is not None]
     if len(likely) != 1:
         what = f"columns {', '.join(likely[:5])} may be outputs" if likely else "no column of outputs"
-        expected = f"one for each label ({labels})" if task.kind == "multiclass" else "one of predictions"
+        expected = f"one for each label ({labels})" if task.num_outputs > 1 else "one of predictions"
         raise UserError(
             f"{source.path}: {what}; expected {expected}; say which with --columns, or, where each is another model, "
             f"with --member-columns; {source.shown}"
@@ -273,6 +289,7 @@ def _check_width(source: Source, width: int, picked: Sequence[str], task: Task) 
     expected = {
         "multiclass": f"{len(task.labels)}, one for each label ({', '.join(task.labels)}); if there are others, name "
         f"all with --label-names{'; class labels alone go in with --from decisions' if width == 1 else ''}",
+        "multilabel": f"{len(task.labels)}, one for each label ({', '.join(task.labels)})",
         "binary": "one of the positive class, or two: negative, positive",
         "regression": "one of values",
     }[task.kind]

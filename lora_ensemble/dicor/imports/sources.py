@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike
 
 from lora_ensemble.dicor.options import Request
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import number
 from lora_ensemble.text import readers
+from lora_ensemble.text.cells import number
 from lora_ensemble.text.tables import DAMAGED, GZIP, Table, one_line, read_table
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK"

@@ -19,7 +19,8 @@ from lora_ensemble.dicor.imports.sources import Source, check_ids, read_source
 from lora_ensemble.dicor.options import Request
 from lora_ensemble.errors import UserError
 from lora_ensemble.pool import Examples, MemberRecord, examples_fingerprint, read_examples
-from lora_ensemble.tasks import PRESETS, Kind, Task, number
+from lora_ensemble.tasks import PRESETS, Kind, Task
+from lora_ensemble.text.cells import number, sets_reader
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,19 +51,23 @@ def find_truth(request: Request, members: Sequence[MemberRecord]) -> Truth:
                 "ids and labels with --labels FILE"
             )
         return Truth(_task(request, kind, labels, members), in_pool, in_pool.ids.tolist(), "the pool's examples", [])
-    source, column = read_source(request.labels, request), request.label_column
+    source, columns = read_source(request.labels, request), request.label_columns
     if source.table is None:
-        column = next((name for name in ("", column) if name in source.columns), "labels")
-    cells = _label_cells(source, column, request)
+        columns = [next((name for name in ("", *columns) if name in source.columns), "labels")]
+    cells = _label_cells(source, columns, request, kind)
     if cells is None and request.split == "dev" and in_pool is None:
         raise UserError(f"{source.path}: all labels are empty; dev needs them: members are chosen by their dev score")
     if not source.ids:
         source.notices.append(f"{source.path.name}: it has no ids; its rows are numbered from 0")
         source = replace(source, ids=[str(i) for i in range(len(source))])
-    if labels is None and kind != "regression":
-        labels = _labels_of(source, column, cells, kind)
+    if kind == "multilabel":
+        labels = labels or (columns if len(columns) > 1 else None)
+        if labels is None:
+            raise UserError(f"{source.path}: which labels are there, in which order? name all with --label-names")
+    elif labels is None and kind != "regression":
+        labels = _labels_of(source, columns[0], cells, kind)
     task = _task(request, kind, labels, members)
-    values = None if cells is None else _values(source, column, task)
+    values = None if cells is None else _values(source, columns, task)
     if in_pool is not None:
         _check_against(in_pool, request, source, values)
     examples = Examples(np.array(source.ids), values) if in_pool is None else in_pool
@@ -71,7 +76,9 @@ def find_truth(request: Request, members: Sequence[MemberRecord]) -> Truth:
 
 def _task(request: Request, kind: Kind, labels: list[str] | None, members: Sequence[MemberRecord]) -> Task:
     score = members[0].scored_by if members else None
-    return Task(name=request.task, kind=kind, text=["text"], label_names=labels or [], score=score)
+    several = list(request.label) if len(request.label) > 1 else "label"
+    how: dict[str, Any] = {"label": several, "label_separator": request.label_separator}
+    return Task(name=request.task, kind=kind, text=["text"], label_names=labels or [], score=score, **how)
 
 
 def _known(request: Request, members: Sequence[MemberRecord]) -> tuple[Kind, list[str] | None]:
@@ -80,7 +87,7 @@ def _known(request: Request, members: Sequence[MemberRecord]) -> tuple[Kind, lis
     known = members[0] if members else PRESETS.get(request.task)
     kind = request.task_kind or (known.kind if known else None)
     if kind is None:
-        raise UserError(f"{where}: a new task; say --task-kind multiclass, binary or regression")
+        raise UserError(f"{where}: a new task; say --task-kind multiclass, binary, multilabel or regression")
     if known is not None and kind != known.kind:
         who = f"its member {known.name} is" if members else "the preset is"
         raise UserError(f"{where}: --task-kind {kind}, but {who} {known.kind}; leave it out, or give another --task")
@@ -108,24 +115,28 @@ def _in_pool(request: Request, members: Sequence[MemberRecord]) -> Examples | No
     return read_examples(request.pool, request.task, request.split, *fingerprints) if fingerprints else None
 
 
-def _label_cells(source: Source, column: str, request: Request) -> list[Any] | None:
-    """The true labels in a file as they stand; None where there are none. ``UserError`` where they must be, or some."""
-    if source.table is None and not source.ids and column:
+def _label_cells(source: Source, columns: list[str], request: Request, kind: Kind) -> list[Any] | None:
+    """The true labels in a file as they stand, of several columns those of the first; None where there are none.
+
+    ``UserError`` where they must be, or some.
+    """
+    if source.table is None and not source.ids and columns[0]:
         raise UserError(f"{source.path}: no array 'ids'; {source.shown}; save ids and labels in it")
     check_ids(source, request)
-    if column not in source.columns:
+    if lacking := [column for column in columns if column not in source.columns]:
         if request.label or request.split == "dev":
-            raise UserError(f"{source.path}: no labels: no column {column!r}; {source.shown}; name it with --label")
+            raise UserError(f"{source.path}: no labels: no column {lacking[0]!r}; {source.shown}; name it with --label")
         return None
-    cells = source.columns[column]
-    source.refuse(
-        [isinstance(cell, list) for cell in cells], lambda row: f"{source.cell(column, cells[row])}; expected one label"
-    )
-    empty = [cell is None or cell != cell or not str(cell).strip() for cell in cells]
+    cells = source.columns[columns[0]]
+    lists = [kind != "multilabel" and isinstance(cell, list) for cell in cells]
+    source.refuse(lists, lambda row: f"{source.cell(columns[0], cells[row])}; expected one label")
+    rows = zip(*(source.columns[column] for column in columns), strict=True)
+    empty = [any(cell is None or cell != cell or not str(cell).strip() for cell in row) for row in rows]
     if all(empty):
         return None
-    advice = "add it, or leave the row out here and in the predictions"
-    source.refuse(empty, lambda _: f"no label ({sum(empty)} of {len(cells)} rows have none); {advice}")
+    if kind != "multilabel" or len(columns) > 1:  # where a cell names several labels, an empty one names none
+        advice = "add it, or leave the row out here and in the predictions"
+        source.refuse(empty, lambda _: f"no label ({sum(empty)} of {len(cells)} rows have none); {advice}")
     return cells
 
 
@@ -157,8 +168,17 @@ def _labels_of(source: Source, column: str, cells: list[Any] | None, kind: Kind)
     return labels
 
 
-def _values(source: Source, column: str, task: Task) -> np.ndarray:
-    """(N,) labels as class numbers or values."""
+def _values(source: Source, columns: list[str], task: Task) -> np.ndarray:
+    """(N,) labels as class numbers or values, or (N, L) of 0 and 1."""
+    if task.kind == "multilabel":
+        rows = list(zip(*(source.columns[column] for column in columns), strict=True))
+        if source.table is None:  # (N, L) numbers
+            rows, columns = source.columns[columns[0]], task.labels
+        read = sets_reader(task.labels, columns, task.label_separator)
+        found = [read(row) for row in rows]
+        source.refuse([isinstance(one, str) for one in found], lambda row: str(found[row]))
+        return np.array(found, np.int64)
+    (column,) = columns
     if task.kind != "regression":
         return read_classes(source, column, task)
     cells = source.columns[column]
@@ -178,7 +198,7 @@ def _check_against(in_pool: Examples, request: Request, source: Source, values: 
     there = np.empty_like(in_pool.labels)
     there[rows] = in_pool.labels
     source.refuse(
-        there != values,
+        (there != values).reshape(len(values), -1).any(axis=1),
         lambda row: f"the label of {source.ids[row]!r} is {values[row]}, but {there[row]} in {where}; {way_out}",
     )
 

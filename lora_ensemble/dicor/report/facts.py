@@ -106,9 +106,9 @@ def gather(comparison: Comparison, method: str, *, judgement: Judgement | None =
     order = ranked(comparison.score.sign * scores, names)[:MOST_SHOWN]
     shown = [task_pool.record(names[i]) for i in order]
     asked = [comparison.methods[m].get_params().get("similarity") for m in (method, "dicor") if m in comparison.methods]
-    similarity = next((s for s in asked if s), DEFAULT_SIMILARITY[task_pool.kind])
+    similarity = next((s for s in asked if s), DEFAULT_SIMILARITY[dev.kind])
     logits = np.stack([_logits(dev, r.name) for r in shown])
-    compared_by = features(logits, kind=task_pool.kind, similarity=similarity, labels=dev.labels)
+    compared_by = features(logits, kind=dev.kind, similarity=similarity, labels=dev.labels)
     return Facts(
         comparison=comparison,
         method=method,
@@ -118,7 +118,7 @@ def gather(comparison: Comparison, method: str, *, judgement: Judgement | None =
         similarities=pairwise(compared_by, similarity=similarity),
         curves=curves(comparison, [m for m in ("dicor", method) if m in comparison.methods]),
         calibrations={
-            m: calibration(p, estimates.candidates.labels, task_pool.kind)
+            m: calibration(p, estimates.candidates.labels, dev.kind)
             for m in dict.fromkeys(("best", "omni", method))
             if (p := estimates.of[m].probabilities) is not None
         },
@@ -141,7 +141,7 @@ def _theory(comparison: Comparison, names: Sequence[str]) -> Theory:
     scores = comparison.score.sign * np.array([comparison.estimates.scores[name] for name in names])
     order = tie_order([task_pool.record(name).rank for name in names], scores, names)
     logits = (_logits(dev, name) for name in names)
-    return theory(logits, dev.labels, task_pool.kind, outputs=len(task_pool.labels), order=order)
+    return theory(logits, dev.labels, dev.kind, outputs=len(task_pool.labels), order=order)
 
 
 def curves(comparison: Comparison, names: Sequence[str]) -> list[Curve]:

@@ -180,6 +180,7 @@ def _setting(facts: Facts) -> list[tuple[str, str]]:
     """What the answer is an answer to."""
     task_pool, estimates = facts.comparison.task_pool, facts.comparison.estimates
     kinds = {"multiclass": f"{len(task_pool.labels)} classes", "binary": "two classes", "regression": "values"}
+    kinds["multilabel"] = f"any of {len(task_pool.labels)} labels; what is shown is of all pairs of example and label"
     labels = f": {', '.join(task_pool.labels)}" if task_pool.labels else ""
     reasons = ", ".join(f"{k} {why}" for why, k in sorted(Counter(task_pool.left_out.values()).items()))
     params = facts.comparison.methods[facts.method].get_params().items()
@@ -190,7 +191,7 @@ def _setting(facts: Facts) -> list[tuple[str, str]]:
         ("Task", f"{facts.task}: {task_pool.kind}, {kinds[task_pool.kind]}{labels}"),
         ("Pool", str(task_pool.pool)),
         ("Members", f"{len(estimates.of['omni'].names)}; not finished: {reasons or 'none'}"),
-        ("Examples", f"{len(facts.comparison.dev.labels)} of {facts.split}"),
+        ("Examples", f"{len(facts.comparison.dev.ids)} of {facts.split}"),
         ("Estimate", how if estimates.repeats else "none: there are too few examples"),
         ("Method", f"{facts.method}{said}; decides by {decides(facts.estimate.choice.strategy, task_pool.kind)}"),
     ]

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_mod
 from lora_ensemble.dicor.choose.probabilities import class_probabilities, soft_votes
 from lora_ensemble.ensemble.options import Limits
 from lora_ensemble.ensemble.restored import Ensemble
-from lora_ensemble.scores import decisions
+from lora_ensemble.scores import as_binary, by_example, decisions
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -36,7 +36,10 @@ def question(columns: list[str], limits: Limits) -> type[Question]:
 class Said(BaseModel):
     """What is said of a text."""
 
-    decision: Annotated[str | Finite, Field(description="One of the labels; of a regression, a value.")]
+    decision: Annotated[
+        str | Finite | list[str],
+        Field(description="One of the labels, or a list of several; of a regression, a value."),
+    ]
     probabilities: Annotated[
         dict[str, Probability] | None, Field(description="By label; of a majority, the shares of the votes.")
     ] = None
@@ -67,16 +70,19 @@ def answers(ensemble: Ensemble, logits: np.ndarray, *, members: bool) -> dict[st
     rows = _rows(ensemble, record.decide(logits), None if valued else ensemble.probabilities(logits))
     if members:
         # As they enter the ensemble's: at the member's temperature, where it has one.
-        votes = soft_votes(logits, record.kind, record.choice.temperatures)
+        rows_of, kind, width = as_binary(logits, record.kind)
+        votes = soft_votes(rows_of, kind, record.choice.temperatures)
         for name, own, decided in zip(ensemble.members, votes, decisions(logits, record.kind), strict=True):
-            probabilities = None if valued else class_probabilities(own, record.kind)
+            probabilities = None if valued else class_probabilities(own, kind)
+            if width > 1 and probabilities is not None:
+                probabilities = by_example(probabilities[:, 1], width)
             for row, said in zip(rows, _rows(ensemble, decided, probabilities), strict=True):
                 row.setdefault("members", []).append({"name": name, **said})
     return {"answers": rows}
 
 
 def _rows(ensemble: Ensemble, decided: np.ndarray, probabilities: np.ndarray | None) -> list[dict[str, Any]]:
-    """Decisions (N,) and, of a classifier, probabilities (N, classes), for each text."""
+    """Decisions (N,) and, of a classifier, probabilities (N, classes), for each text; of several labels (N, L)."""
     rows: list[dict[str, Any]] = [{"decision": decision} for decision in ensemble.named(decided).tolist()]
     if probabilities is not None:
         # Clipped, for rounding may leave one beyond what is promised.

@@ -65,21 +65,25 @@ async function ask(event) {
 
 function show({ decision, probabilities, members }) {
   const valued = ensemble.kind === "regression";
-  const said = members.map((m) => m.decision);
-  const agree = said.filter((d) => d === decision).length;
+  const several = Array.isArray(decision); // of several labels the names of those that are there
+  const words = (d) => (Array.isArray(d) ? d.join(", ") || "none of the labels" : d);
+  const said = members.map((m) => (several ? words(m.decision) : m.decision));
+  const agree = said.filter((d) => d === words(decision)).length;
   const range = () => `${number(Math.min(...said))} to ${number(Math.max(...said))}`;
   at("status").textContent = valued
     ? `The ensemble says ${number(decision)}; its members say ${range()}.`
-    : `The ensemble decides ${decision}; ${agree} of ${said.length} members agree.`;
+    : `The ensemble decides ${words(decision)}; ${agree} of ${said.length} members agree.`;
   const what = ensemble.decides.startsWith("the majority") ? "share of the votes" : "probability";
   const classes = valued ? [] : ensemble.labels.map((label) => [label, number(probabilities[label])]);
   fill("classes", "The ensemble", ["label", what], classes);
   const rows = members.map((m, i) => {
     const { rank, weight } = ensemble.members[i];
-    const own = valued ? m.decision - decision : m.probabilities[m.decision];
-    return [m.name, valued ? number(m.decision) : m.decision, number(own), rank ?? "–", number(weight)];
+    const alike = (label) => m.decision.includes(label) === decision.includes(label);
+    const share = () => ensemble.labels.filter(alike).length / ensemble.labels.length;
+    const own = valued ? m.decision - decision : several ? share() : m.probabilities[m.decision];
+    return [m.name, valued ? number(m.decision) : words(m.decision), number(own), rank ?? "–", number(weight)];
   });
-  const own = valued ? "difference" : "own probability";
+  const own = valued ? "difference" : several ? "labels decided alike" : "own probability";
   fill("members", "The members", ["member", "says", own, "rank r", "weight"], rows);
   at("classes").hidden = valued;
   at("answer").hidden = false;
