@@ -21,8 +21,7 @@ from lora_ensemble.dicor.choose.methods import Dicor, Exhaustive, Greedy, Method
 from lora_ensemble.dicor.choose.offsets import for_score
 from lora_ensemble.dicor.choose.similarity import features, pairwise
 from lora_ensemble.dicor.cli import main as dicor
-from lora_ensemble.dicor.compare import compare
-from lora_ensemble.dicor.compare import test_scores as scores_on_test
+from lora_ensemble.dicor.compare import compare, judged
 from lora_ensemble.dicor.estimate.fold_scores import fold_scores, standardised
 from lora_ensemble.dicor.estimate.honest import estimate
 from lora_ensemble.dicor.estimate.interval import of_differences
@@ -262,7 +261,9 @@ def test_in_sample_and_test_scores_are_scikit_learns(score: Any, tmp_path: Path)
     tested = np.stack([TaskPool(pool, "sky", split="test").logits(m.name) for m in chosen.members])
     p = np.tensordot(weights, expit(tested.astype(float)), axes=1)
     moved = logit(p) if chosen.offsets is None else logit(p) + chosen.offsets
-    on_test = scores_on_test(compare(task_pool, ["greedy"], Options(), score=score))
+    judgement = judged(compare(task_pool, ["greedy"], Options(), score=score), test=True)
+    assert judgement is not None
+    on_test = judgement.scores
     assert on_test["greedy"] == pytest.approx(sklearns(score, truth, moved), abs=1e-6)
 
 

@@ -327,3 +327,26 @@ def test_what_it_is_named_after_stays() -> None:
 
     assert name() == name(label_separator=",")
     assert name() != name(label_separator="|")
+
+
+def test_folds_of_several_labels(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Out of fold, (N, L); each label in its share in every fold; chosen on it, judged on dev, and answered with."""
+    config = ["--config", str(home / "mine.yaml"), "--data.folds=3", f"--pool.dir={tmp_path}"]
+    members = "[{rank: 2, targets: all-linear, lr: 1e-2}, {targets: none, lr: 1e-2}]"
+    assert main(["fit", *config, f"--model.members={members}"]) == 0
+    opened = pool.TaskPool(tmp_path, "mine", split="oof")
+    labels = opened.examples().labels
+    assert labels is not None
+    assert labels.shape == (105, 3)
+    first = opened.members[0]
+    decided = opened.logits(first.name) > 0
+    assert first.score == pytest.approx(f1_score(labels, decided, average="micro"))
+    record = tmp_path / "e.json"
+    select = ["select", "--pool", str(tmp_path), "--task", "mine", "--on", "oof", "--output", str(record)]
+    capsys.readouterr()
+    assert dicor([*select, "--method", "omni"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("omni  ")]
+    ensemble, dev = Ensemble.load(record), pool.TaskPool(tmp_path, "mine").examples()
+    lines = {row[0]: row[1] for row in csv.reader((home / "train.csv").read_text().splitlines())}
+    answers = ensemble.predict_proba([lines[i] for i in dev.ids.tolist()]) > 0.5
+    assert line.split()[-1] == f"{f1_score(dev.labels, answers, average='micro'):.4f}"
