@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from lora_ensemble.dicor.choose import settings as s
 from lora_ensemble.dicor.choose.settings import MethodName, Similarity, Strategy
 from lora_ensemble.errors import UserError
-from lora_ensemble.tasks import PRESETS, Kind
+from lora_ensemble.tasks import OOF, PRESETS, Kind
 
 if TYPE_CHECKING:
     from lora_ensemble.dicor.choose.methods import Method
@@ -120,7 +120,12 @@ class Request:
         type=Path,
         metavar="FILE",
     )
-    split: str = option("default: dev; test adds to a member that is there", "dev", choices=("dev", "test"))
+    split: str = option(
+        "default: dev; oof: of the training examples, each by a model that was trained without it; test adds to a "
+        "member that is there",
+        "dev",
+        choices=("dev", OOF, "test"),
+    )
     name: Sequence[str] = option("a name for each model (default: the models', or the files' names)", (), nargs="+")
     from_: Form = option(
         "what the numbers are; auto (the default) asks where it could be mistaken; decisions: class labels only",
@@ -139,6 +144,9 @@ class Request:
         metavar="COLUMN",
     )
     label_separator: str = option("multilabel: between the names in one column (default: a comma)", ",", metavar="TEXT")
+    group: str | None = option(
+        "of the groups, in the labels file: examples of one are no independent evidence", metavar="COLUMN"
+    )
     model_column: str | None = option("of the models' names, in a table of several (default: model)", metavar="COLUMN")
     by_row: bool = option("tables without ids: their rows are in the order of the labels", False)
     overwrite: bool = option("replace other predictions that were imported under the same name", False)

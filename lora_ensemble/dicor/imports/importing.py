@@ -61,7 +61,7 @@ def import_predictions(request: Request) -> tuple[list[Imported], Truth, list[st
         raise UserError("--columns are one model's, --member-columns a model each; give one of them")
     sources = _named([source for path in request.files for source in read_models(path, request)], request)
     records = {record.name: record for record in read_records(pool, task)}
-    if split != "dev" and (unknown := [name for name in sources if name not in records]):
+    if split == "test" and (unknown := [name for name in sources if name not in records]):
         advice = "import its dev predictions first (--split dev): members are chosen by them"
         raise UserError(f"{member_folder(pool, task, unknown[0])}: no such member; {advice}")
     replaced = sources if request.overwrite and split == "dev" else ()
@@ -120,7 +120,7 @@ def _is_there(old: MemberRecord, logits: np.ndarray, truth: Truth, request: Requ
         # Compared as the numbers that they are, whatever file they came from.
         if same and np.array_equal(read_array(request.pool, old, logits_file(split)), logits):
             return True
-    elif split != "dev":
+    elif split != "dev" or IMPORTED in old.settings:
         return False
     if split not in old.settings.get(IMPORTED, {}):
         raise UserError(
@@ -144,7 +144,7 @@ def _write(member: Imported, truth: Truth, request: Request, notices: list[str])
         "model": source.name or None,
         "from": member.form,
     }
-    kept = None if split == "dev" else member.old
+    kept = None if split == "dev" and member.old and "dev" in member.old.examples else member.old
     if kept is None and member.old is not None and (others := sorted(set(member.old.examples) - {"dev"})):
         # The old model's predictions of another split are not the new model's.
         notices.append(f"{member.name}: its {', '.join(others)} predictions went with the old ones; import them again")

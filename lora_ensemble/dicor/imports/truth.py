@@ -55,8 +55,8 @@ def find_truth(request: Request, members: Sequence[MemberRecord]) -> Truth:
     if source.table is None:
         columns = [next((name for name in ("", *columns) if name in source.columns), "labels")]
     cells = _label_cells(source, columns, request, kind)
-    if cells is None and request.split == "dev" and in_pool is None:
-        raise UserError(f"{source.path}: all labels are empty; dev needs them: members are chosen by their dev score")
+    if cells is None and request.split != "test" and in_pool is None:
+        raise UserError(f"{source.path}: all labels are empty; {request.split} needs them: members are chosen by it")
     if not source.ids:
         source.notices.append(f"{source.path.name}: it has no ids; its rows are numbered from 0")
         source = replace(source, ids=[str(i) for i in range(len(source))])
@@ -70,8 +70,20 @@ def find_truth(request: Request, members: Sequence[MemberRecord]) -> Truth:
     values = None if cells is None else _values(source, columns, task)
     if in_pool is not None:
         _check_against(in_pool, request, source, values)
-    examples = Examples(np.array(source.ids), values) if in_pool is None else in_pool
+    examples = Examples(np.array(source.ids), values, _groups(source, request)) if in_pool is None else in_pool
     return Truth(task, examples, source.ids, source.path.name, source.notices)
+
+
+def _groups(source: Source, request: Request) -> np.ndarray | None:
+    """(N,) unicode, of the labels file."""
+    if request.group is None:
+        return None
+    if request.group not in source.columns:
+        raise UserError(f"{source.path}: no column {request.group!r}; {source.shown}; name that of groups with --group")
+    cells = source.columns[request.group]
+    empty = [cell is None or cell != cell or not str(cell).strip() for cell in cells]
+    source.refuse(empty, lambda _: "no group; give it the name of one, its own if it has none")
+    return np.array([str(cell).strip() for cell in cells])
 
 
 def _task(request: Request, kind: Kind, labels: list[str] | None, members: Sequence[MemberRecord]) -> Task:
@@ -124,7 +136,7 @@ def _label_cells(source: Source, columns: list[str], request: Request, kind: Kin
         raise UserError(f"{source.path}: no array 'ids'; {source.shown}; save ids and labels in it")
     check_ids(source, request)
     if lacking := [column for column in columns if column not in source.columns]:
-        if request.label or request.split == "dev":
+        if request.label or request.split != "test":
             raise UserError(f"{source.path}: no labels: no column {lacking[0]!r}; {source.shown}; name it with --label")
         return None
     cells = source.columns[columns[0]]
