@@ -154,19 +154,19 @@ class TaskPool:
         records = read_records(self.pool, task)
         self.members = [r for r in records if r.finished]  # finished members, by name
         self.left_out = {r.name: "diverged" if r.diverged else "not finished" for r in records if not r.finished}
-        """Name to reason of members that were not finished, or that were trained without folds where these count."""
+        """Name to reason of members that were not finished, or have no predictions of what is chosen on."""
         if not self.members:
             more = f" ({len(self.left_out)} not finished)" if self.left_out else ""
             raise UserError(f"{home}: no finished member{more}; train some with lora-ensemble fit --pool.dir {pool}")
-        without_dev = not any("dev" in r.examples for r in self.members) and any(
-            OOF in r.examples for r in self.members
-        )
-        self.split = split or (OOF if without_dev else "dev")
-        if self.split == OOF:
-            self.left_out |= {r.name: "without folds" for r in self.members if OOF not in r.examples}
-            self.members = [r for r in self.members if OOF in r.examples]
-            if not self.members:
-                raise UserError(f"{home}: no member has out-of-fold predictions; train some with --data.folds 5")
+        there = {of for r in self.members for of in r.examples}
+        self.split = split or ("dev" if "dev" in there or OOF not in there else OOF)
+        if self.split == OOF and OOF not in there:
+            raise UserError(f"{home}: no member has out-of-fold predictions; train some with --data.folds 5")
+        if self.split in there & {"dev", OOF}:  # either is what a member is chosen by, and it need not have both
+            instead = OOF if self.split == "dev" else "dev"
+            lacking = [r for r in self.members if self.split not in r.examples and instead in r.examples]
+            self.left_out |= {r.name: f"without {self.split} predictions" for r in lacking}
+            self.members = [r for r in self.members if r not in lacking]
         self._by_name = {record.name: record for record in self.members}
         # The split is compared with the first that has it.
         first = next((r for r in self.members if self.split in r.examples), self.members[0])

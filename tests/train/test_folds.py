@@ -310,9 +310,14 @@ def test_members_without_folds_are_left_out(
     compare = ["compare", "--pool", str(program.pool), "--task", "sst", "--method", "omni"]
     capsys.readouterr()
     assert dicor([*compare, "--on", "oof"]) == 0
-    assert "3 members on 60 oof examples; 1 left out (1 without folds)" in capsys.readouterr().out
+    assert "3 members on 60 oof examples; 1 left out (1 without oof predictions)" in capsys.readouterr().out
     assert dicor(compare) == 0
     assert "4 members on 30 dev examples; 0 left out" in capsys.readouterr().out
+    record = pool.TaskPool(program.pool, "sst").record(NAMES[0])
+    del record.examples["dev"]
+    pool.write_member(program.pool, record, {}, keep=pool.read_record(program.pool, "sst", NAMES[0]))
+    assert dicor(compare) == 0
+    assert "3 members on 30 dev examples; 1 left out (1 without dev predictions)" in capsys.readouterr().out
     for name in NAMES:
         shutil.rmtree(program.pool / "sst" / name)
     assert dicor([*compare, "--on", "oof"]) == 2

@@ -42,10 +42,15 @@ def best_of(rows: Sequence[Sequence[Any]], tasks: Sequence[Task]) -> tuple[float
 
 
 class SweepProgress(pl.Callback):
-    """Says after each dev evaluation which banks are done, the best so far, and about how long the rest will take."""
+    """Says after each evaluation which banks are done, the best so far, and about how long the rest will take.
 
-    def __init__(self, plan: Plan, bank: PlannedBank, writer: PoolWriter, tasks: Sequence[Task]) -> None:
-        self._plan, self._bank, self._writer, self._tasks = plan, bank, writer, tasks
+    ``split``: the one that decides.
+    """
+
+    def __init__(
+        self, plan: Plan, bank: PlannedBank, writer: PoolWriter, tasks: Sequence[Task], split: str = "dev"
+    ) -> None:
+        self._plan, self._bank, self._writer, self._tasks, self._split = plan, bank, writer, tasks, split
         self._since, self._from = time.monotonic(), 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -84,7 +89,8 @@ class SweepProgress(pl.Callback):
             words += f", about {duration(gone / ((done - self._from) * len(own.members)) * left)} left"
         first = max(plan.banks.index(own) + 1 - MOST_ROWS // 2, 0)
         shown = states[first : plan.banks.index(own) + 1 + MOST_ROWS // 2]
-        print(f"{table(['bank', 'members', 'epoch', 'best member', f'dev ({what})'], shown)}\n{words}", flush=True)
+        header = ["bank", "members", "epoch", "best member", f"{self._split} ({what})"]
+        print(f"{table(header, shown)}\n{words}", flush=True)
 
 
 def _epochs(trainer: pl.Trainer) -> float:

@@ -171,7 +171,7 @@ class Sweep(BankRun):
         writer = writer_of(trainer)
         writer.goes_on = ""
         # After the pool's writer, whose scores it shows.
-        progress = SweepProgress(self.plan, bank, writer, self.module.tasks)
+        progress = SweepProgress(self.plan, bank, writer, self.module.tasks, self.module.folds.decides)
         trainer.callbacks.insert(trainer.callbacks.index(writer) + 1, progress)
 
     # What was done
