@@ -119,13 +119,11 @@ def run_name(experiment: str, settings: dict[str, Any]) -> str:
         for key, default in {**LATER, "peft": None}.items():
             if member[key] == default:
                 del member[key]
-    if settings["data"].get("overall") is None:
-        settings["data"].pop("overall", None)
     if settings["data"]["truncation"] == "head":
         del settings["data"]["truncation"]
-    for key in ("folds", "refit"):
-        if not settings["data"][key]:
-            del settings["data"][key]
+    for key in ("overall", "folds", "refit"):
+        if not settings["data"].get(key):
+            settings["data"].pop(key, None)
     groups = {name: settings[name] for name in ("model", "data", "trainer")}
     what = {name: {k: v for k, v in group.items() if k not in NOT_THE_RUN} for name, group in groups.items()}
     return f"{experiment}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"

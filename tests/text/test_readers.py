@@ -580,6 +580,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert "no such file, nor its folder; set --data.root" in message(ONE, tmp_path / "nowhere")
     assert message(ONE, None) == "task 'one': --data.root is not set; it is the folder that holds t.csv"
     offer = "set dev: to one, or to a share of the training file, as in dev: 0.2, in the task"
+    offer += "; or train with --data.folds 5, without one"
     assert message(ONE, tmp_path, "dev") == f"task 'one': it names no dev file; {offer}"
     (tmp_path / "t.csv").mkdir()
     assert f"{tmp_path}/t.csv: a folder; expected the train file" in message(ONE, tmp_path)
