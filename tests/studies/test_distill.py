@@ -392,6 +392,7 @@ def test_interrupted_and_resumed(tiny: Callable[[str], Path], tmp_path: Path, ba
     assert different_files(tmp_path / "students", tmp_path / "resumed") == []
 
 
+@pytest.mark.slow
 def test_two_devices(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """The second process finds what the first one asked; uneven shares: the same logits (float64, to 1e-6)."""
     school = School(tmp_path, tiny("bert"), "multiclass", "--method=omni")

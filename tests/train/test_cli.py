@@ -22,7 +22,7 @@ from lora_ensemble import Ensemble, pool
 from lora_ensemble.bank.lora import Member
 from lora_ensemble.bank.model import Bank
 from lora_ensemble.dicor.cli import main as dicor
-from lora_ensemble.main import TRAINING, main
+from lora_ensemble.main import STUDIES, TRAINING, main
 from lora_ensemble.tasks import PRESETS
 from lora_ensemble.text.readers import read_split
 from lora_ensemble.train.cli import CLI
@@ -643,7 +643,7 @@ def test_a_command_that_is_none_is_told_all_that_there_are(command: str, capsys:
 
 def test_the_fast_door_knows_the_commands_of_training() -> None:
     every: Any = SimpleNamespace(_command="--config=x.yaml")
-    assert set(TRAINING) == {*CLI.subcommands(every), "distill"}
+    assert set(TRAINING) == {*CLI.subcommands(every), *STUDIES}
     assert set(CLI.subcommands(SimpleNamespace(_command="fit"))) == {"fit"}  # type: ignore[arg-type]
 
 

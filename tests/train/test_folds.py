@@ -330,7 +330,7 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(program: Program, folded: Progra
     same_pool(program, folded)
 
 
-@pytest.mark.parametrize("command", ["fit", "sweep"])
+@pytest.mark.parametrize("command", [pytest.param("fit", marks=pytest.mark.slow), "sweep"])
 def test_smaller_banks_train_the_same(program: Program, folded: Program, command: str) -> None:
     """All models of a member are in one bank."""
     assert program(command, *FOLDS, "--bank_size=1", members=ALL) == 0

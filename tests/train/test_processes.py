@@ -196,7 +196,8 @@ def test_two_devices_train_several_banks(
         assert (b.record(record.name).best_epoch, b.record(record.name).finished) == (record.best_epoch, True)
 
 
-@pytest.mark.parametrize("size", ["3", pytest.param("null", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["3", "null"])
 def test_two_devices_let_the_same_members_leave(two_programs: tuple[Program, Program], size: str) -> None:
     """Early exit in one bank, and in banks that are compared with those before them; and nobody comes back."""
     one, two = two_programs
