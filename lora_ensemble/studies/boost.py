@@ -87,9 +87,10 @@ class BoostCLI(cli.CLI):
                 for name in members
                 if (new := self._next_of(task, name + ending, weights.get(name))) is not None
             }
+            for name in members.keys() - weights.keys() if number < rounds else ():
+                say(f"{name} ends with round {number}: not finished, always right, or no better than chance")
             members = {name: members[name] for name in weights}
-            if not members and number < rounds:
-                say(f"no member goes on after round {number}: not finished, always right, or no better than chance")
+            if not members:
                 return
 
     def _next_of(self, task: Task, name: str, weights: np.ndarray | None) -> np.ndarray | None:

@@ -134,4 +134,4 @@ def test_whoever_is_always_right_has_nothing_to_learn(program: Program, capsys: 
     own = {"name": "t", "kind": "multiclass", "text": ["text"], "label_names": ["a", "b"]}
     tasks = json.dumps([own | {"train": "train.jsonl", "dev": "dev.jsonl"}])
     assert program("boost", *OPTIONS, "--trainer.max_epochs=4", tasks=tasks, members="[{rank: 2, lr: 3e-2}]") == 0
-    assert "no member goes on after round 1" in capsys.readouterr().out
+    assert "r2-c1-qv-lr3e-2-s11711-f2 ends with round 1: not finished, always right, or" in capsys.readouterr().out
