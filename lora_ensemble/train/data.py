@@ -62,8 +62,8 @@ class BankData(pl.LightningDataModule):
             seed: Orders the batches, for all members.
             predict_split: What ``predict`` adds to the pool.
             revision: Of the base model (taken from ``model.revision``).
-            overall: What the best epochs of several tasks are chosen by: a weight above 0 for each task (a score of which
-                lower is better is taken off), or mean. Null: the mean of accuracies and of (r + 1) / 2.
+            overall: What the best epochs of several tasks are chosen by: a weight above 0 for each task (a score of
+                which lower is better is taken off), or mean. Null: the mean of accuracies and of (r + 1) / 2.
             folds: Each member is so many models, each trained without one of so many parts of the training set. What
                 they say of the part that they have not seen decides about epochs in place of dev, which need not be
                 there. Of other texts a member says their mean. 0: one model.
