@@ -137,7 +137,7 @@ def _head(task_pool: TaskPool) -> str:
 def _select(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor import record
     from lora_ensemble.dicor.compare import compare, judged
-    from lora_ensemble.dicor.table import about, number, offsets, table, verdict
+    from lora_ensemble.dicor.table import about, judgement, number, offsets, table, verdict
     from lora_ensemble.files import writing
     from lora_ensemble.pool import TaskPool
 
@@ -146,7 +146,7 @@ def _select(given: argparse.Namespace) -> None:
         method = given.method or DEFAULT_METHOD[task_pool.kind]
         refuse_unheard(options, [method])
         comparison = compare(task_pool, [method], options, score=given.score)
-        judgement = judged(comparison, test=False)
+        found = judged(comparison, method, test=False)
         _notify(comparison.notices, given.task)
         ensemble = record.make(comparison, method, folder=given.output.resolve().parent)
         f.write(ensemble.to_json())
@@ -160,13 +160,14 @@ def _select(given: argparse.Namespace) -> None:
         print(f"{row['name']:<{width}} {row['score']:>{len(score)}.4f} {row['weight']:>7.4f} {similarity:>32}")
     if ensemble.offsets is not None:
         print(offsets(ensemble.scale, ensemble.offsets, ensemble.labels, ensemble.kind))
-    print(f"\n{table(estimates, judgement)}\n\n{verdict(method, estimates.of[method])}\n{about(estimates)}")
+    said = [verdict(method, estimates.of[method]), *([judgement(method, found)] if found else []), about(estimates)]
+    print(f"\n{table(estimates, found)}\n", *said, sep="\n")
     print(f"saved {given.output}")
 
 
 def _compare(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor.compare import compare, judged, overall
-    from lora_ensemble.dicor.table import about, number, table, verdict
+    from lora_ensemble.dicor.table import about, judgement, number, table, verdict
     from lora_ensemble.pool import TaskPool, task_names
 
     if given.plots:
@@ -186,12 +187,12 @@ def _compare(given: argparse.Namespace) -> None:
             task_pool, methods, options, score=given.score, probabilities=bool(given.plots)
         )
         estimates = comparison.estimates
-        judgement = judged(comparison, test=given.split == "test")
-        _notify(comparison.notices, task)
-        print(f"{_head(task_pool)}\n\n{table(estimates, judgement)}\n")
         default = DEFAULT_METHOD[task_pool.kind]
         method = default if default in estimates.of else list(estimates.of)[-1]
-        print(verdict(method, estimates.of[method]))
+        found = judged(comparison, method, test=given.split == "test")
+        _notify(comparison.notices, task)
+        print(f"{_head(task_pool)}\n\n{table(estimates, found)}\n")
+        print(verdict(method, estimates.of[method]), *([judgement(method, found)] if found else []), sep="\n")
         if given.plots:
             for path in save(plots(gather(comparison, method)).values(), task, given.plots):
                 print(f"saved {path}")
@@ -227,7 +228,7 @@ def _report(given: argparse.Namespace) -> None:
     from lora_ensemble.dicor.report.charts import plots
     from lora_ensemble.dicor.report.facts import gather, method_shown
     from lora_ensemble.dicor.report.plot import save
-    from lora_ensemble.dicor.table import verdict
+    from lora_ensemble.dicor.table import judgement, verdict
     from lora_ensemble.files import writing
     from lora_ensemble.pool import TaskPool
 
@@ -238,13 +239,14 @@ def _report(given: argparse.Namespace) -> None:
     with writing(given.output) as f:
         task_pool = TaskPool(given.pool, given.task, split=given.on)
         comparison = compare(task_pool, methods, options, score=given.score, probabilities=True)
-        judgement = judged(comparison, test=given.split == "test")
+        method = method_shown(comparison, given.method)
+        found = judged(comparison, method, test=given.split == "test")
         _notify(comparison.notices, given.task)
-        facts = gather(comparison, method_shown(comparison, given.method), judgement=judgement)
+        facts = gather(comparison, method, judgement=found)
         shown = plots(facts)
         text = page.page(facts, shown, options)
         f.write(text)
-    print(verdict(facts.method, facts.estimate))
+    print(verdict(facts.method, facts.estimate), *([judgement(method, found)] if found else []), sep="\n")
     print(f"saved {given.output}")
     for path in save(shown.values(), given.task, given.plots) if given.plots else ():
         print(f"saved {path}")

@@ -10,7 +10,7 @@ import numpy as np
 from lora_ensemble.dicor.choose.combine import said
 from lora_ensemble.dicor.choose.methods import Method
 from lora_ensemble.dicor.choose.settings import MethodName
-from lora_ensemble.dicor.estimate.honest import Estimates, estimate
+from lora_ensemble.dicor.estimate.honest import Estimate, Estimates, estimate, with_intervals
 from lora_ensemble.dicor.members import Dev, Members
 from lora_ensemble.dicor.options import Options, check, method_of
 from lora_ensemble.errors import UserError
@@ -121,36 +121,42 @@ def compare(
 
 @dataclass(frozen=True)
 class Judgement:
-    """The scores of what each method chose, by its name, on a labelled split that nothing was chosen on."""
+    """How good what was chosen is on a labelled split that nothing was chosen on."""
 
     split: str
-    scores: dict[str, float]  # NaN where it is undefined
+    scores: dict[str, float]  # of each method, by name; NaN where it is undefined
+    of: Estimate  # of one of them: "honest" is its score with the interval
 
 
-def judged(comparison: Comparison, *, test: bool) -> Judgement | None:
+def judged(comparison: Comparison, method: str, *, test: bool) -> Judgement | None:
     """What was chosen, on the test split where that is asked for, else on dev where it was chosen on other examples.
 
-    Notices about the labels are added to the comparison's. None where there is nothing to judge on. ``UserError`` where
-    test labels or logits are unknown.
+    ``method``: with intervals. Notices about the labels are added to the comparison's. None where there is nothing to
+    judge on. ``UserError`` where test labels or logits are unknown.
     """
-    of = comparison.task_pool
-    if not test and (of.split == "dev" or not all("dev" in r.examples for r in of.members)):
+    on = comparison.task_pool
+    if not test and (on.split == "dev" or not all("dev" in r.examples for r in on.members)):
         return None
-    pool = TaskPool(of.pool, of.name, split="test" if test else "dev")
-    labels = pool.examples().labels
-    if labels is None:
+    pool = TaskPool(on.pool, on.name, split="test" if test else "dev")
+    examples, by, sign = pool.examples(), comparison.dev.scored_by, comparison.score.sign
+    if examples.labels is None:
         raise UserError(
             f"{pool.pool / pool.name}: the test examples have no labels, so there is no score; leave out --split test"
         )
-    comparison.notices.extend(one_label(labels, pool.labels, f"{pool.split} labels"))
-    scores, by = {}, comparison.dev.scored_by
-    for method, chosen_by in comparison.estimates.of.items():
-        names, ranks = chosen_by.names, [pool.record(name).rank for name in chosen_by.names]
-        on_dev = comparison.score.sign * np.array([comparison.estimates.scores[name] for name in names])
-        chosen = Members.of(np.stack([pool.logits(name) for name in names]), pool.kind, names, ranks, on_dev, by)
-        one = said(chosen, chosen_by.choice)
-        scores[method] = float(scored(one, labels.reshape(-1), chosen.kind, by, width=chosen.width))
-    return Judgement(pool.split, scores)
+    comparison.notices.extend(one_label(examples.labels, pool.labels, f"{pool.split} labels"))
+    first = pool.logits(comparison.estimates.of["best"].names[0])
+    dev = Dev.of([first], examples.labels, kind=pool.kind, ids=examples.ids, groups=examples.groups, score=by)
+    labels, found = dev.labels[dev.order], dict[str, Estimate]()
+    for name, chosen_by in comparison.estimates.of.items():
+        names, ranks = chosen_by.names, [pool.record(member).rank for member in chosen_by.names]
+        on_dev = sign * np.array([comparison.estimates.scores[member] for member in names])
+        chosen = Members.of(np.stack([pool.logits(member) for member in names]), pool.kind, names, ranks, on_dev, by)
+        one = said(chosen, chosen_by.choice)[dev.order]
+        value = float(scored(one, labels, dev.kind, by, width=dev.width))
+        found[name] = replace(chosen_by, in_sample=value, held_out=one[None])
+    scores = {name: e.in_sample for name, e in found.items()}
+    shown = {name: found[name] for name in dict.fromkeys(["best", "omni", method])}
+    return Judgement(pool.split, scores, with_intervals(shown, labels, dev, folds=1)[method])
 
 
 def overall(comparisons: Mapping[str, Comparison]) -> dict[str, tuple[float, float]] | None:

@@ -52,16 +52,16 @@ def about(estimates: Estimates) -> str:
     return "\n".join(lines)
 
 
-def table(estimates: Estimates, judgement: Judgement | None = None) -> str:
-    """A row for each method; ``judgement``: their scores on another split."""
+def table(estimates: Estimates, found: Judgement | None = None) -> str:
+    """A row for each method; ``found``: their scores on another split."""
     columns = [f"{SCORES[estimates.candidates.scored_by].words} on {estimates.split}", "members", "in-sample", "honest"]
-    columns += [f"{LEVEL:.0%} interval", "optimism", "to single best", "to Omni", judgement.split if judgement else ""]
+    columns += [f"{LEVEL:.0%} interval", "optimism", "to single best", "to Omni", found.split if found else ""]
     rows = [columns]
     for name, about in estimates.of.items():
         value = number(about.honest.value if about.honest else None)
         span, optimism = ends(about.honest) if about.honest else "-", number(about.optimism, sign=True)
         row = [name, str(len(about.names)), number(about.in_sample), value, span, optimism]
-        last = number(judgement.scores[name]) if judgement else ""
+        last = number(found.scores[name]) if found else ""
         rows.append([*row, gain(about.against_best), gain(about.against_omni), last])
     form = f"{{:<{max(17, len(columns[0]))}}} " + "{:>7} {:>9} {:>9} {:>17} {:>9}  {:<20}  {:<20}  {}"
     return "\n".join(form.format(*row).rstrip() for row in rows)
@@ -86,12 +86,23 @@ def verdict(name: str, estimate: Estimate) -> str:
     """In a sentence: what of the gain of a method will survive on new examples."""
     if estimate.honest is None:
         return f"{name}: in-sample {number(estimate.in_sample)}; how much of it is chance cannot be said here."
+    return f"{name}: honest {number(estimate.honest.value)}; {_gains(estimate)}."
+
+
+def judgement(name: str, found: Judgement) -> str:
+    """In a sentence: how good what a method chose is where nothing was chosen."""
+    at = found.of.honest
+    value = "undefined" if at is None else f"{number(at.value)} ({LEVEL:.0%} interval {ends(at)})"
+    return f"{name} on {found.split}, on which nothing was chosen: {value}; {_gains(found.of)}."
+
+
+def _gains(estimate: Estimate) -> str:
     parts = []
     for other, difference in (("the single best", estimate.against_best), ("Omni", estimate.against_omni)):
         if difference is not None:
             word = "a gain" if difference.low > 0 else "a loss" if difference.high < 0 else "within noise"
             parts.append(f"{number(difference.value, sign=True)} ({ends(difference, sign=True)}) to {other}: {word}")
-    return f"{name}: honest {number(estimate.honest.value)}; " + "; ".join(parts) + "."
+    return "; ".join(parts)
 
 
 def decides(strategy: Strategy, kind: Kind) -> str:

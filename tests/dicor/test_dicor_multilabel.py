@@ -261,7 +261,7 @@ def test_in_sample_and_test_scores_are_scikit_learns(score: Any, tmp_path: Path)
     tested = np.stack([TaskPool(pool, "sky", split="test").logits(m.name) for m in chosen.members])
     p = np.tensordot(weights, expit(tested.astype(float)), axes=1)
     moved = logit(p) if chosen.offsets is None else logit(p) + chosen.offsets
-    judgement = judged(compare(task_pool, ["greedy"], Options(), score=score), test=True)
+    judgement = judged(compare(task_pool, ["greedy"], Options(), score=score), "greedy", test=True)
     assert judgement is not None
     on_test = judgement.scores
     assert on_test["greedy"] == pytest.approx(sklearns(score, truth, moved), abs=1e-6)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from scipy.stats import binomtest
 from test_cli import Program
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -273,6 +274,9 @@ def test_an_ensemble_of_means_answers(
     right = float((ensemble.decision(dev.texts[0]) == dev.labels).mean())
     (line,) = [line for line in out.splitlines() if line.startswith("weighted  ")]
     assert line.split()[-1] == f"{right:.4f}"
+    wilson = binomtest(round(30 * right), 30).proportion_ci(0.9, method="wilson")
+    interval = f"90% interval {wilson.low:.4f} to {wilson.high:.4f}"
+    assert f"weighted on dev, on which nothing was chosen: {right:.4f} ({interval})" in out
     for place, member in enumerate(chosen["members"]):
         there = pool.TaskPool(program.pool, "sst").logits(member["name"])
         np.testing.assert_allclose(ensemble.logits(dev.texts[0])[place], there, atol=1e-5)

@@ -128,7 +128,7 @@ def estimate(
             sign=sign,
         )
     if repeats:
-        of = _with_intervals(of, candidates.labels, dev, folds)
+        of = with_intervals(of, candidates.labels, dev, folds)
     scores = dict(zip(dev.names, (sign * seen.scores[-1]).tolist(), strict=True))
     scores.update(zip(candidates.names, (sign * candidates.scores).tolist(), strict=True))
     groups, notices = None if dev.groups is None else dev.evidence, dev.notices
@@ -175,7 +175,7 @@ def _held_out(
     return held, chances
 
 
-def _with_intervals(of: dict[str, Estimate], labels: np.ndarray, dev: Dev, folds: int) -> dict[str, Estimate]:
+def with_intervals(of: dict[str, Estimate], labels: np.ndarray, dev: Dev, folds: int) -> dict[str, Estimate]:
     """The same with what is known from the held-out decisions; ``labels`` (N,) are in their order."""
     kind, by, groups = dev.kind, dev.scored_by, dev.together
     held, about = {name: e.held_out for name, e in of.items() if e.held_out is not None}, SCORES[by]
