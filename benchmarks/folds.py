@@ -38,7 +38,7 @@ from lora_ensemble.tasks import PRESETS
 
 SETTING = "lr: 1e-3, layers: top-2, patience: 2"
 FOLDS, SEEDS = 5, 4
-DRAWS = 40
+DRAWS = 100
 
 
 def members(ranks: Sequence[int], seeds: int, more: str = "") -> str:
