@@ -175,6 +175,8 @@ class Bank(nn.Module):
 
     def _adapters(self, members: list[int], dtype: torch.dtype, paths: Sequence[str]) -> Adapters:
         """Adapters of some members, as :data:`encode.Adapters`."""
+        if not paths:
+            return {}  # where members are asked for, their rows are a copy
         weights = self.weights
         # Not a buffer: a change of the module's precision would round it for good.
         if self._scaling is None or (self._scaling.device, self._scaling.dtype) != (weights.device, weights.dtype):

@@ -164,9 +164,9 @@ class TaskPool:
             raise UserError(f"{home}: no member has out-of-fold predictions; train some with --data.folds 5")
         if self.split in there & {"dev", OOF}:  # either is what a member is chosen by, and it need not have both
             instead = OOF if self.split == "dev" else "dev"
-            lacking = [r for r in self.members if self.split not in r.examples and instead in r.examples]
-            self.left_out |= {r.name: f"without {self.split} predictions" for r in lacking}
-            self.members = [r for r in self.members if r not in lacking]
+            lacking = {r.name for r in self.members if self.split not in r.examples and instead in r.examples}
+            self.left_out |= dict.fromkeys(sorted(lacking), f"without {self.split} predictions")
+            self.members = [r for r in self.members if r.name not in lacking]
         self._by_name = {record.name: record for record in self.members}
         # The split is compared with the first that has it.
         first = next((r for r in self.members if self.split in r.examples), self.members[0])

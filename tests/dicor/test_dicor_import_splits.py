@@ -1,10 +1,13 @@
 """Out-of-fold predictions of other people's models, and groups of examples, in ``dicor import``."""
 
 import csv
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest, norm, t
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
@@ -68,6 +71,30 @@ def test_chosen_out_of_fold_and_judged_on_dev(home, order, capsys):
     assert row.split()[-1] == f"{np.mean((said > 0.5) == truth):.4f}"
     assert importing(home, "oof", "--group", "writer") == 0
     assert "was there already, unchanged" in capsys.readouterr().out
+
+
+def test_dev_judges_by_groups_too(home, capsys):
+    """Brute force over eight groups of five examples: the score's interval on dev where whole groups are drawn."""
+    rows = [line.split(",") for line in (home / "dev.csv").read_text().splitlines()[1:]]
+    team = np.arange(40) // 5
+    table(home / "dev.csv", ["id", "label", "team"], [(*row, f"g{g}") for row, g in zip(rows, team, strict=True)])
+    assert importing(home, "oof") == 0
+    assert importing(home, "dev", "--group", "team") == 0
+    capsys.readouterr()
+    select = ["select", "--pool", home / "pool", "--task", "t", "--on", "oof", "--method", "best"]
+    assert main([str(word) for word in [*select, "--output", home / "e.json"]]) == 0
+    (line,) = (row for row in capsys.readouterr().out.splitlines() if row.startswith("best on dev, on which"))
+    value, low, high = (float(word) for word in re.findall(r"0\.\d{4}", line)[:3])
+    (name,) = (member["name"] for member in json.loads((home / "e.json").read_text())["members"])
+    said = np.loadtxt(home / f"{name}-dev.csv", delimiter=",", skiprows=1, usecols=1)
+    right = ((said > 0.5) == np.array([int(label) for _, label in rows])).reshape(8, 5).mean(1)
+    assert value == pytest.approx(right.mean(), abs=1e-4)
+    drawn = right[np.random.default_rng(7).integers(8, size=(20_000, 8))].mean(1)
+    wide = np.sqrt(8 / 7) * t.ppf(0.95, 7) / norm.ppf(0.95)  # of few groups
+    expected = right.mean() + wide * (np.percentile(drawn, [5, 95]) - right.mean())
+    np.testing.assert_allclose([low, high], expected, atol=0.03)
+    alone = binomtest(round(40 * value), 40).proportion_ci(0.9, method="wilson")
+    assert abs(low - alone.low) > 0.01 or abs(high - alone.high) > 0.01
 
 
 @pytest.mark.parametrize(

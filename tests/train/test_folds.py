@@ -328,6 +328,27 @@ def test_members_without_folds_are_left_out(
     assert "no member has out-of-fold predictions; train some with --data.folds 5" in capsys.readouterr().err
 
 
+def test_a_student_of_what_was_chosen_out_of_fold(
+    program: Program, folded: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has seen nothing of dev, and is trained on all examples."""
+    select = ["select", "--pool", str(folded.pool), "--task", "sst", "--method", "omni", "--output"]
+    learn = ("--model.base_model", "--data.tasks")
+    for on in ("oof", "dev"):
+        record = tmp_path / f"{on}.json"
+        assert dicor([*select, str(record), "--on", on]) == 0
+        given = program.arguments("distill", f"--ensemble={record}", "--trainer.max_epochs=1", members="[{rank: 2}]")
+        given = [word for word in given if not word.startswith(learn)]
+        capsys.readouterr()
+        assert main(given) == 0
+        out = capsys.readouterr().out
+        assert ("a student has seen something of dev" in out) == (on == "dev")
+        assert dicor(["compare", "--pool", str(program.pool), "--task", "sst", "--method", "omni"]) == 0
+        assert ("distilled from an ensemble that was chosen on dev" in capsys.readouterr().err) == (on == "dev")
+    assert main([*given, "--data.folds=3"]) == 2
+    assert "data.folds: a student learns from soft labels on all examples" in capsys.readouterr().err
+
+
 def test_a_run_that_was_cut_goes_on_bit_for_bit(program: Program, folded: Program) -> None:
     assert program("fit", *FOLDS, "--trainer.max_steps=20", members=ALL) == 0
     assert program("fit", *FOLDS, "--ckpt_path=last", members=ALL) == 0
@@ -335,9 +356,14 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(program: Program, folded: Progra
 
 
 @pytest.mark.parametrize("command", [pytest.param("fit", marks=pytest.mark.slow), "sweep"])
-def test_smaller_banks_train_the_same(program: Program, folded: Program, command: str) -> None:
-    """All models of a member are in one bank."""
+def test_smaller_banks_train_the_same(
+    program: Program, folded: Program, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All models of a member are in one bank; what a sweep shows of it is what decides."""
     assert program(command, *FOLDS, "--bank_size=1", members=ALL) == 0
+    shown = capsys.readouterr().out
+    assert "oof (accuracy)\n" in shown
+    assert "dev (accuracy)" not in shown
     same_pool(program, folded, tolerance=1e-6)
 
 

@@ -119,7 +119,7 @@ def vector_scaled(votes: np.ndarray, kind: Kind, scale: float, offsets: np.ndarr
     Of several labels b is (L, 2), for the L rows of each example.
     """
     z = scale * log_probabilities(votes, kind)
-    z = z + np.resize(offsets, z.shape)  # again and again
+    z = (z.reshape(-1, *np.atleast_2d(offsets).shape) + offsets).reshape(z.shape)
     return z[:, 1:] - z[:, :1] if kind == "binary" else z
 
 
